@@ -1,0 +1,27 @@
+"""LEMA, Layer-wise Efficient Memory Abstraction: fine-tune language models on hardware too small to hold them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import LemaConfig, MemoryStrategy
+
+if TYPE_CHECKING:
+    from .engine.trainer import LemaTrainer
+    from .model import LemaModel
+
+__version__ = "0.1.0"
+__all__ = ["LemaConfig", "LemaModel", "LemaTrainer", "MemoryStrategy", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """torch and transformers are imported with the first name that needs them."""
+    if name == "LemaModel":
+        from .model import LemaModel
+
+        return LemaModel
+    if name == "LemaTrainer":
+        from .engine.trainer import LemaTrainer
+
+        return LemaTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,104 @@
+"""Typed views of raw memory, and parameters made of file tensors.
+
+It knows storages, offsets and pieces; it knows nothing of modules, slots' life or schedules.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from .gbi import GlobalBinaryIndex
+from .layout import PAGE, ParameterSource, ScratchView, align_up
+
+
+def page_aligned(nbytes: int) -> torch.Tensor:
+    """Zeroed anonymous memory as uint8 `[nbytes]`, rounded up to whole pages, starting on one."""
+    size = max(align_up(nbytes, PAGE), PAGE)
+    if sys.platform == "win32":
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+
+
+def keep_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a CPU tensor in pages of its own, given back to the system with the last reference.
+
+    For what outlives a layer: kept on the heap among short-lived activations it would hold the heap's
+    free space apart, which costs several times its own size in resident memory. Other devices and
+    tensors smaller than a page's worth are returned as they are.
+    """
+    if tensor.device.type != "cpu" or tensor.numel() * tensor.dtype.itemsize < 16 * PAGE:
+        return tensor
+    copy = typed_view(page_aligned(tensor.numel() * tensor.dtype.itemsize), 0, tensor.dtype, tensor.shape)
+    return copy.copy_(tensor)
+
+
+def typed_view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over bytes of `buffer`, with a version counter of its own.
+
+    Views made by slicing share one counter, so that a write to one neighbour would invalidate all;
+    `set_` makes a tensor that shares only the storage.
+
+    Args:
+        buffer: uint8 `[n]`.
+        offset: bytes from the buffer's start, divisible by the item size.
+    """
+    start = buffer.storage_offset() + offset
+    assert start % dtype.itemsize == 0, "a view must start at a multiple of its item size"
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    tensor = torch.empty(0, dtype=dtype, device=buffer.device)
+    tensor.set_(buffer.untyped_storage(), start // dtype.itemsize, tuple(shape), tuple(strides))
+    return tensor
+
+
+class Decoder:
+    """Fills scratch parameters of a unit from the bytes stored in its slot: placement and cast in one copy."""
+
+    def __init__(self, slot: torch.Tensor, scratch: torch.Tensor, views: Sequence[ScratchView]) -> None:
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for view in views:
+            target = typed_view_unaligned(scratch, view.offset, view.source.dtype, view.source.numel)
+            for piece, offset in view.runs:
+                stored = typed_view_unaligned(slot, offset, piece.record.dtype, piece.count)
+                self._copies.append((target[piece.target : piece.target + piece.count], stored))
+
+    def __call__(self) -> None:
+        """Copy every piece; one call a use."""
+        for target, stored in self._copies:
+            if stored.dtype == torch.uint8 != target.dtype:
+                target.view(torch.uint8).copy_(stored)
+            else:
+                target.copy_(stored)
+
+
+def typed_view_unaligned(buffer: torch.Tensor, offset: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+    """Like `typed_view` in one dimension; bytes where the offset allows no typed view."""
+    if (buffer.storage_offset() + offset) % dtype.itemsize:
+        return typed_view(buffer, offset, torch.uint8, (count * dtype.itemsize,))
+    return typed_view(buffer, offset, dtype, (count,))
+
+
+def materialize(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:
+    """The parameter as a tensor with memory of its own, put together and cast piece by piece."""
+    result = torch.empty(source.shape, dtype=source.dtype)
+    flat = result.view(-1)
+    for piece in source.pieces:
+        stored = gbi.view(piece.record.name).reshape(-1)[piece.source : piece.source + piece.count]
+        flat[piece.target : piece.target + piece.count].copy_(stored)
+    return result
+
+
+def mapped_or_materialized(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:
+    """A view of the mapped file where the stored bytes are the parameter, else a tensor of its own."""
+    if not source.plain:
+        return materialize(gbi, source)
+    piece = source.pieces[0]
+    stored = gbi.view(piece.record.name).reshape(-1)
+    return stored[piece.source : piece.source + piece.count].view(source.shape)

@@ -1,0 +1,226 @@
+"""LoRA adapters: PEFT's injection and PEFT's files, around a model whose base weights come and go.
+
+It knows PEFT's configuration and adapter parameters; it knows nothing of layers' order, slots or training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError, UnsupportedError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_DEFAULT_TARGETS = ("c_attn", "c_proj", "c_fc")
+_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+_PASSED_ON = frozenset(
+    ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+     "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "fan_in_fan_out")
+)  # fmt: skip
+_REFUSED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules_to_save",
+    "target_parameters": "LoRA on bare parameters",
+    "trainable_token_indices": "trainable tokens",
+    "loftq_config": "LoftQ",
+    "eva_config": "EVA",
+    "corda_config": "CorDA",
+    "lora_ga_config": "LoRA-GA",
+}
+
+
+class HoldsModel(Protocol):
+    """An adapter whose whole model can be asked for."""
+
+    def causal_lm(self) -> Any:
+        """The model; see `lema.models.causal_lm.CausalLM`."""
+
+
+class LoRAManager:
+    """Owner of a model's LoRA parameters.
+
+    Args:
+        config: `r` (8), `alpha` (16), `target_modules` (c_attn, c_proj, c_fc; or 'all-linear'), `dropout` (0),
+            and PEFT's own `exclude_modules`, `layers_to_transform`, `layers_pattern`, `rank_pattern`,
+            `alpha_pattern`, `use_rslora`, `init_lora_weights` (True, False or 'gaussian').
+        device: where the adapters live.
+        seed: of the initial values; None: torch's global random state as it is.
+
+    Raises:
+        ConfigError: an unknown setting.
+        UnsupportedError: a kind of adapter that would start from wrong values on a streamed base.
+    """
+
+    def __init__(self, config: Mapping[str, Any], device: str = "cuda", seed: int | None = None) -> None:
+        values = {_NAMES.get(name, name): value for name, value in config.items()}
+        for name, label in _REFUSED.items():
+            if values.pop(name, None):
+                raise UnsupportedError(f"{label} ({name}) is not supported on a streamed base; use plain LoRA")
+        if unknown := sorted(set(values) - _PASSED_ON):
+            close = difflib.get_close_matches(unknown[0], sorted(_PASSED_ON), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(_PASSED_ON))}"
+            raise ConfigError(f"unknown LoRA setting {unknown[0]!r}{hint}")
+        start = values.get("init_lora_weights", True)
+        if start not in (True, False, "gaussian"):
+            raise UnsupportedError(
+                f"init_lora_weights={start!r} starts from the base weights, which are not there when a streamed "
+                "model is built; use True, False or 'gaussian'"
+            )
+        values.setdefault("r", 8)
+        values.setdefault("lora_alpha", 16)
+        targets = values.setdefault("target_modules", list(_DEFAULT_TARGETS))
+        if not isinstance(targets, str):
+            values["target_modules"] = list(targets)
+        self.settings = values
+        self.device = device
+        self.seed = seed
+        self._peft: PeftModel | None = None
+        self._base: nn.Module | None = None
+        self._pending: Path | None = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether the adapters exist."""
+        return self._peft is not None
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """PEFT's model around the base."""
+        if self._peft is None:
+            raise ConfigError("the LoRA parameters do not exist yet: attach the manager to a model first")
+        return self._peft
+
+    def attach(self, adapter: HoldsModel) -> PeftModel:
+        """Inject LoRA into the adapter's model, once; further calls return what is there.
+
+        Initial values are PEFT's own for the same random state.
+
+        Raises:
+            ConfigError: no module matches; those that could are listed.
+            UnsupportedError: a match on head or embeddings.
+        """
+        lm = adapter.causal_lm()
+        if self._peft is not None:
+            if self._base is not lm.module:
+                raise ConfigError("this LoRAManager belongs to another model already; make a new one")
+            return self._peft
+        base: nn.Module = lm.module
+        self._base = base
+        has_generation = hasattr(base, "prepare_inputs_for_generation")
+        config = LoraConfig(task_type="CAUSAL_LM" if has_generation else None, **self.settings)
+        with self._random_state():
+            try:
+                peft_model: Any = get_peft_model(base, config)
+            except ValueError as error:
+                raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
+        self._refuse_outside(base, lm.layers)
+        self._peft = peft_model
+        if self._pending is not None:
+            self.load_pretrained(self._pending)
+        return self.peft_model
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The LoRA parameters, in the model's order; the same objects from first step to last."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names within PEFT's model, and parameters."""
+        return [(name, p) for name, p in self.peft_model.named_parameters() if p.requires_grad]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Adapter tensors under the names PEFT's files use."""
+        own: dict[str, Any] = {name: p.detach() for name, p in self.named_parameters()}
+        result: dict[str, torch.Tensor] = get_peft_model_state_dict(self.peft_model, state_dict=own)
+        return result
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does."""
+        own = {name: p.detach() for name, p in self.named_parameters()}
+        PeftModel.save_pretrained(self.peft_model, str(directory), state_dict=own, save_embedding_layers=False)
+
+    def load_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Read an adapter saved by PEFT or by `save_pretrained`; before `attach` it is kept for then.
+
+        Raises:
+            FileNotFoundError: no adapter there.
+            CheckpointError: rank, targets or shapes differ from this manager's.
+        """
+        folder = Path(directory)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} does not exist: {folder} holds no PEFT adapter")
+        if self._peft is None:
+            self._pending = folder
+            return
+        self._pending = None
+        saved = load_file(folder / ADAPTER_WEIGHTS)
+        own = self.state_dict()
+        expected = {name: tuple(t.shape) for name, t in own.items()}
+        found = {name: tuple(t.shape) for name, t in saved.items()}
+        if expected != found:
+            differ = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            first = differ[0]
+            raise CheckpointError(
+                f"{folder / ADAPTER_WEIGHTS} does not fit the adapter: {len(differ)} tensors differ, first {first!r} "
+                f"(here {expected.get(first)}, in the file {found.get(first)}). Use the rank and targets it was "
+                f"trained with, see {folder / ADAPTER_CONFIG}"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+
+    @staticmethod
+    def settings_from(directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """Settings of a saved adapter, as this class takes them. `FileNotFoundError` without one."""
+        path = Path(directory) / ADAPTER_CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: {directory} holds no PEFT adapter")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {name: values[name] for name in (*_PASSED_ON, *_REFUSED) if values.get(name) not in (None, {}, [])}
+
+    @contextlib.contextmanager
+    def _random_state(self) -> Iterator[None]:
+        if self.seed is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            yield
+
+    def _refuse_outside(self, base: nn.Module, layers: nn.ModuleList) -> None:
+        """Refuse head and embeddings; other linear modules around the layers stay and may be trained."""
+        inside = {id(module) for module in layers.modules()}
+        find_head: Any = getattr(base, "get_output_embeddings", None)
+        head = find_head() if find_head is not None else None
+        outside = [
+            name
+            for name, module in base.named_modules()
+            if isinstance(module, BaseTunerLayer)
+            and id(module) not in inside
+            and (head is None or module is head or not isinstance(module.get_base_layer(), nn.Linear))
+        ]
+        if outside:
+            raise UnsupportedError(
+                f"LoRA on {', '.join(outside)} is not supported: head and embeddings are not trained. "
+                "Leave them out of target_modules, or name them in exclude_modules"
+            )
+
+
+def _candidates(layers: nn.ModuleList) -> str:
+    leaves: dict[str, None] = {}
+    for name, module in layers.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            leaves.setdefault(name.rpartition(".")[2])
+    return f"Modules of this model that can have LoRA: {', '.join(leaves) or 'none'}"

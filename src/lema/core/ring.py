@@ -1,0 +1,252 @@
+"""A ring of slots filled ahead of use: the slot protocol, once, for every tier.
+
+The ring knows slots, visits and uses. It knows nothing of disks, devices or what a unit means: `fill`
+does the moving, and reports back with `finished`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..errors import StreamingError
+from .schedule import Phase, Schedule, Visit
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
+
+
+class SlotState(Enum):
+    """Life of a slot. DIRTY and WRITEBACK will come with weights that change."""
+
+    EMPTY = "empty"
+    LOADING = "loading"
+    READY = "ready"
+    IN_USE = "in use"
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """One filling of a slot with a unit for a visit of a phase, over what the `evicted` unit left there.
+
+    `cancelled` asks the filler to stop early; it must still report.
+    """
+
+    unit: int
+    slot: int
+    phase: Phase
+    evicted: int | None = None
+    cancelled: bool = False
+
+
+@dataclass(slots=True)
+class Slot:
+    """State of one slot; `uses` counts planned visits that have not begun yet."""
+
+    state: SlotState = SlotState.EMPTY
+    unit: int | None = None
+    uses: int = 0
+    load: Load | None = field(default=None, repr=False)
+
+
+class Ring:
+    """Slots that hold the units of the next visits.
+
+    Layout: unit u lives in slot `slot_of[u]`, its rank among the streamed units modulo the number of
+    slots. The schedule's cycle repeats without end; `_next_use` counts visits that have begun and
+    `_next_plan` visits that have been given a place, at most `depth` ahead.
+
+    Mechanics: planning goes through the visits in order. A visit whose slot already holds (or loads)
+    its unit adds one use to it. Otherwise the slot is loaded as soon as nothing that was planned
+    before still needs it: no planned use left, not in use. So a load serves exactly the uses planned
+    before the next load of that slot, and is never overwritten earlier. A visit that was not predicted
+    moves the plan to where it fits: planned uses are forgotten, loads nobody will use are cancelled,
+    what slots hold stays usable. An error of a load leaves the slot empty and goes to the visit that the
+    load was planned for; until it is there, nothing more is planned. Every wait ends: by the load, by its
+    error, or by `close`.
+
+    Args:
+        slot_of: slot number of every unit this ring may be asked for.
+        schedule: predicted visits; only units of `slot_of`.
+        depth: visits planned ahead of the current one; 0 loads on demand.
+        fill: starts to fill a slot and returns; called with the ring's lock held, so it must not block
+            nor call back.
+    """
+
+    def __init__(self, slot_of: dict[int, int], schedule: Schedule, depth: int, fill: Callable[[Load], None]) -> None:
+        self.slot_of = slot_of
+        self.slots = [Slot() for _ in range(max(slot_of.values(), default=-1) + 1)]
+        self.depth = depth
+        self.loads = 0
+        self.wait_seconds = 0.0
+        self.on_overwrite: Callable[[Load], None] = lambda load: None
+        """Called just before a slot starts to be filled."""
+        self._fill = fill
+        self._schedule = schedule
+        self._next_use = 0
+        self._next_plan = 0
+        self._errors: dict[int, BaseException] = {}
+        self._closed = False
+        self._aborting = False
+        self._changed = threading.Condition(threading.RLock())
+
+    # -- the user's side -------------------------------------------------------------------------
+
+    def predict(self, schedule: Schedule) -> bool:
+        """Expect a cycle of visits from its start on; False where just that was expected already."""
+        with self._changed:
+            at_start = bool(schedule.visits) and self._next_use % len(schedule.visits) == 0
+            if schedule == self._schedule and at_start:
+                return False
+            self._schedule = schedule
+            self._replan(0)
+            return True
+
+    def acquire(self, unit: int, phase: Phase = Phase.FORWARD) -> int:
+        """Slot that holds the unit, blocking until it does; the slot is the caller's until `release`.
+
+        Raises:
+            StreamingError: the unit is in use already, its slot is held by another unit in use, or the
+                ring is closed.
+            ReadError: filling the slot failed; asking again tries again.
+        """
+        slot = self.slots[self.slot_of[unit]]
+        with self._changed:
+            self._check_open()
+            if slot.state is SlotState.IN_USE:
+                raise StreamingError(
+                    f"unit {unit} was asked for while unit {slot.unit} is in use in its slot: release it first"
+                )
+            visit = Visit(unit, phase)
+            started = time.perf_counter()
+            self._seek(visit)
+            self._plan(least=1)
+            while not (slot.state is SlotState.READY and slot.unit == unit and self._next_plan > self._next_use):
+                if unit in self._errors:
+                    error = self._errors.pop(unit)
+                    self._replan(self._next_use)
+                    raise error
+                self._changed.wait(_POLL_SECONDS)
+                self._check_open()
+                self._seek(visit)  # somebody may have predicted anew in the meantime
+                self._plan(least=1)
+            self.wait_seconds += time.perf_counter() - started
+            slot.state = SlotState.IN_USE
+            slot.uses -= 1
+            self._next_use += 1
+            self._plan()
+            return self.slot_of[unit]
+
+    def release(self, unit: int) -> None:
+        """Say that a use of the unit is spent."""
+        slot = self.slots[self.slot_of[unit]]
+        with self._changed:
+            if slot.state is not SlotState.IN_USE or slot.unit != unit:
+                raise StreamingError(f"unit {unit} was released but is not in use (slot: {slot.state.value})")
+            slot.state = SlotState.READY
+            self._plan()
+            self._changed.notify_all()
+
+    def abort(self) -> None:
+        """Forget plans and errors and cancel what is being loaded; returns when no load is under way."""
+        with self._changed:
+            self._aborting = True
+            try:
+                self._replan(0)
+                self._cancel_loads()
+                while any(slot.state is SlotState.LOADING for slot in self.slots):
+                    self._changed.wait(_POLL_SECONDS)
+            finally:
+                self._aborting = False
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Refuse further visits and wake everyone who waits."""
+        with self._changed:
+            self._closed = True
+            self._cancel_loads()
+            self._changed.notify_all()
+
+    # -- the filler's side -----------------------------------------------------------------------
+
+    def finished(self, load: Load, error: BaseException | None = None) -> None:
+        """Report the end of a load: filled, failed, or given up because it was cancelled."""
+        with self._changed:
+            slot = self.slots[load.slot]
+            assert slot.load is load and slot.state is SlotState.LOADING, "a load reported to a slot it does not own"
+            slot.load = None
+            if error is None and not load.cancelled:
+                slot.state = SlotState.READY
+            else:
+                if error is not None and not load.cancelled and slot.uses:
+                    self._errors[load.unit] = error
+                slot.state, slot.unit, slot.uses = SlotState.EMPTY, None, 0
+            self._plan()
+            self._changed.notify_all()
+
+    # -- planning --------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamingError("the memory manager is closed: no more weights can be asked for")
+
+    def _visit(self, number: int) -> Visit:
+        return self._schedule.visits[number % len(self._schedule.visits)]
+
+    def _seek(self, visit: Visit) -> None:
+        if self._schedule.visits and self._visit(self._next_use) == visit:
+            return
+        start = self._next_use % len(self._schedule.visits) if self._schedule.visits else 0
+        position = self._schedule.position(visit, start)
+        if position is None:
+            self._schedule = Schedule((*self._schedule.visits, visit))
+            position = len(self._schedule.visits) - 1
+        logger.debug("unpredicted visit of unit %d (%s): replanning", visit.unit, visit.phase.value)
+        self._replan(position)
+
+    def _replan(self, position: int) -> None:
+        self._next_use = self._next_plan = position
+        self._errors.clear()
+        wanted: dict[int, int] = {}
+        for ahead in range(min(self.depth + 1, len(self._schedule.visits))):
+            unit = self._visit(position + ahead).unit
+            wanted.setdefault(self.slot_of[unit], unit)
+        for number, slot in enumerate(self.slots):
+            slot.uses = 0
+            if slot.load is not None and wanted.get(number) != slot.unit:
+                slot.load.cancelled = True
+        self._plan()
+
+    def _plan(self, least: int = 0) -> None:
+        """Give the next visits their slots and start loads, as far as depth and slots allow.
+
+        `least` is how many visits not yet begun may be planned whatever the depth.
+        """
+        if self._closed or self._aborting or self._errors:
+            return
+        horizon = self._next_use + max(min(self.depth, len(self._schedule.visits)), least)
+        while self._next_plan < horizon:
+            visit = self._visit(self._next_plan)
+            unit, number = visit.unit, self.slot_of[visit.unit]
+            slot = self.slots[number]
+            if slot.unit == unit and not (slot.load is not None and slot.load.cancelled):
+                slot.uses += 1
+            elif slot.uses == 0 and slot.state in (SlotState.EMPTY, SlotState.READY):
+                slot.load = Load(unit, number, visit.phase, evicted=slot.unit)
+                slot.state, slot.unit, slot.uses = SlotState.LOADING, unit, 1
+                self.loads += 1
+                self.on_overwrite(slot.load)
+                self._fill(slot.load)
+            else:
+                return
+            self._next_plan += 1
+
+    def _cancel_loads(self) -> None:
+        for slot in self.slots:
+            if slot.load is not None:
+                slot.load.cancelled = True

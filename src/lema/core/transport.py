@@ -1,0 +1,138 @@
+"""From host slots to device slots: the second tier, written once for every kind of device.
+
+The transport knows streams, events and buffers; it knows nothing of files, layers or schedules. A
+`DeviceBackend` is the thin layer below it: real devices and the simulated one of the tests differ only there.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Protocol
+
+import torch
+
+from ..errors import LemaError
+from .ring import Load, Ring
+from .schedule import Phase, Schedule
+
+
+class Event(Protocol):
+    """A mark in a stream. Waiting for it means its last record at the time of the call; never recorded is complete."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the last record has been reached."""
+
+
+class Stream(Protocol):
+    """A queue of device work that runs in order, beside other streams."""
+
+    def wait_event(self, event: Event) -> None:
+        """Let later work of this stream start only after the event."""
+
+    def record_event(self, event: Event) -> None:
+        """Mark this place of the stream in the event."""
+
+
+class DeviceBackend(Protocol):
+    """What a device must offer: buffers, streams, events and a copy that does not block."""
+
+    def device_buffer(self, nbytes: int) -> torch.Tensor:
+        """Device memory as uint8 `[nbytes]`."""
+
+    def event(self) -> Event:
+        """A new event."""
+
+    def copy_stream(self) -> Stream:
+        """The stream for transfers."""
+
+    def compute_stream(self) -> Stream:
+        """The stream the calling thread computes on."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        """Enqueue a copy of bytes on a stream and return."""
+
+    def ready_for_compute(self) -> None:
+        """Called after `acquire` made the compute stream wait; a backend whose compute is not a stream blocks here."""
+
+
+class DeviceTier:
+    """Device slots filled from host slots by one copier thread.
+
+    Layout: as many device slots as the ring has, a `ready` and a `free` event each. The ring before
+    (host slots) is visited once for every device load.
+
+    Mechanics: the copier takes a load, acquires the unit in the host ring, lets the copy stream wait
+    for `free` and enqueues the copy, then records `ready` and reports the load, so an `acquire` can
+    only find recorded events. It then waits for that copy alone before it releases the host slot. The
+    user's `acquire` makes the compute stream wait for `ready`; `release` records `free` on it before the
+    ring may plan the next load of the slot. So every wait comes after the record it is meant for.
+    """
+
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        host: Ring,
+        host_buffers: list[torch.Tensor],
+        slot_of: dict[int, int],
+        schedule: Schedule,
+        depth: int,
+        nbytes: dict[int, int],
+    ) -> None:
+        num_slots = max(slot_of.values(), default=-1) + 1
+        self.buffers = [backend.device_buffer(max(nbytes.values(), default=0)) for _ in range(num_slots)]
+        self.copied_bytes = 0
+        self._backend = backend
+        self._host = host
+        self._host_buffers = host_buffers
+        self._nbytes = nbytes
+        self._ready = [backend.event() for _ in range(num_slots)]
+        self._free = [backend.event() for _ in range(num_slots)]
+        self._stream = backend.copy_stream()
+        self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.ring = Ring(slot_of, schedule, depth, self._fill)
+
+    def acquire(self, unit: int, phase: Phase) -> int:
+        """Device slot that the compute stream may read once it has waited; see `Ring.acquire`."""
+        slot = self.ring.acquire(unit, phase)
+        self._backend.compute_stream().wait_event(self._ready[slot])
+        self._backend.ready_for_compute()
+        return slot
+
+    def release(self, unit: int) -> None:
+        """Let the slot be overwritten once the compute stream has come here."""
+        self._backend.compute_stream().record_event(self._free[self.ring.slot_of[unit]])
+        self.ring.release(unit)
+
+    def stop(self) -> None:
+        """End the copier after what is queued; it starts again with the next load."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join()
+
+    def _fill(self, load: Load) -> None:
+        self._queue.put(load)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="lema-copier", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while (load := self._queue.get()) is not None:
+            if load.cancelled:
+                self.ring.finished(load)
+                continue
+            try:
+                host_slot = self._host.acquire(load.unit, load.phase)
+            except LemaError as error:
+                self.ring.finished(load, error)
+                continue
+            nbytes = self._nbytes[load.unit]
+            self._stream.wait_event(self._free[load.slot])
+            self._backend.copy(self.buffers[load.slot][:nbytes], self._host_buffers[host_slot][:nbytes], self._stream)
+            self._stream.record_event(self._ready[load.slot])
+            self.copied_bytes += nbytes
+            self.ring.finished(load)
+            self._ready[load.slot].synchronize()
+            self._host.release(load.unit)

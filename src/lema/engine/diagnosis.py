@@ -1,0 +1,53 @@
+"""Where a number first stopped being finite.
+
+It knows layers' outputs and parameters' gradients; it changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.causal_lm import CausalLM
+from .inputs import Batch
+from .streamed_layer import StreamedLayer
+
+
+def first_bad_activation(lm: CausalLM, batch: Batch, random_state: torch.Tensor) -> str:
+    """The first place of a forward sweep whose output is not finite; runs the sweep again on the same random state."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            tensor = output if isinstance(output, torch.Tensor) else output[0]
+            if found or bool(torch.isfinite(tensor).all()):
+                return
+            entered = next((i for i in inputs if isinstance(i, torch.Tensor)), None)
+            came_in = entered is not None and not bool(torch.isfinite(entered).all())
+            found.append("the embedding" if came_in else name)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(f"layer {i}")) for i, layer in enumerate(lm.layers)]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(random_state)
+            hidden = lm.hidden_states(**batch.model_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    return "the final norm" if not bool(torch.isfinite(hidden).all()) else "the head or the loss"
+
+
+def first_bad_gradient(layers: Sequence[StreamedLayer]) -> str | None:
+    """The layer whose adapter gradient was the first in the backward to be not finite; None if all are finite."""
+    for layer in reversed(layers):
+        for name, parameter in layer._layer.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return f"layer {layer.unit}, {name}"
+    return None

@@ -1,0 +1,91 @@
+"""Refusals that keep a streamed model whole: no casts, moves, merges or state dicts of weights not there.
+
+It knows what users and libraries call on models; it knows nothing of how weights come.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..core.memory import TripleBufferManager
+from ..errors import BindingError
+from ..models.causal_lm import CausalLM
+
+logger = logging.getLogger(__name__)
+
+
+def guard(lm: CausalLM, memory: TripleBufferManager) -> None:
+    """Put the refusals on a model whose layers are streamed; a fully resident one only ignores checkpointing."""
+    lm.module.__dict__["gradient_checkpointing_enable"] = _checkpointing_is_built_in
+    if not memory.streamed:
+        return
+    owners = [module for unit in memory.streamed for module in lm.layers[unit].modules()]
+    for module in (lm.module, *owners):
+        module.__dict__["_apply"] = functools.partial(_apply, module)
+    for module in owners:
+        if isinstance(module, BaseTunerLayer):
+            module.__dict__["merge"] = _refuse_merge
+        if any(True for _ in module.parameters(recurse=False)) and not _holds_adapter(module):
+            module.register_state_dict_pre_hook(_refuse_state_dict)
+    lm.module.__dict__["save_pretrained"] = _refuse_save
+
+
+def guard_peft(model: nn.Module, adapter_state: Callable[[], dict[str, torch.Tensor]]) -> None:
+    """Make PEFT's own `save_pretrained` take the adapter's tensors, without asking for the base's."""
+    save: Any = type(model).__dict__.get("save_pretrained") or PeftModel.save_pretrained
+
+    def save_adapter(directory: str, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("state_dict", adapter_state())
+        kwargs.setdefault("save_embedding_layers", False)
+        save(model, directory, *args, **kwargs)
+
+    model.__dict__["save_pretrained"] = save_adapter
+    model.__dict__["_apply"] = functools.partial(_apply, model)
+
+
+def _holds_adapter(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def _apply(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+    for parameter in module.parameters():
+        probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        moved = fn(probe)
+        if (moved.dtype, moved.device) != (probe.dtype, probe.device):
+            raise BindingError(
+                f"this model's weights are streamed into fixed {probe.dtype} memory on {probe.device} and cannot be "
+                f"changed to {moved.dtype} on {moved.device}; choose dtype and device in LemaConfig"
+            )
+    return module
+
+
+def _checkpointing_is_built_in(*_: Any, **__: Any) -> None:
+    logger.info("gradient_checkpointing_enable() does nothing here: every layer is recomputed in the backward anyway")
+
+
+def _refuse_merge(*_: Any, **__: Any) -> NoReturn:
+    raise BindingError(
+        "adapters cannot be merged into streamed weights: the next load would overwrite them. Save the adapter and "
+        "merge it into the files"
+    )
+
+
+def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
+    raise BindingError(
+        f"state_dict() was asked of streamed weights ({prefix or type(module).__name__}), which are not all in memory; "
+        "save_pretrained() saves the adapter, the base is in its own files"
+    )
+
+
+def _refuse_save(*_: Any, **__: Any) -> NoReturn:
+    raise BindingError(
+        "the base model's weights are streamed and stay in their files; LemaModel.save_pretrained() saves the adapter"
+    )

@@ -1,0 +1,109 @@
+"""A batch, checked before anything is computed from it.
+
+It knows ids, labels and masks; it knows nothing of text or of what the model does with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..models.causal_lm import CausalLM
+from .loss import IGNORE_INDEX, shift_left
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids `[batch, seq]`, and targets of the same shape already shifted (-100: none)."""
+
+    model_inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor | None
+    num_targets: int
+    num_tokens: int
+
+
+def make_batch(
+    lm: CausalLM,
+    inputs: torch.Tensor | Mapping[str, Any],
+    labels: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> Batch:
+    """Check a batch and shift its labels.
+
+    Args:
+        inputs: ids `[batch, seq]` (or `[seq]`), or a mapping with `input_ids` and any of the others.
+        labels: `[batch, seq]`, unshifted, -100 where nothing is learned.
+        attention_mask, position_ids: `[batch, seq]`.
+
+    Raises:
+        InputError: an empty batch, shapes that differ, ids or labels outside the vocabulary, a sequence longer
+            than the model's positions, or labels without a single target.
+    """
+    if isinstance(inputs, Mapping):
+        known = {"input_ids", "labels", "attention_mask", "position_ids"}
+        if unknown := sorted(set(inputs) - known):
+            raise InputError(f"the batch holds {', '.join(unknown)}, which train_step does not take; known: {known}")
+        labels = inputs.get("labels") if labels is None else labels
+        attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
+        position_ids = inputs.get("position_ids") if position_ids is None else position_ids
+        if "input_ids" not in inputs:
+            raise InputError("the batch has no input_ids")
+        inputs = inputs["input_ids"]
+    ids = _as_rows("input_ids", inputs)
+    given = {"attention_mask": attention_mask, "position_ids": position_ids}
+    model_inputs = {"input_ids": ids}
+    for name, value in given.items():
+        if value is not None:
+            model_inputs[name] = _same_shape(name, _as_rows(name, value), ids)
+    if ids.numel() == 0:
+        raise InputError(f"the batch is empty: input_ids has shape {list(ids.shape)}")
+    _check_range("input_ids", ids, lm.vocab_size)
+    limit = lm.max_positions
+    if limit is not None and ids.shape[1] > limit:
+        raise InputError(
+            f"sequences of {ids.shape[1]} tokens are longer than the model's {limit} positions; cut the rows"
+        )
+    if labels is None:
+        return Batch(model_inputs, None, 0, ids.numel())
+    labels = _same_shape("labels", _as_rows("labels", labels), ids)
+    _check_range("labels", labels, lm.vocab_size, ignore=IGNORE_INDEX)
+    targets = shift_left(labels)
+    num_targets = int((targets != IGNORE_INDEX).sum())
+    if num_targets == 0:
+        raise InputError(
+            f"none of the {ids.shape[0]} rows has a target: every label after the first position is {IGNORE_INDEX}"
+        )
+    return Batch(model_inputs, targets, num_targets, ids.numel())
+
+
+def _as_rows(name: str, value: Any) -> torch.Tensor:
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point() or tensor.dim() not in (1, 2):
+        raise InputError(
+            f"{name} must hold whole numbers of shape [batch, seq], not {tensor.dtype} {list(tensor.shape)}"
+        )
+    tensor = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+    return tensor if tensor.dtype == torch.bool else tensor.long()
+
+
+def _same_shape(name: str, value: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    if value.shape != ids.shape:
+        raise InputError(f"{name} has shape {list(value.shape)}, input_ids {list(ids.shape)}; they must be the same")
+    return value
+
+
+def _check_range(name: str, values: torch.Tensor, vocab_size: int, ignore: int | None = None) -> None:
+    wrong = (values < 0) | (values >= vocab_size)
+    if ignore is not None:
+        wrong &= values != ignore
+    if bool(wrong.any()):
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        raise InputError(
+            f"{name} row {row}, position {column} is {int(values[row, column])}, outside the model's vocabulary of "
+            f"{vocab_size} tokens (0..{vocab_size - 1}); is this the model's own tokenizer?"
+        )

@@ -1,0 +1,83 @@
+"""The loss of a batch and its gradient at the hidden states, on all rows at once or in chunks of targets.
+
+It knows logits and targets; it knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from ..models.causal_lm import CausalLM
+
+IGNORE_INDEX = -100
+
+
+def shift_left(labels: torch.Tensor) -> torch.Tensor:
+    """Targets of each position: the next position's label. `[batch, seq]` -> `[batch, seq]`, the last is -100."""
+    return functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class LossResult:
+    """Loss summed over targets and divided by the denominator, as float and (unless evaluated) its gradient."""
+
+    loss: float
+    gradient: torch.Tensor | None
+    """`[batch, seq, hidden]`, times the loss scale."""
+    logits: torch.Tensor | None
+    """`[batch, seq, vocab]`, only on request."""
+
+
+def compute_loss(
+    lm: CausalLM,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    denominator: float,
+    *,
+    chunk_size: int | None = None,
+    scale: float = 1.0,
+    with_gradient: bool = True,
+    with_logits: bool = False,
+) -> LossResult:
+    """Run head and loss.
+
+    Args:
+        hidden: `[batch, seq, hidden]` from the decoder.
+        targets: `[batch, seq]`, already shifted, -100 where there is none.
+        denominator: target tokens the sum is divided by.
+        chunk_size: targets a chunk, positions without one are skipped; None: the model's own loss on all rows.
+        scale: loss scale, applied before the gradient is formed.
+    """
+    hidden = hidden.detach()
+    if chunk_size is None:
+        loss, gradient, everything = _piece(lm, hidden, targets, denominator, scale, with_gradient)
+        return LossResult(float(loss), gradient, everything if with_logits else None)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    flat = targets.reshape(-1)
+    total = 0.0
+    whole = torch.zeros_like(rows) if with_gradient else None
+    for positions in (flat != IGNORE_INDEX).nonzero().squeeze(1).split(chunk_size):
+        chunk = rows.index_select(0, positions).unsqueeze(0)
+        loss, gradient, _ = _piece(lm, chunk, flat[positions].unsqueeze(0), denominator, scale, with_gradient)
+        total += float(loss)
+        if whole is not None and gradient is not None:
+            whole.index_copy_(0, positions, gradient.squeeze(0))
+    with torch.no_grad():
+        logits = lm.logits(hidden) if with_logits else None
+    return LossResult(total, None if whole is None else whole.view_as(hidden), logits)
+
+
+def _piece(
+    lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, scale: float, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    with torch.set_grad_enabled(with_gradient):
+        hidden = hidden.requires_grad_(with_gradient)
+        logits = lm.logits(hidden)
+        loss = lm.loss(logits, targets, denominator)
+        if not with_gradient:
+            return loss, None, logits
+        (gradient,) = torch.autograd.grad(loss if scale == 1.0 else loss * scale, hidden)
+    return loss.detach(), gradient, logits.detach()

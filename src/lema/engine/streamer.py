@@ -1,0 +1,78 @@
+"""Installs streamed layers in a model and begins its sweeps.
+
+It knows a model's layers and the memory manager; it knows nothing of losses, optimizers or files.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.memory import TripleBufferManager
+from ..core.schedule import Schedule
+from ..errors import UnsupportedError
+from ..models.causal_lm import CausalLM
+from .arguments import BatchRules
+from .guards import guard
+from .streamed_layer import Batching, StreamedLayer
+
+logger = logging.getLogger(__name__)
+
+_REFUSED_OUTPUTS = {
+    "output_attentions": "attention weights",
+    "output_router_logits": "router logits and their auxiliary loss",
+}
+
+
+class LayerStreamer:
+    """A model whose layers wait for their weights.
+
+    After construction the model is called, trained and generated with like any other: its own forward
+    calls its layers, and each call of the whole model tells the memory manager which visits to expect.
+
+    Args:
+        lm: the model.
+        memory: holds its weights.
+        micro_batch_size: rows a layer runs at once; None: all.
+    """
+
+    def __init__(self, lm: CausalLM, memory: TripleBufferManager, micro_batch_size: int | None = None) -> None:
+        self.lm = lm
+        self.memory = memory
+        self.batching = Batching(micro_batch_size, lambda: BatchRules.learn(lm))
+        self.layers = [StreamedLayer(unit, layer, memory, self.batching) for unit, layer in enumerate(lm.layers)]
+        for streamed, layer in zip(self.layers, lm.layers, strict=True):
+            layer.__dict__["forward"] = streamed
+        lm.module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        guard(lm, memory)
+
+    def prepare(self, batch: int) -> None:
+        """Learn how to cut the layers' arguments, if a batch of this many rows will be cut."""
+        if len(self.batching.cuts(batch)) > 1:
+            _ = self.batching.rules
+
+    def lowest_trainable(self) -> int:
+        """The deepest layer a gradient has to reach; the number of layers if there is none."""
+        return next((s.unit for s in self.layers if s.trainables()), len(self.layers))
+
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        config = getattr(module, "config", None)
+        for name, label in _REFUSED_OUTPUTS.items():
+            if kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False)):
+                raise UnsupportedError(
+                    f"{name}=True asks for {label}, which are not right while layers are streamed; set it to False"
+                )
+        count = len(self.layers)
+        self.memory.check_bindings()
+        lowest = self.lowest_trainable() if torch.is_grad_enabled() else count
+        if lowest < count:
+            kwargs.setdefault("use_cache", False)
+            self.memory.predict(Schedule.training(count, lowest))
+        else:
+            self.memory.predict(Schedule.inference(count))
+        return args, kwargs

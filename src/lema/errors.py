@@ -1,0 +1,67 @@
+"""Errors a user can cause. Each message says what, where (file, tensor, row, sizes) and what to do next.
+
+This module knows nothing of the rest of the package. Invariants of our own are `assert`s, not these.
+"""
+
+
+class LemaError(Exception):
+    """Base of every error LEMA raises on purpose."""
+
+
+class ConfigError(LemaError, ValueError):
+    """A setting has a bad value, an unknown name, or contradicts another one."""
+
+
+class WeightsError(LemaError):
+    """Weight files cannot be used: missing, ambiguous, changed, or not what their header says."""
+
+
+class WeightsFormatError(WeightsError):
+    """A file is not valid safetensors, or its header contradicts the file."""
+
+
+class WeightsNotFoundError(WeightsError, FileNotFoundError):
+    """A path does not exist or holds no weights."""
+
+
+class MissingTensorError(WeightsError, KeyError):
+    """Tensors a model needs are not in the files. All missing ones are listed at once."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of its argument
+        return str(self.args[0]) if self.args else ""
+
+
+class ShapeMismatchError(WeightsError):
+    """A tensor in a file has another shape than the model's configuration asks for."""
+
+
+class ReadError(WeightsError, OSError):
+    """Reading bytes of a tensor failed while streaming."""
+
+
+class UnsupportedError(LemaError, ValueError):
+    """A model family, adapter type or option that LEMA would compute wrongly, and so refuses by name."""
+
+
+class InputError(LemaError, ValueError):
+    """Token ids, labels or masks that no correct step can be made from."""
+
+
+class BindingError(LemaError, RuntimeError):
+    """Parameters bound to streamed memory were moved, cast, merged or asked for as a whole."""
+
+
+class StreamingError(LemaError, RuntimeError):
+    """The slot protocol was misused: a unit acquired twice, released unacquired, or used after close."""
+
+
+class NonFiniteError(LemaError, ArithmeticError):
+    """A loss or gradient is NaN or infinite; says in which layer it was first seen."""
+
+
+class DeviceError(LemaError, RuntimeError):
+    """The device asked for is absent or cannot compute in the type asked for."""
+
+
+class CheckpointError(LemaError):
+    """A training checkpoint is incomplete, damaged, or belongs to another run."""

@@ -1,0 +1,217 @@
+"""`LemaModel`: the facade. A configuration in, a model that can be trained, asked and saved out.
+
+It puts the rooms together; it computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .config import LemaConfig
+from .core.gbi import GlobalBinaryIndex
+from .core.lora import ADAPTER_CONFIG, LoRAManager
+from .core.memory import TripleBufferManager
+from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
+from .engine.guards import guard_peft
+from .engine.streamer import LayerStreamer
+from .engine.trainer import LemaTrainer
+from .errors import ConfigError, DeviceError, UnsupportedError, WeightsNotFoundError
+from .models.base import LemaModelAdapter
+from .models.registry import get_adapter
+
+
+class LemaModel:
+    """A language model whose frozen layers stream from disk, with LoRA adapters that stay.
+
+    Args:
+        config: settings.
+        adapter: the model family, for weights without a config.json beside them.
+
+    Raises:
+        WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
+        UnsupportedError: a family LEMA cannot run rightly.
+        DeviceError: the device is absent or lacks the type.
+    """
+
+    def __init__(self, config: LemaConfig, adapter: LemaModelAdapter | None = None) -> None:
+        self.config = config
+        compute_dtype(config)
+        model_path = _local(config.model_name_or_path, "*.json")
+        self.adapter = adapter or _adapter_for(config, model_path)
+        self.gbi = GlobalBinaryIndex(_weights_path(config))
+        self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi)
+        self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
+        self._streamer: LayerStreamer | None = None
+        self._adapter_source: Path | None = None
+
+    def initialize_lora(self) -> None:
+        """Make the adapters' parameters and install the streamed layers; further calls do nothing."""
+        if self._streamer is not None:
+            return
+        if self.lora_manager is not None:
+            peft_model = self.lora_manager.attach(self.adapter)
+            base = getattr(peft_model, "base_model", None)
+            if base is not None:
+                peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
+        self._streamer = LayerStreamer(self.adapter.causal_lm(), self.memory, self.config.micro_batch_size)
+        if self.lora_manager is not None:
+            guard_peft(self.lora_manager.peft_model, self.lora_manager.state_dict)
+        self.hf_model.eval()
+
+    @property
+    def hf_model(self) -> nn.Module:
+        """PEFT's model around transformers' own (or that one, without LoRA): call it, and `loss.backward()`."""
+        self.initialize_lora()
+        if self.lora_manager is not None:
+            return self.lora_manager.peft_model
+        return self.adapter.causal_lm().module
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The LoRA parameters, float32; empty without LoRA."""
+        self.initialize_lora()
+        return self.lora_manager.get_trainable_parameters() if self.lora_manager is not None else []
+
+    def get_trainer(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+    ) -> LemaTrainer:
+        """A trainer for this model.
+
+        Args:
+            optimizer: over `get_trainable_parameters()`; None: AdamW with the config's learning rate.
+            resume_from: a directory written by `save_checkpoint`; training goes on bit for bit.
+        """
+        self.initialize_lora()
+        trainer = LemaTrainer(
+            self.config,
+            self.adapter,
+            self.gbi,
+            self.lora_manager,
+            optimizer,
+            self.memory,
+            streamer=self._streamer,
+        )
+        if resume_from is not None:
+            trainer.load_checkpoint(resume_from)
+        return trainer
+
+    def generate(self, inputs: torch.Tensor | Mapping[str, Any], **kwargs: Any) -> Any:
+        """transformers' `generate` with the adapter active and a key-value cache, layers streamed for each token.
+
+        Args:
+            inputs: ids `[batch, seq]`, or a mapping with `input_ids` and `attention_mask`.
+            **kwargs: what transformers' `generate` takes.
+
+        Returns:
+            Ids `[batch, seq + new]`, or what `return_dict_in_generate` asks for.
+        """
+        self.initialize_lora()
+        module: Any = self.adapter.causal_lm().module
+        if not hasattr(module, "generate"):
+            raise UnsupportedError(
+                f"{type(self.adapter).__name__} has no generate of its own; only transformers models do"
+            )
+        given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+        kwargs.setdefault("use_cache", True)
+        training = self.hf_model.training
+        self.hf_model.eval()
+        try:
+            with torch.no_grad():
+                return module.generate(**given, **kwargs)
+        except BaseException:
+            self.memory.abort()
+            raise
+        finally:
+            self.hf_model.train(training)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `lema_config.json` and PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+        folder = Path(directory)
+        self.config.save_pretrained(folder)
+        if self.lora_manager is not None:
+            self.initialize_lora()
+            self.lora_manager.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], **overrides: Any) -> LemaModel:
+        """A model with the settings and adapter of a directory written by `save_pretrained` or a checkpoint.
+
+        Raises:
+            FileNotFoundError: no `lema_config.json` there.
+        """
+        model = cls(LemaConfig.from_pretrained(directory, **overrides))
+        if model.lora_manager is not None and (Path(directory) / ADAPTER_CONFIG).is_file():
+            model.initialize_lora()
+            model.lora_manager.load_pretrained(directory)
+        return model
+
+    def to(self, device: str | torch.device) -> LemaModel:
+        """This model, if it computes on that device; another one is a `DeviceError` that says how to get there."""
+        if torch.device(device).type != torch.device(self.config.device).type:
+            raise DeviceError(
+                f"this model's memory was laid out for {self.config.device!r}; make a new LemaModel with "
+                f"device={str(device)!r}"
+            )
+        return self
+
+    def close(self) -> None:
+        """End the reading threads and give the files back."""
+        self.memory.close()
+        self.gbi.close()
+
+    def __enter__(self) -> LemaModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _local(name_or_path: str, *patterns: str) -> Path:
+    """A local path for a path or a hub id; files of a hub id come through huggingface_hub's cache."""
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    could_be_hub_id = name_or_path.count("/") <= 1 and path.suffix != ".safetensors" and not path.is_absolute()
+    if not could_be_hub_id or name_or_path.startswith("."):
+        raise WeightsNotFoundError(f"{name_or_path} does not exist: give a directory, a .safetensors file or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsNotFoundError(
+            f"{name_or_path!r} is neither a local path nor a model that could be fetched from the hub: {error}"
+        ) from error
+
+
+def _weights_path(config: LemaConfig) -> Path:
+    if config.gbi_path is not None:
+        return Path(config.gbi_path)
+    return _local(config.model_name_or_path, "*.json", "*.safetensors")
+
+
+def _adapter_for(config: LemaConfig, model_path: Path) -> LemaModelAdapter:
+    folder = model_path if model_path.is_dir() else model_path.parent
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist, so nothing says what {config.model_name_or_path} is; put the model's config.json "
+            "there, name a model directory and give the weights as gbi_path, or build LemaModel with an adapter"
+        )
+    values, _ = PreTrainedConfig.get_config_dict(folder)
+    model_type = config.model_type or values.get("model_type")
+    if not model_type:
+        raise ConfigError(f"{path} has no model_type; give LemaConfig(model_type=...)")
+    adapter = get_adapter(model_type, values)
+    if hasattr(adapter, "config") and isinstance(adapter.config, PreTrainedConfig):
+        adapter.config._name_or_path = config.model_name_or_path
+    return adapter

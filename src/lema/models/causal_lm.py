@@ -1,0 +1,222 @@
+"""A causal language model cut where training needs it cut: up to the hidden states, and the head alone.
+
+It knows how to run the model's own forward in two halves; it knows nothing of where weights are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+
+from ..errors import UnsupportedError
+from .skeleton import replaced_forwards
+
+if TYPE_CHECKING:
+    from .base import LemaModelAdapter
+
+
+class CausalLM(Protocol):
+    """What the engine drives."""
+
+    layers: Any
+    """The decoder layers, in order of depth."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself; calling it runs a whole forward."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence in tokens; None: no limit known."""
+
+    def pass_on(self, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form the model expects a layer to return them."""
+
+    def hidden_states(self, **inputs: Any) -> torch.Tensor:
+        """Output of the decoder after its final norm, `[batch, seq, hidden]`."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Head of the model with all it does to logits: `[.., n, hidden]` -> `[.., n, vocab]`."""
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:
+        """The model's loss, summed over targets that are not -100 and divided by `denominator`."""
+
+
+class TransformersCausalLM:
+    """A transformers model driven in two halves by its own `forward`.
+
+    The decoder's forward is replaced for one call: for the first half it runs and hands on no rows, so
+    the head does nothing; for the second half it returns the rows it is given. So whatever a family does
+    between decoder and logits (soft caps, scales, slices) is done by the family's code.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        self._model = model
+        self.layers: Any = layers
+        base = getattr(model, model.base_model_prefix)
+        # OPT's causal model calls its decoder directly
+        self._decoder: nn.Module = base.decoder if isinstance(getattr(base, "decoder", None), nn.Module) else base
+        self._output: type[ModelOutput] = BaseModelOutputWithPast
+        self._returns_tuples: bool | None = None
+
+    @property
+    def module(self) -> PreTrainedModel:
+        return self._model
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self._model.config.get_text_config().vocab_size
+        return size
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+
+    def pass_on(self, hidden: torch.Tensor) -> Any:
+        if self._returns_tuples is None:
+            self._returns_tuples = not self._takes_bare_tensors()
+        return (hidden,) if self._returns_tuples else hidden
+
+    def _takes_bare_tensors(self) -> bool:
+        """Whether layers return a tensor, not a tuple: with one too few a dimension gets lost on the way."""
+        ids = torch.zeros((2, 3), dtype=torch.long)
+        bare = [lambda hidden, *_, **__: hidden] * len(self.layers)
+        with replaced_forwards(self.layers, bare), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                logits = self._model.forward(input_ids=ids, use_cache=False).logits
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                return False
+        return tuple(logits.shape[:2]) == (2, 3)
+
+    def hidden_states(self, **inputs: Any) -> torch.Tensor:
+        run = self._decoder.forward
+        captured: list[Any] = []
+
+        def first_half(*args: Any, **kwargs: Any) -> ModelOutput:
+            output = run(*args, **kwargs)
+            captured.append(output)
+            return type(output)(last_hidden_state=output.last_hidden_state.detach()[:, :0])
+
+        with self._decoder_forward(first_half):
+            self._model(**inputs, use_cache=False)
+        if not captured:
+            raise UnsupportedError(f"{type(self._model).__name__} does not call its decoder the way LEMA expects")
+        self._output = type(captured[0])
+        hidden: torch.Tensor = captured[0].last_hidden_state
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        with self._decoder_forward(lambda *args, **kwargs: self._output(last_hidden_state=hidden)):
+            logits: torch.Tensor = self._model.forward(use_cache=False).logits
+        return logits
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:
+        loss: torch.Tensor = self._model.loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=targets,
+            vocab_size=self.vocab_size,
+            num_items_in_batch=denominator,
+        )
+        return loss
+
+    @contextlib.contextmanager
+    def _decoder_forward(self, forward: Callable[..., ModelOutput]) -> Iterator[None]:
+        self._decoder.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            del self._decoder.__dict__["forward"]
+
+
+class ComposedBlock(nn.Module):
+    """One block of an adapter's own family."""
+
+    module: nn.Module
+
+    def __init__(self, adapter: LemaModelAdapter) -> None:
+        super().__init__()
+        self._adapter: LemaModelAdapter
+        self.__dict__["_adapter"] = adapter  # not a submodule
+
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """`[batch, seq, hidden]` -> the same shape."""
+        return self._adapter.forward_layer(self.module, hidden, **kwargs)
+
+
+class ComposedCausalLM(nn.Module):
+    """Embedding, blocks and head of an adapter's own family, run one after the other."""
+
+    embedding: nn.Module
+    head: nn.Module
+
+    def __init__(self, adapter: LemaModelAdapter, num_blocks: int) -> None:
+        super().__init__()
+        self._adapter: LemaModelAdapter
+        self.__dict__["_adapter"] = adapter  # not a submodule
+        self.layers: Any = nn.ModuleList(ComposedBlock(adapter) for _ in range(num_blocks))
+        self._vocab_size: int | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        if self._vocab_size is None:
+            with torch.no_grad():
+                self._vocab_size = self.logits(torch.zeros(1, 1, self._adapter.hidden_size)).shape[-1]
+        return self._vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self._adapter, "max_positions", None)
+
+    def pass_on(self, hidden: torch.Tensor) -> Any:
+        return hidden
+
+    def hidden_states(self, **inputs: Any) -> torch.Tensor:
+        """Runs through `__call__`, so that hooks of the whole model see it."""
+        hidden: torch.Tensor = self(**inputs, _head=False)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[.., n, hidden]` -> `[.., n, vocab]`."""
+        return self._adapter.forward_layer(self.head, hidden.to(self._adapter.dtype))
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:
+        """Cross entropy summed over targets that are not -100, divided by `denominator`."""
+        count: Any = denominator
+        return ForCausalLMLoss(logits, None, logits.shape[-1], num_items_in_batch=count, shift_labels=targets)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool = False,
+        _head: bool = True,
+    ) -> Any:
+        """Ids `[batch, seq]` -> an output with `logits` `[batch, seq, vocab]` and, with labels, `loss`."""
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs = {name: value for name, value in given.items() if value is not None}
+        hidden = self._adapter.forward_layer(self.embedding, input_ids, **kwargs)
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)
+        if not _head:
+            return hidden
+        logits = self.logits(hidden)
+        loss = None if labels is None else ForCausalLMLoss(logits, labels, logits.shape[-1])
+        return CausalLMOutputWithPast(loss=loss, logits=logits)

@@ -1,0 +1,39 @@
+"""An embedding whose table stays where it is, in the file's type: only the rows asked for are fetched.
+
+It knows a table and token ids; it knows nothing of files, devices' tiers or the layers after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype) -> None:
+    """Let an embedding take its rows from a table of another type, cast row by row.
+
+    The module's own forward runs, on a small table of just the rows it needs, so families that scale
+    their embeddings do so as always.
+
+    Args:
+        module: the embedding; its `weight` stays an empty parameter of the full shape.
+        table: `[vocab, hidden]`, in the file's type.
+        dtype: type of the rows handed on.
+    """
+    forward = type(module).forward
+
+    def gathered(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows, places = torch.unique(input_ids, return_inverse=True)
+        weight, padding = module._parameters["weight"], module.padding_idx
+        small = table.index_select(0, rows.to(table.device)).to(dtype)
+        module._parameters["weight"] = nn.Parameter(small, requires_grad=False)
+        module.padding_idx = None
+        try:
+            output: torch.Tensor = forward(module, places, *args, **kwargs)
+            return output
+        finally:
+            module._parameters["weight"], module.padding_idx = weight, padding
+
+    module.__dict__["forward"] = gathered

@@ -1,0 +1,93 @@
+"""A transformers model with all its code and none of its weights.
+
+It knows how to build the model, where its layers are, and how to run it with the layers replaced. It
+knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    """The causal language model of a config; parameters are frozen zeros that take no memory, buffers are real.
+
+    Raises:
+        UnsupportedError: transformers has no such causal language model, or not with this attention.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedError(f"model type {config.model_type!r} is not a causal language model of transformers")
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if attn_implementation == "sdpa" and not getattr(family, "_supports_sdpa", False):
+        logger.info("%s has no sdpa attention, using eager", family.__name__)
+        attn_implementation = "eager"
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise UnsupportedError(f"{family.__name__} cannot be built: {error}") from error
+    model.config.use_cache = False
+    shared: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                shared.setdefault(id(parameter), _hollow(parameter))
+                module._parameters[name] = shared[id(parameter)]
+    return model
+
+
+def _hollow(parameter: torch.Tensor) -> nn.Parameter:
+    """A frozen parameter of the same shape and type over a single zero."""
+    return nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers: the one list of checkpointable layers.
+
+    Raises:
+        UnsupportedError: there is none, or more than one.
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(isinstance(item, GradientCheckpointingLayer) for item in module)
+    ]
+    if len(found) != 1:
+        names = ", ".join(path for path, _ in found) or "none"
+        raise UnsupportedError(
+            f"{type(model).__name__} has {len(found)} lists of decoder layers ({names}); LEMA streams models with "
+            "exactly one. Write an adapter and register it with lema.models.register_adapter"
+        )
+    return found[0]
+
+
+@contextlib.contextmanager
+def replaced_forwards(layers: Iterable[Any], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Each layer's `forward` is another one inside the block."""
+    layers = list(layers)
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for layer, earlier in zip(layers, before, strict=True):
+            if earlier is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = earlier

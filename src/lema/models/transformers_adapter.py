@@ -1,0 +1,263 @@
+"""The one adapter for every transformers decoder: units are its layers, the rest is what is around them.
+
+It knows which parameters a layer has and how to bind them; it knows nothing of slots, sweeps or training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..core.gbi import GlobalBinaryIndex
+from ..core.layout import ParameterSource
+from ..core.lora import LoRAManager
+from ..errors import UnsupportedError
+from .base import LemaModelAdapter, bind_flat_buffer
+from .causal_lm import TransformersCausalLM
+from .checkpoint import CheckpointMap, map_checkpoint
+from .embedding import gather_rows
+from .skeleton import build_skeleton, find_layers
+from .stages import EmbeddingStage, HeadStage, layer_arguments, split_rest
+
+
+class TransformersAdapter(LemaModelAdapter):
+    """Adapter for any causal language model of transformers with one list of decoder layers.
+
+    Args:
+        config: the model's configuration, as a dict with `model_type` or as transformers' object.
+
+    Raises:
+        UnsupportedError: transformers does not know the type, or the model has no single list of layers.
+    """
+
+    packs_units = False
+
+    def __init__(self, config: Mapping[str, Any] | PreTrainedConfig) -> None:
+        if isinstance(config, PreTrainedConfig):
+            self.config = copy.deepcopy(config)
+        else:
+            values = dict(config)
+            model_type = values.pop("model_type", None)
+            if not model_type:
+                raise UnsupportedError("the model's configuration has no model_type: say which family it is")
+            self.config = AutoConfig.for_model(model_type, **values)
+        stored = getattr(self.config, "dtype", None)
+        self.dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+        self._attn: str | None = None
+        self._model: PreTrainedModel | None = None
+        self._lm: TransformersCausalLM
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._expected: dict[str, torch.Tensor] = {}
+        self._layers_path = ""
+        self._map: tuple[GlobalBinaryIndex, CheckpointMap] | None = None
+
+    # -- the skeleton ----------------------------------------------------------------------------
+
+    def configure(self, dtype: torch.dtype, attn_implementation: str | None = None) -> None:
+        """Set compute type and attention. A skeleton built before keeps its modules and takes new buffers."""
+        if self._model is None:
+            self.dtype, self._attn = dtype, attn_implementation
+            return
+        if attn_implementation is not None:
+            self._model.set_attn_implementation(self._supported_attention(attn_implementation))
+        if dtype != self.dtype:
+            fresh = build_skeleton(copy.deepcopy(self.config), dtype, attn_implementation)
+            state = fresh.state_dict()
+            for name, buffer in fresh.named_buffers():
+                path, _, leaf = name.rpartition(".")
+                self._module_before_lora(path)._buffers[leaf] = buffer
+            self._expected = {name: state[name] for name in self._expected}
+            self._map = None
+            self.dtype = dtype
+
+    def _supported_attention(self, name: str) -> str:
+        supported = name != "sdpa" or getattr(type(self.model), "_supports_sdpa", False)
+        return name if supported else "eager"
+
+    def _module_before_lora(self, path: str) -> nn.Module:
+        return self._modules[path]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The skeleton: transformers' model, its weights bound or still empty."""
+        if self._model is None:
+            model = build_skeleton(copy.deepcopy(self.config), self.dtype, self._attn)
+            self._layers_path, layers = find_layers(model)
+            self._modules = dict(model.named_modules())
+            self._expected = dict(model.state_dict())
+            for name in self._expected:
+                path, _, leaf = name.rpartition(".")
+                self._places[name] = (self._modules[path], leaf)
+            self._lm = TransformersCausalLM(model, layers)
+            self._model = model
+        return self._model
+
+    def causal_lm(self) -> TransformersCausalLM:
+        """The whole model, its layers ready to be driven."""
+        assert self.model is not None
+        return self._lm
+
+    @property
+    def hidden_size(self) -> int:
+        size: int = self.config.get_text_config().hidden_size
+        return size
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.causal_lm().layers)
+
+    # -- where tensors go ------------------------------------------------------------------------
+
+    def checkpoint_map(self, gbi: GlobalBinaryIndex) -> CheckpointMap:
+        """Sources of every parameter in this index; see `map_checkpoint` for what it raises."""
+        if self._map is None or self._map[0] is not gbi:
+            self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype))
+        return self._map[1]
+
+    def _unit_names(self, unit: int) -> list[str]:
+        prefix = f"{self._layers_path}.{unit}."
+        return [name for name in self._expected if name.startswith(prefix)]
+
+    def _rest_names(self) -> list[str]:
+        return [name for name in self._expected if not name.startswith(f"{self._layers_path}.")]
+
+    def unit_sources(self, gbi: GlobalBinaryIndex) -> list[list[ParameterSource]]:
+        """Sources of each layer's parameters."""
+        sources = self.checkpoint_map(gbi).sources
+        return [
+            [sources[name] for name in self._unit_names(unit) if self._is_parameter(name)]
+            for unit in range(self.num_layers)
+        ]
+
+    def rest_sources(self, gbi: GlobalBinaryIndex) -> list[ParameterSource]:
+        """Sources of what stays: everything outside the layers, and persistent buffers inside them."""
+        found = self.checkpoint_map(gbi)
+        stays = [name for name in self._expected if name in self._rest_names() or not self._is_parameter(name)]
+        return [found.sources[name] for name in stays if name not in found.tied]
+
+    def gathered_by_rows(self) -> frozenset[str]:
+        """The input embedding, unless it is the head as well."""
+        assert self._map is not None
+        tied = self._map[1].tied
+        embedding = self.model.get_input_embeddings()
+        return frozenset(
+            name
+            for name, (module, leaf) in self._places.items()
+            if module is embedding and leaf == "weight" and name not in tied and name not in tied.values()
+        )
+
+    def _is_parameter(self, name: str) -> bool:
+        module, leaf = self._places[name]
+        return leaf in module._parameters
+
+    def bind_unit(self, unit: int, views: Mapping[str, torch.Tensor], flat: torch.Tensor | None) -> None:
+        """Make the layer's parameters of these tensors."""
+        for name, view in views.items():
+            self._bind(name, view)
+
+    def bound_tensors(self, unit: int) -> list[torch.Tensor]:
+        """The layer's parameters as they are now."""
+        places = [self._places[name] for name in self._unit_names(unit) if self._is_parameter(name)]
+        return [parameter for module, leaf in places if (parameter := module._parameters[leaf]) is not None]
+
+    def bind_rest(self, views: Mapping[str, torch.Tensor]) -> None:
+        """Make everything that stays of these tensors; tied names get the same parameter."""
+        assert self._map is not None
+        for name, view in views.items():
+            module, _ = self._places[name]
+            if name in self.gathered_by_rows() and view.dtype != self._map[1].sources[name].dtype:
+                assert isinstance(module, nn.Embedding)
+                gather_rows(module, view, self._map[1].sources[name].dtype)
+            else:
+                self._bind(name, view)
+        for name, partner in self._map[1].tied.items():
+            module, leaf = self._places[name]
+            partner_module, partner_leaf = self._places[partner]
+            module._parameters[leaf] = partner_module._parameters[partner_leaf]
+
+    def _bind(self, name: str, tensor: torch.Tensor) -> None:
+        module, leaf = self._places[name]
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+
+    # -- a layer alone ---------------------------------------------------------------------------
+
+    def get_layer_metadata(self) -> list[dict[str, Any]]:
+        """Embedding 0, blocks 1..n, head n + 1."""
+        count = self.num_layers
+        blocks = [
+            {"id": i + 1, "name": f"{self._layers_path}.{i}", "type": "block", "block_index": i} for i in range(count)
+        ]
+        return [
+            {"id": 0, "name": "embedding", "type": "embedding"},
+            *blocks,
+            {"id": count + 1, "name": "head", "type": "head"},
+        ]
+
+    def get_param_names_for_layer(self, layer_id: int) -> list[str]:
+        """Names of a layer's parameters as transformers saves them; ids outside 0..n+1 are an `IndexError`."""
+        count = self.num_layers
+        if 1 <= layer_id <= count:
+            return [name for name in self._unit_names(layer_id - 1) if self._is_parameter(name)]
+        if layer_id not in (0, count + 1):
+            raise IndexError(f"layer id {layer_id} is outside 0..{count + 1}")
+        before, after = split_rest(self.causal_lm(), self._rest_names(), self._places)
+        return before if layer_id == 0 else after
+
+    def construct_layer_module(
+        self, layer_id: int, flat_buffer: torch.Tensor | None = None, lora_manager: LoRAManager | None = None
+    ) -> nn.Module:
+        """A copy of the layer over the bytes given; its LoRA parameters are the manager's own, shared by all copies.
+
+        Embedding and head are the model's own forward up to the first layer and after the last.
+        """
+        if lora_manager is not None:
+            lora_manager.attach(self)
+        names = self.get_param_names_for_layer(layer_id)
+        block = 1 <= layer_id <= self.num_layers
+        original: nn.Module = self.causal_lm().layers[layer_id - 1] if block else self.model
+        memo: dict[int, Any] = {id(p): p for n, p in original.named_parameters() if "lora_" in n}
+        module = _copied(original, memo)
+        if flat_buffer is not None:
+            places = [self._places[name] for name in names]
+            bind_flat_buffer([(memo[id(owner)], leaf) for owner, leaf in places], flat_buffer)
+        if block:
+            module.__dict__["lema_unit"] = layer_id - 1
+            return module
+        layers = memo[id(self.causal_lm().layers)]
+        return EmbeddingStage(module, layers) if layer_id == 0 else HeadStage(module, layers, self._lm)
+
+    def forward_layer(self, module: nn.Module, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run a constructed layer. Masks and positions of a block are made by the model's own forward."""
+        if isinstance(module, EmbeddingStage | HeadStage):
+            output: torch.Tensor = module(inputs, **kwargs)
+            return output
+        unit = module.__dict__["lema_unit"]
+        args, named = layer_arguments(self.causal_lm(), unit, inputs.shape[:2], **kwargs)
+        result = module(inputs, *args[1:], **named)
+        return result[0] if isinstance(result, tuple) else result
+
+    def release_layer_module(self, module: nn.Module) -> None:
+        """Drop the module's hold on its bytes; its LoRA parameters live on in the manager."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and "lora_" not in name and not parameter.requires_grad:
+                    part._parameters[name] = nn.Parameter(
+                        torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False
+                    )
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy without the engine's replaced forwards, whose closures must not be copied."""
+    for part in module.modules():
+        if "forward" in part.__dict__:
+            raise UnsupportedError("construct layers alone before the model is driven by a trainer, not after")
+    return copy.deepcopy(module, memo)

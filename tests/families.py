@@ -1,0 +1,94 @@
+"""Tiny random models of every family that must pass by gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_SLIDING = {"sliding_window": 4}
+_DROPOUT_OFF = {
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    "dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0, "hidden_dropout_prob": 0.0,
+}  # fmt: skip
+
+FIRST_GROUP: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": _SLIDING,
+    "qwen2": {**_SLIDING, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {**_SLIDING, "head_dim": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+               "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "phi3": _SLIDING,
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "olmo2": {},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5,
+                "attention_multiplier": 0.3},
+    "cohere": {"logit_scale": 0.25},
+    "starcoder2": _SLIDING,
+    "mixtral": {**_MOE, **_SLIDING},
+    "qwen3_moe": {**_MOE, "head_dim": 8},
+    "gpt_oss": {**_MOE, **_SLIDING, "head_dim": 8},
+}  # fmt: skip
+
+SECOND_GROUP: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 8},
+    "phi": {},
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 24},
+    "olmo3": _SLIDING,
+    "stablelm": {},
+    "cohere2": {**_SLIDING, "head_dim": 8, "logit_scale": 0.25},
+    "smollm3": {},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "qwen3_next": {**_MOE, "head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 24},
+    "lfm2": {"block_ff_dim": 48, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "ernie4_5": {"head_dim": 8},
+    "exaone4": _SLIDING,
+    "minimax": {**_MOE, "head_dim": 8, "block_size": 4},
+    "seed_oss": {"head_dim": 8},
+    "nemotron": {},
+}  # fmt: skip
+
+FAMILIES = {**FIRST_GROUP, **SECOND_GROUP}
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """A config of a few thousand parameters; all dropout off."""
+    values = {**_SMALL, **_DROPOUT_OFF, **FAMILIES.get(family, {}), **overrides}
+    default = AutoConfig.for_model(family)
+    known = {name for name in values if hasattr(default, name) or name in FAMILIES.get(family, {}) or name in overrides}
+    return AutoConfig.for_model(family, **{name: values[name] for name in known})
+
+
+def save_tiny(family: str, folder: Any, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Write a tiny random model of the family; no parameter is zero or one everywhere."""
+    config = tiny_config(family, **overrides)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return model
