@@ -53,8 +53,8 @@ test-accelerator: $(MODEL_INSTALLED) ## the tests that need a GPU (skipped where
 
 check: test test-slow ## everything that runs without an accelerator
 
-bench: $(MODEL_INSTALLED) ## run the benchmarks
-	@$(BIN)/python benchmarks/run.py
+bench: $(MODEL_INSTALLED) ## list the benchmarks; run one: .venv/bin/python -m benchmarks NAME
+	@$(BIN)/python -m benchmarks
 
 clean: ## remove the environment, caches and built files
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

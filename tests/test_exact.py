@@ -124,6 +124,15 @@ def test_a_batch_in_pieces_is_as_exact_as_plain_peft(
 
 @pytest.mark.parametrize("family", FEW)
 def test_sdpa_is_exact_too(tiny: Any, family: str) -> None:
+    if family == "gemma2":  # transformers has no sdpa for it: asked for sdpa, eager is taken
+        pair = Pair.of(tiny(family))
+        assert pair.model.adapter.causal_lm().module.config._attn_implementation == "eager"
+        asked = lema_model(tiny(family), attn_implementation="sdpa")
+        randomise(pair.plain, asked.hf_model)
+        assert not differing(plain_step(pair.plain, padded_batch())[1], lema_step(asked, padded_batch())[1])
+        pair.close()
+        asked.close()
+        return
     pair = Pair.of(tiny(family), attn="sdpa")
     assert pair.model.adapter.causal_lm().module.config._attn_implementation == "sdpa"
     batch = padded_batch()

@@ -429,6 +429,41 @@ def test_stop_ends_the_copier_and_the_next_visit_starts_it_again(tmp_path: Path)
     assert run.end() == []
 
 
+def test_the_copier_can_be_stopped_from_its_own_thread(tmp_path: Path) -> None:
+    """The garbage collector may end a forgotten manager in any thread."""
+    stopped = threading.Event()
+
+    class StopsInTheMiddle(SimulatedDevice):
+        def copy(self, *args: Any) -> None:
+            super().copy(*args)
+            if not stopped.is_set():
+                run.tier.stop()
+                stopped.set()
+
+    run = Run(tmp_path, Shape(1), device=StopsInTheMiddle)
+    run.sweep(Schedule.training(5).visits)
+    assert stopped.is_set()
+    assert run.end() == []
+
+
+def test_a_device_that_fails_is_told_to_who_waits_and_may_be_asked_again(tmp_path: Path) -> None:
+    class FailsTwice(SimulatedDevice):
+        failures = 2
+
+        def copy(self, *args: Any) -> None:
+            if self.failures:
+                self.failures -= 1
+                raise RuntimeError("device lost")
+            super().copy(*args)
+
+    run = Run(tmp_path, Shape(1, depth=0), device=FailsTwice)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="device lost"):
+            run.tier.acquire(0, Phase.FORWARD)
+    run.sweep(Schedule.training(5).visits)
+    assert run.end() == []
+
+
 def test_no_device_slot_is_loaded_more_often_than_the_schedule_says(tmp_path: Path) -> None:
     for shape in (Shape(1, units=6, host_slots=3), Shape(2, units=6, device_slots=3), Shape(3, units=6, depth=4)):
         run = Run(tmp_path, shape)

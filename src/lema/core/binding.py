@@ -5,6 +5,7 @@ It knows storages, offsets and pieces; it knows nothing of modules, slots' life 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,13 @@ def page_aligned(nbytes: int) -> torch.Tensor:
     if sys.platform == "win32":
         return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+
+
+def drop_pages(buffer: torch.Tensor) -> None:
+    """Give the pages of a `page_aligned` buffer back to the system; it reads as zeros until it is written again."""
+    if sys.platform == "win32":
+        return
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel()), mmap.MADV_DONTNEED)
 
 
 def keep_apart(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,15 +16,19 @@ import torch
 
 from ..config import MemoryStrategy
 from ..errors import BindingError, ConfigError, DeviceError, StreamingError
-from .binding import Decoder, mapped_or_materialized, materialize, page_aligned, typed_view
+from .binding import Decoder, drop_pages, mapped_or_materialized, materialize, page_aligned, typed_view
 from .gbi import GlobalBinaryIndex
 from .layout import PAGE, ParameterSource, SlotLayout, align_up
 from .reader import DiskReader, ReadJob
 from .ring import Load, Ring
-from .schedule import Phase, Schedule
+from .schedule import Phase, Schedule, Visit
 from .transport import DeviceBackend, DeviceTier
 
 _MAP_FROM_BYTES = 1 << 20
+_STREAM_HEAD_FROM_BYTES = 32 << 20
+
+HEAD = -1
+"""Number of the head where a unit is asked for; it has a ring of its own."""
 
 
 class StreamableAdapter(Protocol):
@@ -46,6 +50,12 @@ class StreamableAdapter(Protocol):
 
     def bound_tensors(self, unit: int) -> list[torch.Tensor]:
         """The unit's parameters as its modules hold them now, in the order of its sources."""
+
+    def head_source(self, gbi: GlobalBinaryIndex) -> ParameterSource | None:
+        """Source of the head's weight, if its stored bytes are all it takes to compute with it."""
+
+    def bind_head(self, view: torch.Tensor) -> None:
+        """Make the head's weight of this tensor, apart from the embedding even where the two are tied."""
 
     def bind_rest(self, views: Mapping[str, torch.Tensor]) -> None:
         """Make everything that stays of these tensors."""
@@ -79,6 +89,42 @@ class _Bound:
     in_scratch: list[torch.Tensor]
     pointers: list[int]
     decode: Decoder | None
+
+
+class _HeadSlot:
+    """The head's weight, in memory only while it is used: a ring of one slot whose pages are given back after."""
+
+    def __init__(self, source: ParameterSource, reader: DiskReader) -> None:
+        layout = SlotLayout([source])
+        self.buffer = page_aligned(layout.nbytes)
+        self.view = typed_view(self.buffer, layout.direct[0].offset, source.dtype, source.shape)
+        self.nbytes = layout.nbytes
+        self.holds = 0
+
+        def fill(load: Load) -> None:
+            reader.submit(
+                ReadJob(
+                    extents=layout.extents,
+                    buffer=memoryview(self.buffer.numpy()),  # type: ignore[arg-type]
+                    cancelled=lambda: load.cancelled,
+                    done=lambda error: self.ring.finished(load, error),
+                )
+            )
+
+        self.ring = Ring({HEAD: 0}, Schedule((Visit(HEAD, Phase.FORWARD),)), 0, fill)
+        self.ring.on_overwrite = lambda load: torch.autograd.graph.increment_version(self.view)
+
+    def acquire(self) -> None:
+        if self.holds == 0:
+            self.ring.acquire(HEAD)
+        self.holds += 1
+
+    def release(self) -> None:
+        self.holds -= 1
+        if self.holds == 0:
+            self.ring.release(HEAD)
+            self.ring.forget()
+            drop_pages(self.buffer)
 
 
 class TripleBufferManager:
@@ -176,8 +222,11 @@ class TripleBufferManager:
             self._bind_streamed(unit, compute_buffers[compute_ring.slot_of[unit]])
         for unit in sorted(resident):
             self._bind_resident(unit, units[unit])
+        self._head: _HeadSlot | None = None
+        self._bind_head(backend)
         self._bind_rest()
-        self._finalizer = weakref.finalize(self, _shut_down, self._tier, self._ring, self._reader)
+        rings = [self._ring] if self._head is None else [self._ring, self._head.ring]
+        self._finalizer = weakref.finalize(self, _shut_down, self._tier, rings, self._reader)
 
     # -- binding ---------------------------------------------------------------------------------
 
@@ -205,6 +254,17 @@ class TripleBufferManager:
         else:
             views = {source.name: mapped_or_materialized(self.gbi, source) for source in sources}
             self.adapter.bind_unit(unit, views, None)
+
+    def _bind_head(self, backend: DeviceBackend | None) -> None:
+        """Stream a large head too; its read begins so many layers before the end of a forward as it takes."""
+        self._head_prefetch_at = -1
+        source = self.adapter.head_source(self.gbi) if self.streamed and backend is None else None
+        if source is None or source.nbytes < _STREAM_HEAD_FROM_BYTES:
+            return
+        self._head = _HeadSlot(source, self._reader)
+        self.adapter.bind_head(self._head.view)
+        ahead = 2 + self._head.nbytes // max(max(layout.nbytes for layout in self._layouts.values()), 1)
+        self._head_prefetch_at = max(self.num_units - ahead, 0)
 
     def _bind_rest(self) -> None:
         views = {}
@@ -247,6 +307,10 @@ class TripleBufferManager:
 
     def acquire(self, unit: int, phase: Phase = Phase.FORWARD) -> None:
         """Wait until the unit's parameters hold its weights; they do until `release`."""
+        if unit == HEAD:
+            if self._head is not None:
+                self._head.acquire()
+            return
         bound = self._bound.get(unit)
         if bound is None:
             if not 0 <= unit < self.num_units:
@@ -256,6 +320,8 @@ class TripleBufferManager:
             self._ring.acquire(unit, phase)
         else:
             self._tier.acquire(unit, phase)
+        if self._head is not None and unit == self._head_prefetch_at and phase is Phase.FORWARD:
+            self._head.ring.prefetch(HEAD)
         if bound.decode is not None:
             for owner in {self._scratch_unit, unit} - {None}:
                 torch.autograd.graph.increment_version(self._bound[owner].in_scratch)  # type: ignore[index]
@@ -264,12 +330,26 @@ class TripleBufferManager:
 
     def release(self, unit: int) -> None:
         """Say that this use of the unit is spent."""
+        if unit == HEAD:
+            if self._head is not None:
+                self._head.release()
+            return
         if unit not in self._bound:
             return
         if self._tier is None:
             self._ring.release(unit)
         else:
             self._tier.release(unit)
+
+    @property
+    def streams_head(self) -> bool:
+        """Whether the head comes and goes as well."""
+        return self._head is not None
+
+    @property
+    def holds_head(self) -> bool:
+        """Whether somebody has acquired the head and not released it yet."""
+        return self._head is not None and self._head.holds > 0
 
     def check_bindings(self) -> None:
         """Raise `BindingError` if a parameter no longer lies where its bytes arrive."""
@@ -285,10 +365,10 @@ class TripleBufferManager:
     def stats(self) -> MemoryStats:
         """Counters so far."""
         return MemoryStats(
-            loads=self._compute_ring.loads,
+            loads=self._compute_ring.loads + (self._head.ring.loads if self._head else 0),
             bytes_read=self._reader.bytes_read,
             bytes_copied=self._tier.copied_bytes if self._tier else 0,
-            wait_seconds=self._compute_ring.wait_seconds,
+            wait_seconds=self._compute_ring.wait_seconds + (self._head.ring.wait_seconds if self._head else 0.0),
             read_seconds=self._reader.read_seconds,
         )
 
@@ -303,6 +383,8 @@ class TripleBufferManager:
             self._tier.ring.abort()
             self._tier.stop()
         self._ring.abort()
+        if self._head is not None:
+            self._head.ring.abort()
         self._reader.stop()
 
     def close(self) -> None:
@@ -346,10 +428,11 @@ def _weakly(method: Callable[[Load], None]) -> Callable[[Load], None]:
     return call
 
 
-def _shut_down(tier: DeviceTier | None, ring: Ring, reader: DiskReader) -> None:
+def _shut_down(tier: DeviceTier | None, rings: Sequence[Ring], reader: DiskReader) -> None:
     if tier is not None:
         tier.ring.close()
-    ring.close()
+    for ring in rings:
+        ring.close()
     if tier is not None:
         tier.stop()
     reader.stop()

@@ -152,6 +152,20 @@ class Ring:
             self._plan()
             self._changed.notify_all()
 
+    def prefetch(self, unit: int, phase: Phase = Phase.FORWARD) -> None:
+        """Start to load a unit that will be asked for soon, whatever the depth; does not wait."""
+        with self._changed:
+            self._check_open()
+            self._seek(Visit(unit, phase))
+            self._plan(least=1)
+
+    def forget(self) -> None:
+        """Empty every slot that nobody uses or is about to use, so that its memory may go."""
+        with self._changed:
+            for slot in self.slots:
+                if slot.state is SlotState.READY and slot.uses == 0:
+                    slot.state, slot.unit = SlotState.EMPTY, None
+
     def abort(self) -> None:
         """Forget plans and errors and cancel what is being loaded; returns when no load is under way."""
         with self._changed:

@@ -110,7 +110,8 @@ class DeviceTier:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._queue.put(None)
-            thread.join()
+            if thread is not threading.current_thread():  # where the collector ends a forgotten manager
+                thread.join()
 
     def _fill(self, load: Load) -> None:
         self._queue.put(load)
@@ -129,9 +130,15 @@ class DeviceTier:
                 self.ring.finished(load, error)
                 continue
             nbytes = self._nbytes[load.unit]
-            self._stream.wait_event(self._free[load.slot])
-            self._backend.copy(self.buffers[load.slot][:nbytes], self._host_buffers[host_slot][:nbytes], self._stream)
-            self._stream.record_event(self._ready[load.slot])
+            target, source = self.buffers[load.slot][:nbytes], self._host_buffers[host_slot][:nbytes]
+            try:
+                self._stream.wait_event(self._free[load.slot])
+                self._backend.copy(target, source, self._stream)
+                self._stream.record_event(self._ready[load.slot])
+            except RuntimeError as error:  # torch's, when the device failed
+                self._host.release(load.unit)
+                self.ring.finished(load, error)
+                continue
             self.copied_bytes += nbytes
             self.ring.finished(load)
             self._ready[load.slot].synchronize()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.binding import keep_apart
-from ..core.memory import TripleBufferManager
+from ..core.memory import HEAD, TripleBufferManager
 from ..core.schedule import Phase
 from .arguments import Arguments, BatchRules, check_replayable, holds_cache
 
@@ -87,6 +87,19 @@ class StreamedLayer:
                 return self.run(hidden, arguments)
             call = LayerCall(self, arguments, hidden.shape[0], Autocast.now(hidden.device.type))
             return call.rebuild(call.forward(hidden))
+
+
+class StreamedHead(StreamedLayer):
+    """A head whose weight comes and goes. While the engine holds it, as it does from the first chunk of logits
+    to the last chunk's gradient, it is an ordinary layer; else it is replayed like the others."""
+
+    def __init__(self, head: nn.Module, memory: TripleBufferManager) -> None:
+        super().__init__(HEAD, head, memory, Batching(None, BatchRules))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.memory.holds_head or (args and args[0].numel() == 0):
+            return self._forward(self._layer, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
 from .arguments import BatchRules
 from .guards import guard
-from .streamed_layer import Batching, StreamedLayer
+from .streamed_layer import Batching, StreamedHead, StreamedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class LayerStreamer:
         self.layers = [StreamedLayer(unit, layer, memory, self.batching) for unit, layer in enumerate(lm.layers)]
         for streamed, layer in zip(self.layers, lm.layers, strict=True):
             layer.__dict__["forward"] = streamed
+        if memory.streams_head and lm.head is not None:
+            lm.head.__dict__["forward"] = StreamedHead(lm.head, memory)
         lm.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         guard(lm, memory)
 

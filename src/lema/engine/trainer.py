@@ -24,7 +24,7 @@ from ..core.binding import page_aligned, typed_view
 from ..core.gbi import GlobalBinaryIndex
 from ..core.heap import give_back_idle_heap
 from ..core.lora import LoRAManager
-from ..core.memory import TripleBufferManager
+from ..core.memory import HEAD, TripleBufferManager
 from ..errors import ConfigError, NonFiniteError
 from ..models.base import LemaModelAdapter
 from .assembly import assemble_memory
@@ -146,10 +146,11 @@ class LemaTrainer:
             random_state = torch.get_rng_state()
             hidden = self.lm.hidden_states(**batch.model_inputs)
             self._turn()
-            result = compute_loss(
-                self.lm, hidden, batch.targets, denominator,
-                chunk_size=self.config.loss_chunk_size, scale=self._loss_scale(), with_logits=return_logits,
-            )  # fmt: skip
+            with self.memory.use(HEAD):
+                result = compute_loss(
+                    self.lm, hidden, batch.targets, denominator,
+                    chunk_size=self.config.loss_chunk_size, scale=self._loss_scale(), with_logits=return_logits,
+                )  # fmt: skip
             self._check_loss(result, batch, random_state)
             self._turn()
             hidden.backward(result.gradient)
@@ -196,10 +197,11 @@ class LemaTrainer:
                 hidden = self.lm.hidden_states(**batch.model_inputs)
                 if batch.targets is None:
                     return self.lm.logits(hidden), None
-                result = compute_loss(
-                    self.lm, hidden, batch.targets, batch.num_targets,
-                    chunk_size=self.config.loss_chunk_size, with_gradient=False, with_logits=with_logits,
-                )  # fmt: skip
+                with self.memory.use(HEAD):
+                    result = compute_loss(
+                        self.lm, hidden, batch.targets, batch.num_targets,
+                        chunk_size=self.config.loss_chunk_size, with_gradient=False, with_logits=with_logits,
+                    )  # fmt: skip
             finally:
                 self.model.train(training)
         return result.logits, result.loss

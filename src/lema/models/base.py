@@ -15,7 +15,7 @@ from torch import nn
 from ..core.gbi import GlobalBinaryIndex
 from ..core.layout import ParameterSource, whole_tensor
 from ..core.lora import LoRAManager
-from ..errors import MissingTensorError
+from ..errors import MissingTensorError, UnsupportedError
 from .causal_lm import CausalLM, ComposedCausalLM
 
 
@@ -117,6 +117,14 @@ class LemaModelAdapter(ABC):
         assert isinstance(composed, ComposedCausalLM)
         module: nn.Module = composed.layers[unit].module
         return [p for name, p in module.named_parameters() if "lora_" not in name]
+
+    def head_source(self, gbi: GlobalBinaryIndex) -> ParameterSource | None:
+        """None: the adapter's own head stays."""
+        return None
+
+    def bind_head(self, view: torch.Tensor) -> None:
+        """Never called, as `head_source` gives none."""
+        raise UnsupportedError(f"{type(self).__name__} has no head that can be streamed")
 
     def bind_rest(self, views: Mapping[str, torch.Tensor]) -> None:
         """Construct embedding and head over copies of their weights."""

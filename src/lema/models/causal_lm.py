@@ -33,6 +33,10 @@ class CausalLM(Protocol):
         """The model itself; calling it runs a whole forward."""
 
     @property
+    def head(self) -> nn.Module | None:
+        """The output embedding, where it is a module of its own."""
+
+    @property
     def vocab_size(self) -> int:
         """Size of the vocabulary."""
 
@@ -73,6 +77,11 @@ class TransformersCausalLM:
     @property
     def module(self) -> PreTrainedModel:
         return self._model
+
+    @property
+    def head(self) -> nn.Module | None:
+        head: nn.Module | None = self._model.get_output_embeddings()
+        return head
 
     @property
     def vocab_size(self) -> int:
@@ -159,7 +168,7 @@ class ComposedCausalLM(nn.Module):
     """Embedding, blocks and head of an adapter's own family, run one after the other."""
 
     embedding: nn.Module
-    head: nn.Module
+    head: Any
 
     def __init__(self, adapter: LemaModelAdapter, num_blocks: int) -> None:
         super().__init__()

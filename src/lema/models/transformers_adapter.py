@@ -55,6 +55,7 @@ class TransformersAdapter(LemaModelAdapter):
         self._expected: dict[str, torch.Tensor] = {}
         self._layers_path = ""
         self._map: tuple[GlobalBinaryIndex, CheckpointMap] | None = None
+        self._streamed_head: str | None = None
 
     # -- the skeleton ----------------------------------------------------------------------------
 
@@ -138,13 +139,36 @@ class TransformersAdapter(LemaModelAdapter):
     def rest_sources(self, gbi: GlobalBinaryIndex) -> list[ParameterSource]:
         """Sources of what stays: everything outside the layers, and persistent buffers inside them."""
         found = self.checkpoint_map(gbi)
-        stays = [name for name in self._expected if name in self._rest_names() or not self._is_parameter(name)]
-        return [found.sources[name] for name in stays if name not in found.tied]
+        around = frozenset(self._rest_names())
+        stays = [name for name in self._expected if name in around or not self._is_parameter(name)]
+        left_out = {*self._ties(), self._streamed_head}
+        return [found.sources[name] for name in stays if name not in left_out]
+
+    def _ties(self) -> dict[str, str]:
+        """Names that are one tensor; a streamed head is a tensor of its own."""
+        assert self._map is not None
+        return {a: b for a, b in self._map[1].tied.items() if self._streamed_head not in (a, b)}
+
+    def head_source(self, gbi: GlobalBinaryIndex) -> ParameterSource | None:
+        """The output embedding's weight, if it is a plain linear layer stored in the compute type."""
+        name = self._head_name()
+        source = self.checkpoint_map(gbi).sources[name] if name is not None else None
+        return source if source is not None and source.plain else None
+
+    def bind_head(self, view: torch.Tensor) -> None:
+        """Make the head's weight of this tensor, apart from the embedding."""
+        self._streamed_head = self._head_name()
+        assert self._streamed_head is not None
+        self._bind(self._streamed_head, view)
+
+    def _head_name(self) -> str | None:
+        head = self.model.get_output_embeddings()
+        found = [n for n, (module, leaf) in self._places.items() if module is head and leaf == "weight"]
+        return found[0] if found and type(head) is nn.Linear else None
 
     def gathered_by_rows(self) -> frozenset[str]:
         """The input embedding, unless it is the head as well."""
-        assert self._map is not None
-        tied = self._map[1].tied
+        tied = self._ties()
         embedding = self.model.get_input_embeddings()
         return frozenset(
             name
@@ -176,7 +200,7 @@ class TransformersAdapter(LemaModelAdapter):
                 gather_rows(module, view, self._map[1].sources[name].dtype)
             else:
                 self._bind(name, view)
-        for name, partner in self._map[1].tied.items():
+        for name, partner in self._ties().items():
             module, leaf = self._places[name]
             partner_module, partner_leaf = self._places[partner]
             module._parameters[leaf] = partner_module._parameters[partner_leaf]

@@ -1,0 +1,11 @@
+"""Prints the folder of the demonstration model, converting it first if need be.
+
+A process of its own, so that torch and the conversion's memory stay out of the benchmark's.
+"""
+
+from __future__ import annotations
+
+from lema.utils.demo_model import smollm2_folder
+
+if __name__ == "__main__":
+    print(smollm2_folder())
