@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -42,7 +43,6 @@ def peak_mib() -> float:
     kib = proc_value("status", "VmHWM")
     if kib is None:
         import resource
-        import sys
 
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
     return kib / 1024
@@ -132,6 +132,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         loss, counted = step()
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
+        print(f"step {number + 1} done", file=sys.stderr, flush=True)  # tells how far a killed arm came
         counts.append(counted)
     disk_after = proc_value("io", "read_bytes")
     kib = {name: proc_value("status", name) for name in ("RssAnon", "RssFile")}

@@ -23,8 +23,8 @@ STREAMING, RESIDENT, PEFT = "LEMA streaming, limited", "LEMA resident, no limit"
 NOTES = (
     "The group's peak holds anonymous memory, page cache and kernel memory first touched inside it. Pages of libraries "
     "that were in memory before are counted to whoever brought them in, so part of the imports may be outside of it.",
-    "Before each arm the weights are dropped from this machine's page cache. Below a virtual machine the host may still "
-    "hold them, so the disk can look faster than it is.",
+    "Before each arm the weights are dropped from this machine's page cache. Below a virtual machine the host may "
+    "still hold them, so the disk can look faster than it is.",
     "Bytes from the disk are the kernel's count for the process over the timed steps, whatever the file; the engine's "
     "own count is of weights it asked for in the same steps.",
     "The first step of an arm is not timed. Random weights: only the shape matters for these figures.",
@@ -57,6 +57,8 @@ def model_folder(given: Path | None, keep: bool) -> Iterator[Path]:
     """The model's folder, made where it is missing; one made here is removed afterwards unless it is kept."""
     folder = given.resolve() if given else Path(tempfile.mkdtemp(prefix="lema-benchmark-"))
     ours = not (folder / "config.json").is_file()
+    if ours and folder.is_dir() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} has files but no config.json: name a model's folder or an empty one")
     try:
         if ours:
             print("making the 1.7B model ...", file=sys.stderr, flush=True)
@@ -104,7 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--limit-mb", type=int, default=1300, help="size of the memory group (default: %(default)s)")
     made.add_argument("--chunk", type=int, default=256, help="LEMA: target positions a piece of the loss")
     made.add_argument("--slots", type=int, default=2, help="LEMA: units of weights in memory at once")
-    made.add_argument("--folder", type=Path, help="the model's folder, filled if empty (default: a temporary one)")
+    made.add_argument(
+        "--folder",
+        type=Path,
+        help="the model's folder, filled if empty; on a real disk, not tmpfs (default: temporary)",
+    )
     made.add_argument("--keep", action="store_true", help="do not delete a model made by this run")
     options = made.parse_args(arguments)
     check_common(made, options)

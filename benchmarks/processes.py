@@ -118,7 +118,10 @@ def _run(arm: Arm, pair: int, timeout: float, join: Callable[[], None] | None) -
         return Run(arm.label, pair, None, failure="could not be started inside its memory group")
     if ended.returncode < 0:
         name = signal.Signals(-ended.returncode).name
-        return Run(arm.label, pair, ended.returncode, failure=f"killed by {name} (exit {ended.returncode})")
+        steps = sum(line.startswith("step ") for line in ended.stderr.splitlines())
+        return Run(
+            arm.label, pair, ended.returncode, failure=f"killed by {name} (exit {ended.returncode}), {steps} steps done"
+        )
     if ended.returncode != 0:
         last = _without_paths(" / ".join(ended.stderr.strip().splitlines()[-3:]), arm.folder)
         return Run(arm.label, pair, ended.returncode, failure=f"exit {ended.returncode}: {last}")

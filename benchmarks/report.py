@@ -103,9 +103,10 @@ def median_of(runs: Sequence[Run], label: str, key: str) -> float | None:
 
 def loss_note(runs: Sequence[Run]) -> str:
     """Whether the arms did the same work: adapters begin as zero, so the first loss is the base model's own."""
-    losses = {run.numbers["losses"][0] for run in runs if run.numbers is not None}
-    if not losses:
-        return "No arm finished, so losses cannot be compared."
+    by_arm = {run.label: run.numbers["losses"][0] for run in runs if run.numbers is not None}
+    if len(by_arm) < 2:
+        return "Fewer than two arms finished, so losses cannot be compared."
+    losses = by_arm.values()
     spread = (max(losses) - min(losses)) / max(losses)
     same = "agree" if spread < 0.01 else "DO NOT AGREE, so the arms did not do the same work"
     return f"First-step losses of the arms {same}: {min(losses):.5f} to {max(losses):.5f}."

@@ -18,10 +18,10 @@ MEMORY_TARGET, TIME_TARGET = 0.45, 1.00
 NOTES = (
     "Above imports: highest resident set of the process, less its highest resident set right after importing torch, "
     "transformers, the model's class and peft. Mapped file pages count; importing lema counts for LEMA.",
-    "All arms: batch 1, LoRA on every linear layer, AdamW, the same token ids, no data loading. Only LEMA cuts its loss "
-    "into chunks, a setting the PEFT arms do not have.",
-    "The first step of an arm is not timed. Ratios are medians over pairs, both arms of a pair run one after the other, "
-    "in turns in this and the reverse order.",
+    "All arms: batch 1, LoRA on every linear layer, AdamW, the same token ids, no data loading. Only LEMA cuts its "
+    "loss into chunks, a setting the PEFT arms do not have.",
+    "The first step of an arm is not timed. Ratios are medians over pairs; the arms of a pair run one after the other, "
+    "in this and the reverse order by turns.",
     "The resident set does not show page cache that reading the weights may leave behind, in any arm.",
 )
 

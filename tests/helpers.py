@@ -170,7 +170,7 @@ def errors(reference: Gradients, found: Gradients) -> dict[str, float]:
 
 
 def assert_as_exact_as_plain(reference: Gradients, plain: Gradients, found: Gradients, floor: float = 16 * EPS) -> None:
-    """Error against float64 at most 1.5 times plain PEFT's own; below `floor` luck decides, in tensors of a few numbers."""
+    """Error against float64 at most 1.5 times plain PEFT's own; below `floor` luck decides."""
     own, ours = errors(reference, plain), errors(reference, found)
     assert own
     worse = {n: (e, own[n]) for n, e in ours.items() if not e <= 1.5 * own[n] + floor}

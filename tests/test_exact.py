@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from families import FAMILIES, save_tiny
 from helpers import (
     ALPHA,
@@ -35,10 +36,10 @@ from helpers import (
     recording_trainer,
     relative,
 )
-
 from lema.core.gbi import GlobalBinaryIndex
 from lema.core.lora import LoRAManager
 from lema.core.memory import TripleBufferManager
+from lema.core.schedule import Schedule
 from lema.engine.trainer import LemaTrainer
 from lema.models import get_adapter
 from lema.utils.demo_model import locate_smollm2, smollm2_folder
@@ -356,7 +357,9 @@ def _check_against(six_layers: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("direct", [None, False], ids=["direct where granted", "buffered"])
 @pytest.mark.parametrize("resident", [(), (0, 2, 4), (1, 2, 5)], ids=str)
-def test_some_units_resident_and_poisoned_slots(six_layers: Any, resident: tuple[int, ...], direct: bool | None) -> None:
+def test_some_units_resident_and_poisoned_slots(
+    six_layers: Any, resident: tuple[int, ...], direct: bool | None
+) -> None:
     folder, expected_loss, expected, adapter = six_layers
     trainer = _low_level(folder, resident_units=resident, direct_io=direct, poison=True)
     with torch.no_grad():
@@ -403,8 +406,9 @@ def test_adapters_on_middle_layers_only_visit_only_what_a_gradient_needs(six_lay
     assert relative(loss, expected_loss) <= 1e-6
     assert len(expected) == 8
     assert not differing(expected, recorded(trainer, trainer.model))
-    assert [u for u, phase in visits if phase == "forward"] == [0, 1, 2, 3, 4, 5]
-    assert [u for u, phase in visits if phase == "backward"] == [5, 4, 3, 2]
+    assert [u for u, phase in visits if phase == "forward" and u >= 0] == [0, 1, 2, 3, 4, 5]
+    assert [u for u, phase in visits if phase == "backward" and u >= 0] == [5, 4, 3, 2]
+    assert trainer.memory._compute_ring._schedule == Schedule.training(6, 2)
     # two slots: at the turn 5 and 4 are there, at the next step 3 and 2 are: 0, 1, 2, 3, 4, 5 and 3, 2
     assert trainer.last_step is not None
     assert trainer.last_step.loads == 8

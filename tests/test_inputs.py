@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import save_tiny
-from helpers import lema_config, lema_model, padded_batch, recording_trainer
 from safetensors.torch import load_file, save_file
 
 import lema
+from families import save_tiny
+from helpers import lema_config, lema_model, padded_batch, recording_trainer
 from lema.core.gbi import GlobalBinaryIndex
 from lema.engine.trainer import LemaTrainer
 from lema.errors import (
@@ -36,7 +37,10 @@ from lema.errors import (
 )
 from lema.models import get_adapter
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +136,9 @@ def test_a_single_target_is_enough(trainer: LemaTrainer) -> None:
 def test_shapes_and_types(trainer: LemaTrainer) -> None:
     ids = padded_batch()["input_ids"]
     _refused(trainer, r"labels has shape \[4, 9\], input_ids \[4, 10\]", ids, ids[:, 1:])
-    _refused(trainer, r"attention_mask has shape \[3, 10\]", ids, ids, attention_mask=torch.ones(3, 10, dtype=torch.long))
+    _refused(
+        trainer, r"attention_mask has shape \[3, 10\]", ids, ids, attention_mask=torch.ones(3, 10, dtype=torch.long)
+    )
     _refused(trainer, r"position_ids has shape \[1, 10\]", ids, ids, position_ids=torch.arange(10))
     _refused(trainer, "input_ids must hold whole numbers", ids.float(), ids)
     _refused(trainer, "labels must hold whole numbers", ids, ids.float())
@@ -221,7 +227,11 @@ def test_an_unknown_setting_is_named_and_one_suggested() -> None:
 def test_a_settings_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"lema_config\.json"):
         lema.LemaConfig.from_pretrained(tmp_path)
-    for text, match in (("{", "not valid JSON"), ("[1]", "holds list"), ('{"model_name_or_path": "x", "a_b": 1}', "a_b")):
+    for text, match in (
+        ("{", "not valid JSON"),
+        ("[1]", "holds list"),
+        ('{"model_name_or_path": "x", "a_b": 1}', "a_b"),
+    ):
         (tmp_path / "lema_config.json").write_text(text)
         with pytest.raises(ConfigError, match=match):
             lema.LemaConfig.from_pretrained(tmp_path)
@@ -238,7 +248,9 @@ def test_cuda_without_a_gpu_names_the_choice(llama: Path) -> None:
 
 
 def test_unknown_lora_targets_list_the_candidates(llama: Path) -> None:
-    with pytest.raises(ConfigError, match="Modules of this model that can have LoRA: q_proj, k_proj, v_proj, o_proj, ") as caught:
+    with pytest.raises(
+        ConfigError, match="Modules of this model that can have LoRA: q_proj, k_proj, v_proj, o_proj, "
+    ) as caught:
         lema_model(llama, lora_target_modules=["c_attn"])
     assert "c_attn" in str(caught.value)
 
@@ -362,7 +374,7 @@ def test_gradients_that_are_not_finite_do_not_reach_the_optimizer(llama: Path) -
         trainer = recording_trainer(model)
         bad = next(p for n, p in model.hf_model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n)
         handle = bad.register_hook(lambda gradient: gradient * float("inf"))
-        with pytest.raises(NonFiniteError, match="layer 1, mlp.up_proj.lora_B"):
+        with pytest.raises(NonFiniteError, match=r"layer 1, mlp\.up_proj\.lora_B"):
             trainer.train_step(padded_batch())
         assert trainer.optimizer.steps == 0  # type: ignore[attr-defined]
         handle.remove()
@@ -407,46 +419,46 @@ _INTERRUPTED = """
 
     model = lema_model({folder!r})
     trainer = recording_trainer(model)
-    trainer.train_step(padded_batch())
+    batch = padded_batch()
+    _, first = trainer.train_step(batch)
+    gradients = [g.clone() for g in trainer.optimizer.seen]
     preadv = os.preadv
     def slow(*args):
-        time.sleep(0.3)
+        time.sleep(0.1)
         return preadv(*args)
-    os.preadv = slow
-    print("ready", flush=True)
-    try:
-        for _ in range(1000):
-            trainer.{step}
-    except KeyboardInterrupt:
-        started = time.monotonic()
-        while len(threading.enumerate()) > 1 and time.monotonic() - started < 5:
-            time.sleep(0.01)
-        names = [t.name for t in threading.enumerate()]
-        os.preadv = preadv
-        trainer.train_step(padded_batch())
-        print("interrupted", names, trainer.global_step >= 2, flush=True)
+    for step in [trainer.train_step, trainer.eval_step] * 3:
+        os.preadv = slow
+        try:
+            print("ready", flush=True)
+            while True:
+                step(batch)
+        except KeyboardInterrupt:
+            names = [t.name for t in threading.enumerate()]
+            os.preadv = preadv
+            _, loss = trainer.train_step(batch)
+            same = loss == first and all(bool((a == b).all()) for a, b in zip(trainer.optimizer.seen, gradients))
+            print("interrupted", names, same, flush=True)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("delay", [0.2, 0.75, 1.5])
-@pytest.mark.parametrize("step", ["train_step(padded_batch())", "eval_step(padded_batch())"])
-def test_ctrl_c_in_a_step_ends_every_thread(llama: Path, step: str, delay: float) -> None:
-    code = textwrap.dedent(_INTERRUPTED).format(tests=str(Path(__file__).parent), folder=str(llama), step=step)
+def test_ctrl_c_in_a_step_ends_every_thread_and_the_next_step_is_undisturbed(llama: Path) -> None:
+    code = textwrap.dedent(_INTERRUPTED).format(tests=str(Path(__file__).parent), folder=str(llama))
     source = str(Path(lema.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": source},
     )  # fmt: skip
+    said = []
     try:
         assert process.stdout is not None
-        assert process.stdout.readline().strip() == "ready"
-        import time
-
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        for delay in (0.05, 0.1, 0.33, 0.4, 0.75, 0.8):
+            assert process.stdout.readline().strip() == "ready"
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            said.append(process.stdout.readline().strip())
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert out.strip() == "interrupted ['MainThread'] True", err
+    assert said == ["interrupted ['MainThread'] True"] * 6, err
     assert process.returncode == 0, err

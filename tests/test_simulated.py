@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -227,6 +227,18 @@ class Run:
         self.buffers = [page_aligned(max(sizes.values())) for _ in range(shape.host_slots)]
         self.host = Ring(host_slot_of, self.plans[0].loads(slot_of), shape.depth, self.fill)
         self.tier = tier(self.device, self.host, self.buffers, slot_of, self.plans[0], max(shape.depth, 1), sizes)
+        for name in ("release", "finished"):
+            setattr(self.tier.ring, name, self.then_pause(getattr(self.tier.ring, name)))
+
+    def then_pause(self, method: Callable[..., None]) -> Callable[..., None]:
+        """Another thread may always run right after a call; here it often does."""
+
+        def call(*args: Any) -> None:
+            method(*args)
+            if self.draw.random() < 0.5:
+                time.sleep(self.draw.random() * PAUSE)
+
+        return call
 
     def fill(self, load: Load) -> None:
         self.buffers[load.slot].fill_(0xFF)
@@ -516,7 +528,6 @@ class HostSlotIsReleasedBeforeTheCopyEnded(SimulatedDevice):
 class FreeIsRecordedAfterRelease(DeviceTier):
     def release(self, unit: int) -> None:
         self.ring.release(unit)
-        time.sleep(PAUSE)
         self._backend.compute_stream().record_event(self._free[self.ring.slot_of[unit]])
 
 
@@ -525,66 +536,66 @@ class FreeIsNeverRecorded(DeviceTier):
         self.ring.release(unit)
 
 
-class _RecordsLate:
-    """A copy stream that records an event only when asked again, after the load was reported."""
+class ReadyIsRecordedAfterTheReport(DeviceTier):
+    """The copy stream takes records down, and the report of the load is what lets them through."""
 
-    def __init__(self, stream: SimulatedStream) -> None:
-        self.stream = stream
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.late: list[SimulatedEvent] = []
+        stream = self._stream
+        self._stream = LateRecords(stream, self.late)  # type: ignore[assignment,arg-type]
+        report = self.ring.finished
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+        def finished(load: Load, error: BaseException | None = None) -> None:
+            report(load, error)
+            time.sleep(PAUSE / 2)
+            while self.late:
+                stream.record_event(self.late.pop())
+
+        self.ring.finished = finished  # type: ignore[method-assign]
+
+
+class LateRecords(Deaf):
+    """A stream whose records are noted, to be made by somebody else; it still waits."""
+
+    def __init__(self, stream: SimulatedStream, late: list[SimulatedEvent]) -> None:
+        super().__init__(stream)
+        self.late = late
+
+    def wait_event(self, event: SimulatedEvent) -> None:
+        self.stream.wait_event(event)
 
     def record_event(self, event: SimulatedEvent) -> None:
         self.late.append(event)
 
 
-class ReadyIsRecordedAfterTheReport(DeviceTier):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        late = self._stream = _RecordsLate(self._stream)  # type: ignore[assignment,arg-type]
-        report = self.ring.finished
-
-        def finished(load: Load, error: BaseException | None = None) -> None:
-            report(load, error)
-            time.sleep(PAUSE)
-            for event in late.late:
-                late.stream.record_event(event)
-            late.late.clear()
-
-        self.ring.finished = finished  # type: ignore[method-assign]
-
-
 class ReadyIsRecordedBeforeTheCopy(SimulatedDevice):
-    """The copy is enqueued behind the record."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
-        class Behind(Deaf):
-            def record_event(self, event: SimulatedEvent) -> None:
-                self.stream.record_event(event)
-                self.stream.enqueue(lambda: device._do_copy(target, source))
-
-        device = self
-        device.behind.target = Behind(self._copy)
+    """The copy waits until its stream has been asked for the next record, and comes behind it."""
 
     def copy_stream(self) -> Any:
-        self.behind = _Switch(self._copy)
-        return self.behind
+        return self.swapped
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        self.swapped.behind = lambda: self._do_copy(target, source)
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.swapped = CopyBehindRecord(self._copy)
 
 
-class _Switch:
-    """A stream that hands its next record to somebody else."""
+class CopyBehindRecord(Deaf):
+    """A stream that runs what it was handed right after its next record; it still waits."""
 
-    def __init__(self, stream: SimulatedStream) -> None:
-        self.stream = stream
-        self.target: Any = None
+    behind: Callable[[], None] | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+    def wait_event(self, event: SimulatedEvent) -> None:
+        self.stream.wait_event(event)
 
     def record_event(self, event: SimulatedEvent) -> None:
-        target, self.target = self.target or self.stream, None
-        target.record_event(event)
+        self.stream.record_event(event)
+        if self.behind is not None:
+            self.stream.enqueue(self.behind)
+            self.behind = None
 
 
 SEEDS = 25

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import DynamicCache
+
+import lema
 from families import save_tiny
 from helpers import (
-    Gradients,
     Pair,
     Recorder,
     adapter_of,
@@ -36,11 +39,6 @@ from helpers import (
     recording_trainer,
     relative,
 )
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
-
-import lema
 from lema.core import memory as memory_module
 from lema.core.binding import page_aligned, typed_view
 from lema.core.gbi import GlobalBinaryIndex
@@ -52,10 +50,7 @@ from lema.engine.loss import compute_loss
 from lema.errors import (
     BindingError,
     ConfigError,
-    LemaError,
-    MissingTensorError,
     ReadError,
-    ShapeMismatchError,
     UnsupportedError,
 )
 from lema.models import get_adapter
@@ -126,7 +121,13 @@ def test_adapters_that_would_be_wrong_are_refused_by_name(setting: str, value: A
 
 @pytest.mark.parametrize(
     ("family", "target"),
-    [("llama", "lm_head"), ("llama", "embed_tokens"), ("gpt2", "wte"), ("gpt2", "wpe"), ("gpt_neox", "embed_out|lm_head")],
+    [
+        ("llama", "lm_head"),
+        ("llama", "embed_tokens"),
+        ("gpt2", "wte"),
+        ("gpt2", "wpe"),
+        ("gpt_neox", "embed_out|lm_head"),
+    ],
 )
 def test_lora_on_head_or_embeddings_is_refused_by_name(tmp_path: Path, family: str, target: str) -> None:
     save_tiny(family, tmp_path)
@@ -347,7 +348,9 @@ def test_random_state_is_replayed(
         torch.manual_seed(3)
         _, gradients = lema_step(model, batch, trainer)
         after = torch.get_rng_state()
-        name, parameter = next((n, p) for n, p in adapter_of(model.hf_model).items() if "layers.1.mlp.down_proj.lora_B" in n)
+        name, parameter = next(
+            (n, p) for n, p in adapter_of(model.hf_model).items() if "layers.1.mlp.down_proj.lora_B" in n
+        )
         direction = gradients[name] / gradients[name].norm()
         losses = []
         for step in (1e-2, -1e-2):
@@ -431,7 +434,7 @@ def test_needs_input_grad_is_honoured(pair: Pair) -> None:
     _, expected = plain_step(pair.plain, padded_batch())
     loss = pair.model.hf_model(**padded_batch()).loss
     loss.backward()
-    assert [u for u, phase in visits if phase == "backward"] == [3, 2]
+    assert [u for u, phase in visits if phase == "backward" and u >= 0] == [3, 2]
     found = gradients_of(pair.model.hf_model)
     assert found.keys() == expected.keys() == {n for n, p in own.items() if p.requires_grad}
     assert not differing(expected, found)
@@ -498,12 +501,8 @@ def test_a_head_count_that_equals_the_batch_is_not_cut(tmp_path: Path, monkeypat
     streamer = pair.model._streamer
     assert streamer is not None
     streamer.batching.micro_batch_size = 1
-    try:
-        _, found = lema_step(pair.model, batch)
-    except UnsupportedError as refusal:
-        assert "alibi" in str(refusal)
-    else:
-        assert max(errors(expected, found).values()) < 1e-4
+    with pytest.raises(UnsupportedError, match="alibi"):
+        lema_step(pair.model, batch)
     pair.close()
 
 
@@ -512,7 +511,10 @@ def test_rules_know_dimensions_by_name_not_by_size() -> None:
     rules._add(("mask", 4), (2, 1, 5, 5), (3, 1, 5, 5))
     rules._add(("slopes", 2), (4, 8), (4, 8))
     rules._add(("late", 2), (5, 2), (5, 3))
-    arguments = ((), {"mask": torch.arange(4 * 9).view(4, 1, 3, 3), "slopes": torch.ones(4, 8), "late": torch.ones(5, 4)})
+    arguments = (
+        (),
+        {"mask": torch.arange(4 * 9).view(4, 1, 3, 3), "slopes": torch.ones(4, 8), "late": torch.ones(5, 4)},
+    )
     _, cut = rules.rows(arguments, 4, 1, 2)
     assert cut["mask"].flatten().tolist() == list(range(9, 18))
     assert cut["slopes"].shape == (4, 8), "as many heads as rows, and still not cut"
@@ -583,7 +585,9 @@ def _double_head(lm: Any) -> Any:
     weight = lm.module.lm_head.weight.double()
     return types.SimpleNamespace(
         logits=lambda hidden: hidden @ weight.T,
-        loss=lambda logits, targets, n: nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / n,
+        loss=lambda logits, targets, n: (
+            nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / n
+        ),
     )
 
 
@@ -649,10 +653,11 @@ def test_nothing_stale_after_a_read_error(pair: Pair, call: int, monkeypatch: py
     for _ in range(4):
         try:
             trainer.train_step(batch)
-        except ReadError as error:
+        except ReadError as caught:
+            said = str(caught)
             failed += 1
-            assert "model.safetensors" in str(error)
-            assert "model.layers." in str(error)
+            assert "model.safetensors" in said
+            assert "model.layers." in said
             assert all(p.grad is None for p in pair.model.get_trainable_parameters())
         else:
             assert not differing(expected, recorded(trainer, pair.model.hf_model))
