@@ -60,18 +60,17 @@ class MemoryGroup:
         self._write("cgroup.procs", os.getpid())
 
     def facts(self) -> dict[str, int | None]:
-        """Limit, peak, how often the limit was met, and processes the kernel killed for it."""
+        """Limit, peak, and how many processes the kernel killed for it; None where it does not say."""
         if self.version == 1:
-            peak, met = self._number("memory.max_usage_in_bytes"), self._number("memory.failcnt")
+            peak = self._number("memory.max_usage_in_bytes")
             kills = self._number("memory.oom_control", "oom_kill")
         else:
-            peak, met = self._number("memory.peak"), self._number("memory.events", "max")
+            peak = self._number("memory.peak")
             kills = self._number("memory.events", "oom_kill")
         return {
             "version": self.version,
             "limit_bytes": self.limit_bytes,
             "peak_bytes": peak,
-            "times_at_limit": met,
             "out_of_memory_kills": kills,
         }
 

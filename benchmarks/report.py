@@ -196,6 +196,8 @@ def markdown(report: Report, date: str, machine: dict[str, Any]) -> str:
         "peak MiB above imports": "above_floor_mib",
         "peak MiB": "peak_mib",
         "imports MiB": "floor_mib",
+        "anonymous MiB at end": "end_anonymous_mib",
+        "file pages MiB at end": "end_file_mib",
     }
     labels = list(dict.fromkeys(run.label for run in report.runs))
     lines += _table(

@@ -22,6 +22,8 @@ NOTES = (
     "loss into chunks, a setting the PEFT arms do not have.",
     "The first step of an arm is not timed. Ratios are medians over pairs; the arms of a pair run one after the other, "
     "in this and the reverse order by turns.",
+    "Where transformers leaves weights mapped from their file, those pages are in PEFT's resident set although the "
+    "kernel could drop them under pressure and read them again; the columns at end tell them from anonymous memory.",
     "The resident set does not show page cache that reading the weights may leave behind, in any arm.",
 )
 

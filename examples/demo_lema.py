@@ -10,6 +10,7 @@ import logging
 import random
 import statistics
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     folder = options.model or smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -80,7 +82,9 @@ def main() -> None:
         total = time.perf_counter() - started
         assert trainer.last_step is not None
         print(f"loss      {means[0]:.4f} -> {means[-1]:.4f} ({means[-1] / means[0] - 1:+.0%})")
-        print(f"time      {total:.1f} s for {trainer.global_step} steps, median {statistics.median(seconds):.2f} s a step")
+        print(
+            f"time      {total:.1f} s for {trainer.global_step} steps, median {statistics.median(seconds):.2f} s a step"
+        )
         print(f"memory    peak resident set {trainer.last_step.peak_bytes / MIB:.0f} MiB")
         print(f"disk      {read / MIB:.0f} MiB read, compute waited {waited:.3f} s for it ({waited / total:.2%})")
         adapter = options.output / "adapter"

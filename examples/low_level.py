@@ -1,6 +1,6 @@
 """The parts by hand: an adapter, an index, a LoRA manager, an optimizer and a trainer put together, for GPT-2.
 
-    python examples/low_level.py
+python examples/low_level.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The quick start: a model, a trainer, some steps, a saved adapter. Makes a tiny random model unless given one.
 
-    python examples/quickstart.py [MODEL_FOLDER]
+python examples/quickstart.py [MODEL_FOLDER]
 """
 
 from __future__ import annotations

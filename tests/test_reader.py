@@ -328,6 +328,20 @@ def test_short_reads_are_continued(folder: Path, reader: DiskReader, monkeypatch
     assert len(preadv.requests) > 9
 
 
+def test_a_direct_read_that_ends_off_the_grid_is_taken_for_the_files_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No direct read could go on from there, and nothing but the end of a file makes one stop there."""
+    write(folder / "f", 4 * PAGE)
+    if not is_direct(folder / "f"):
+        pytest.skip("no direct reads on this file system")
+    preadv = Preadv(monkeypatch, lambda *_: 700)
+    reader = DiskReader(1)
+    fails(Reading(reader, layout_of(record(folder / "f", 0, 3 * PAGE, "w"))), "'w'", "the file ends at byte 700")
+    assert len(preadv.requests) == 1
+    reader.stop()
+
+
 @pytest.mark.parametrize("granted", [0, 3 * PAGE, 1000])
 def test_an_alignment_a_slot_cannot_keep_means_buffered_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granted: int
@@ -919,7 +933,6 @@ def test_an_odd_offset_in_the_file(tmp_path: Path, shift: int) -> None:
 
 
 @pytest.mark.parametrize(("stored", "wanted"), list(itertools.permutations(FLOATS, 2)))
-@pytest.mark.xfail(strict=True, reason="Decoder copies the bytes of an unaligned tensor without casting them")
 def test_an_odd_offset_and_another_type(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
     at_odd_offset(tmp_path, stored, wanted, 1)
 

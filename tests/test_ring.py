@@ -238,6 +238,28 @@ class World:
         assert self.ring.predict(predicted) is not expected
         self.check()
 
+    def prefetch(self, unit: int, phase: Phase) -> None:
+        visit = Visit(unit, phase)
+        self.seek(visit)
+        self.asked, self.planning, self.may_wait = visit, True, False
+        self.ring.prefetch(unit, phase)
+        self.asked, self.may_wait = None, True
+        slot = self.slot_of[unit]
+        busy = slot in self.in_use or slot in self.under_way
+        assert busy or self.failed or self.whole.get(slot) == unit, "nothing was started though the slot is idle"
+        self.check()
+
+    def forget(self) -> bool:
+        empty = self.ring.forget()
+        for slot in [slot for slot in self.whole if slot not in self.in_use]:
+            if self.ring.slots[slot].state is SlotState.EMPTY:
+                del self.whole[slot]
+            else:
+                assert self.needed_in(slot, self.whole[slot]) is not None, "what nobody will use was kept"
+        assert empty == (not self.whole and not self.under_way), "memory may go only when nothing is in it"
+        self.check()
+        return empty
+
     def abort(self) -> None:
         self.may_fill = self.planning = False
         self.plan_anew(0)
@@ -313,6 +335,8 @@ step = st.one_of(
     st.tuples(st.just("predict"), number),
     st.tuples(st.just("abort")),
     st.tuples(st.just("misuse")),
+    st.tuples(st.just("prefetch"), number, st.sampled_from(Phase)),
+    st.tuples(st.just("forget")),
 )
 
 
@@ -345,6 +369,10 @@ def test_no_order_of_events_breaks_the_protocol(
             w.abort()
         elif kind == "misuse":
             w.misuse_everything()
+        elif kind == "prefetch":
+            w.prefetch(values[0] % units, values[1])
+        elif kind == "forget":
+            w.forget()
     w.script = iter(())
     for unit in list(w.in_use.values()):
         w.release(unit)
@@ -452,6 +480,49 @@ def test_a_ring_of_no_units_can_be_predicted_aborted_and_closed() -> None:
     ring.predict(EMPTY)
     ring.abort()
     ring.close()
+
+
+def test_a_prefetch_starts_one_load_whatever_the_depth_and_does_not_wait() -> None:
+    w = world(1, 1, schedule("F0"), 0)
+    for _ in range(2):
+        w.prefetch(0, F)
+    assert loaded(w) == [0]
+    assert w.use(0) and loaded(w) == [0]
+    w.ring.close()
+    with pytest.raises(StreamingError, match="closed"):
+        w.ring.prefetch(0)
+
+
+def test_a_prefetch_that_fails_is_told_to_the_visit_that_comes_for_it() -> None:
+    w = world(1, 1, schedule("F0"), 0)
+    w.prefetch(0, F)
+    w.end(0, fail=True)
+    assert not w.acquire(0)
+    assert w.use(0)
+
+
+def test_forgotten_slots_are_filled_again() -> None:
+    w = world(1, 1, schedule("F0"), 0)
+    for loads in (1, 2, 3):
+        w.acquire(0)
+        assert not w.forget(), "in use"
+        w.release(0)
+        assert w.forget()
+        assert len(w.fills) == loads
+
+
+def test_a_slot_that_is_about_to_be_used_is_not_forgotten() -> None:
+    """Its bytes must stay: the visit they were read for will not read them again."""
+    w = world(1, 1, schedule("F0"), 0)
+    w.acquire(0)
+    w.prefetch(0, F)
+    w.release(0)
+    assert not w.forget()
+    assert w.use(0) and w.forget()
+    w.prefetch(0, F)
+    assert not w.forget(), "being filled"
+    w.end(0)
+    assert not w.forget()
 
 
 # --- errors ------------------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ def test_outputs_that_would_be_wrong_are_refused(tmp_path: Path, family: str, na
 
 
 def test_a_head_count_that_equals_the_batch_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Falcon's slopes are `[batch * heads, ...]` or the like: they are either cut rightly or refused by name."""
+    """Falcon's layers get an alibi tensor with a dimension of heads beside one of rows; here both are 4."""
     save_tiny("falcon", tmp_path, alibi=True, new_decoder_architecture=False, multi_query=True)
     pair = Pair.of(tmp_path)
     batch = padded_batch(4, 10)
@@ -501,8 +501,8 @@ def test_a_head_count_that_equals_the_batch_is_not_cut(tmp_path: Path, monkeypat
     streamer = pair.model._streamer
     assert streamer is not None
     streamer.batching.micro_batch_size = 1
-    with pytest.raises(UnsupportedError, match="alibi"):
-        lema_step(pair.model, batch)
+    _, found = lema_step(pair.model, batch)
+    assert max(errors(expected, found).values()) < 1e-4
     pair.close()
 
 

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -70,27 +71,58 @@ class Decoder:
     """Fills scratch parameters of a unit from the bytes stored in its slot: placement and cast in one copy."""
 
     def __init__(self, slot: torch.Tensor, scratch: torch.Tensor, views: Sequence[ScratchView]) -> None:
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._copies: list[_Copy] = []
         for view in views:
-            target = typed_view_unaligned(scratch, view.offset, view.source.dtype, view.source.numel)
+            width = view.source.dtype.itemsize
             for piece, offset in view.runs:
-                stored = typed_view_unaligned(slot, offset, piece.record.dtype, piece.count)
-                self._copies.append((target[piece.target : piece.target + piece.count], stored))
+                stored = piece.record.dtype
+                self._copies.append(
+                    _Copy(
+                        target=slot_bytes(scratch, view.offset + piece.target * width, piece.count * width),
+                        target_dtype=view.source.dtype,
+                        source=slot_bytes(slot, offset, piece.count * stored.itemsize),
+                        source_dtype=stored,
+                    )
+                )
 
     def __call__(self) -> None:
         """Copy every piece; one call a use."""
-        for target, stored in self._copies:
-            if stored.dtype == torch.uint8 != target.dtype:
-                target.view(torch.uint8).copy_(stored)
-            else:
-                target.copy_(stored)
+        for copy in self._copies:
+            copy()
 
 
-def typed_view_unaligned(buffer: torch.Tensor, offset: int, dtype: torch.dtype, count: int) -> torch.Tensor:
-    """Like `typed_view` in one dimension; bytes where the offset allows no typed view."""
-    if (buffer.storage_offset() + offset) % dtype.itemsize:
-        return typed_view(buffer, offset, torch.uint8, (count * dtype.itemsize,))
-    return typed_view(buffer, offset, dtype, (count,))
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One run of elements, as bytes and their types on both sides; either side may lie at an odd address."""
+
+    target: torch.Tensor
+    target_dtype: torch.dtype
+    source: torch.Tensor
+    source_dtype: torch.dtype
+
+    def __call__(self) -> None:
+        if self.source_dtype == self.target_dtype:
+            self.target.copy_(self.source)
+            return
+        values = _as_type(self.source, self.source_dtype)
+        if _aligned(self.target, self.target_dtype):
+            self.target.view(self.target_dtype).copy_(values)
+        else:
+            self.target.copy_(values.to(self.target_dtype).view(torch.uint8))
+
+
+def _aligned(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    return data.storage_offset() % dtype.itemsize == 0
+
+
+def _as_type(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as values of a type; copied first where the type may not start at their address."""
+    return (data if _aligned(data, dtype) else data.clone()).view(dtype)
+
+
+def slot_bytes(buffer: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
+    """A run of bytes of a buffer as uint8 `[nbytes]`, with a version counter of its own."""
+    return typed_view(buffer, offset, torch.uint8, (nbytes,))
 
 
 def materialize(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -88,6 +89,7 @@ class LoRAManager:
         self.seed = seed
         self._peft: PeftModel | None = None
         self._base: nn.Module | None = None
+        self._layers: nn.ModuleList | None = None
         self._pending: Path | None = None
 
     @property
@@ -126,6 +128,7 @@ class LoRAManager:
             except ValueError as error:
                 raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
         self._refuse_outside(base, lm.layers)
+        self._layers = lm.layers
         self._peft = peft_model
         if self._pending is not None:
             self.load_pretrained(self._pending)
@@ -181,6 +184,46 @@ class LoRAManager:
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
 
+    def import_original(self, file: str | os.PathLike[str]) -> None:
+        """Take over the weights of an adapter saved by the original LEMA (`adapter_model.bin`).
+
+        Its keys are `<layer id>.<module path in the layer>.lora_A` (and `lora_B`), layer ids counted from the
+        embedding = 0. The file is read without executing anything in it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            CheckpointError: it is not such a dict, or its tensors are not exactly this adapter's.
+        """
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: give the adapter_model.bin of an original checkpoint")
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise CheckpointError(f"{path} cannot be read as a dict of tensors: {error}") from error
+        own = {_original_key(name, self._layers_path()): p for name, p in self.named_parameters()}
+        problems = [key for key in own if not isinstance(saved, dict) or key not in saved]
+        problems += [key for key in saved if key not in own] if isinstance(saved, dict) else []
+        matched: dict[str, torch.Tensor] = {}
+        for key in own if not problems else ():
+            value = _oriented(saved[key], own[key])
+            if value is None:
+                problems.append(f"{key} (here {tuple(own[key].shape)})")
+            else:
+                matched[key] = value
+        if problems:
+            raise CheckpointError(
+                f"{path} does not fit this adapter: {len(problems)} tensors differ, first {problems[0]}; use the rank "
+                "and the target modules it was trained with"
+            )
+        with torch.no_grad():
+            for key, value in matched.items():
+                own[key].copy_(value)
+
+    def _layers_path(self) -> str:
+        assert self._layers is not None
+        return next(name for name, module in self.peft_model.named_modules() if module is self._layers)
+
     @staticmethod
     def settings_from(directory: str | os.PathLike[str]) -> dict[str, Any]:
         """Settings of a saved adapter, as this class takes them. `FileNotFoundError` without one."""
@@ -216,6 +259,22 @@ class LoRAManager:
                 f"LoRA on {', '.join(outside)} is not supported: head and embeddings are not trained. "
                 "Leave them out of target_modules, or name them in exclude_modules"
             )
+
+
+def _original_key(name: str, layers: str) -> str:
+    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` -> `1.self_attn.q_proj.lora_A`."""
+    if not name.startswith(f"{layers}."):
+        return name
+    number, _, rest = name.removeprefix(f"{layers}.").partition(".")
+    return f"{int(number) + 1}.{rest.rsplit('.', 2)[0]}"
+
+
+def _oriented(saved: object, own: torch.Tensor) -> torch.Tensor | None:
+    if not isinstance(saved, torch.Tensor):
+        return None
+    if saved.shape == own.shape:
+        return saved
+    return saved.T if saved.T.shape == own.shape else None
 
 
 def _candidates(layers: nn.ModuleList) -> str:

@@ -124,6 +124,7 @@ class _HeadSlot:
         if self.holds == 0:
             self.ring.release(HEAD)
             self.ring.forget()
+            torch.autograd.graph.increment_version(self.view)
             drop_pages(self.buffer)
 
 

@@ -159,12 +159,13 @@ class Ring:
             self._seek(Visit(unit, phase))
             self._plan(least=1)
 
-    def forget(self) -> None:
-        """Empty every slot that nobody uses or is about to use, so that its memory may go."""
+    def forget(self) -> bool:
+        """Empty every slot that nobody uses or is about to use; True if all are empty now, so that memory may go."""
         with self._changed:
             for slot in self.slots:
                 if slot.state is SlotState.READY and slot.uses == 0:
                     slot.state, slot.unit = SlotState.EMPTY, None
+            return all(slot.state is SlotState.EMPTY for slot in self.slots)
 
     def abort(self) -> None:
         """Forget plans and errors and cancel what is being loaded; returns when no load is under way."""
