@@ -20,8 +20,10 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(autouse=True)
-def _every_head_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_module, "_STREAM_HEAD_FROM_BYTES", 0)
+def _every_head_streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "adds_little" in request.node.name:
+        return
+    monkeypatch.setattr(memory_module, "head_should_stream", lambda head, step: True)
 
 
 def make(folder: Path, **overrides: object) -> LemaModel:
@@ -93,10 +95,10 @@ def test_steps_equal_those_with_a_head_that_stays(tmp_path: Path, monkeypatch: p
     save_tiny("llama", tmp_path, tie_word_embeddings=True)
     ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(2))
     results = []
-    for threshold in (0, 1 << 40):
-        monkeypatch.setattr(memory_module, "_STREAM_HEAD_FROM_BYTES", threshold)
+    for streams in (True, False):
+        monkeypatch.setattr(memory_module, "head_should_stream", lambda head, step, streams=streams: streams)
         model = make(tmp_path)
-        assert model.memory.streams_head == (threshold == 0)
+        assert model.memory.streams_head == streams
         trainer = model.get_trainer()
         losses = [trainer.train_step(ids, labels=ids)[1] for _ in range(3)]
         generated = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
@@ -106,6 +108,13 @@ def test_steps_equal_those_with_a_head_that_stays(tmp_path: Path, monkeypatch: p
     assert losses == losses_
     assert tokens == tokens_
     assert all(torch.equal(a, b) for a, b in zip(adapter, adapter_, strict=True))
+
+
+def test_a_head_streams_where_it_adds_little_to_a_step() -> None:
+    gib = 1 << 30
+    assert memory_module.head_should_stream(gib // 5, 5 * gib)
+    assert not memory_module.head_should_stream(gib // 5, 3 * gib)
+    assert not memory_module.head_should_stream(1 << 20, 5 * gib)
 
 
 def test_a_read_error_of_the_head_names_it_and_leaves_nothing_stale(

@@ -58,6 +58,17 @@ def streams() -> Iterator[tuple[SimulatedStream, SimulatedStream]]:
         stream.close()
 
 
+def hold(stream: SimulatedStream) -> threading.Event:
+    """Let a stream go on only when the event is set."""
+    gate = threading.Event()
+
+    def wait() -> None:
+        gate.wait(5)  # a test that failed must not wait for ever to close the stream
+
+    stream.enqueue(wait)
+    return gate
+
+
 def test_an_event_never_recorded_is_complete(streams: tuple[SimulatedStream, SimulatedStream]) -> None:
     a, _ = streams
     event, ran = SimulatedEvent(), threading.Event()
@@ -69,15 +80,15 @@ def test_an_event_never_recorded_is_complete(streams: tuple[SimulatedStream, Sim
 
 def test_a_wait_means_the_last_record_at_the_time_of_the_call(streams: tuple[SimulatedStream, SimulatedStream]) -> None:
     a, b = streams
-    event, gates = SimulatedEvent(), [threading.Event() for _ in range(3)]
+    event = SimulatedEvent()
     before, first, second = (threading.Event() for _ in range(3))
     b.wait_event(event)  # nothing recorded yet: does not wait for what comes
     b.enqueue(before.set)
-    a.enqueue(lambda: gates[0].wait() and None)
+    gates = [hold(a)]
     a.record_event(event)
     b.wait_event(event)
     b.enqueue(first.set)
-    a.enqueue(lambda: gates[1].wait() and None)
+    gates.append(hold(a))
     a.record_event(event)  # recorded again: those who wait already are not held longer
     b.wait_event(event)
     b.enqueue(second.set)
@@ -93,8 +104,8 @@ def test_a_wait_means_the_last_record_at_the_time_of_the_call(streams: tuple[Sim
 
 def test_synchronize_waits_for_the_last_record(streams: tuple[SimulatedStream, SimulatedStream]) -> None:
     a, _ = streams
-    event, gate, passed = SimulatedEvent(), threading.Event(), threading.Event()
-    a.enqueue(lambda: gate.wait() and None)
+    event, passed = SimulatedEvent(), threading.Event()
+    gate = hold(a)
     a.record_event(event)
     thread = threading.Thread(target=lambda: (event.synchronize(), passed.set()), daemon=True)
     thread.start()
@@ -110,13 +121,6 @@ def test_a_stream_runs_in_order(streams: tuple[SimulatedStream, SimulatedStream]
         a.enqueue(lambda number=number: order.append(number))
     a.drain()
     assert order == list(range(50))
-
-
-def held(device: SimulatedDevice, stream: SimulatedStream) -> threading.Event:
-    """Hold a stream until the event is set."""
-    gate = threading.Event()
-    stream.enqueue(lambda: gate.wait() and None)
-    return gate
 
 
 def test_a_copy_over_bytes_that_are_being_read_is_a_fault() -> None:
@@ -145,10 +149,11 @@ def test_a_read_of_bytes_that_are_being_copied_is_a_fault(monkeypatch: pytest.Mo
     def pause() -> float:
         if threading.current_thread() is device.copy_stream()._thread and device._copying:
             copying.set()
-            go_on.wait(10)
+            go_on.wait(5)
         return 0.0
 
     monkeypatch.setattr(device, "_pause", pause)
+    slot.zero_()
     device.copy(slot, host, device.copy_stream())
     assert copying.wait(10)
     seen: list[bool] = []

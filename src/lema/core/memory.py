@@ -25,7 +25,6 @@ from .schedule import Phase, Schedule, Visit
 from .transport import DeviceBackend, DeviceTier
 
 _MAP_FROM_BYTES = 1 << 20
-_STREAM_HEAD_FROM_BYTES = 32 << 20
 
 HEAD = -1
 """Number of the head where a unit is asked for; it has a ring of its own."""
@@ -257,10 +256,11 @@ class TripleBufferManager:
             self.adapter.bind_unit(unit, views, None)
 
     def _bind_head(self, backend: DeviceBackend | None) -> None:
-        """Stream a large head too; its read begins so many layers before the end of a forward as it takes."""
+        """Stream the head too where that is worth its reads, begun early enough before the end of a forward."""
         self._head_prefetch_at = -1
         source = self.adapter.head_source(self.gbi) if self.streamed and backend is None else None
-        if source is None or source.nbytes < _STREAM_HEAD_FROM_BYTES:
+        a_step = 2 * sum(layout.read_bytes for layout in self._layouts.values())
+        if source is None or not head_should_stream(source.nbytes, a_step):
             return
         self._head = _HeadSlot(source, self._reader)
         self.adapter.bind_head(self._head.view)
@@ -416,6 +416,16 @@ class TripleBufferManager:
     def _raise_versions(self, load: Load) -> None:
         for unit in {load.evicted, load.unit} - {None}:
             torch.autograd.graph.increment_version(self._bound[unit].in_slot)  # type: ignore[index]
+
+
+def head_should_stream(head_bytes: int, step_bytes: int) -> bool:
+    """Whether to read the head anew at every step instead of leaving it mapped.
+
+    Where memory is short a mapped head is read again through page faults; where the head is a large part
+    of the model, reading it on purpose costs more than it saves. So: from 32 MiB on, if it adds at most a
+    sixteenth to the bytes a step reads.
+    """
+    return head_bytes >= 32 << 20 and head_bytes * 16 <= step_bytes
 
 
 def _weakly(method: Callable[[Load], None]) -> Callable[[Load], None]:
