@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import lema.core.reader as reader_module
 from families import save_tiny
 from lema import LemaConfig, LemaModel
 from lema.core.lora import LoRAManager
-from lema.errors import CheckpointError, ReadError
+from lema.errors import CheckpointError, ReadError, WeightsError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -115,6 +116,34 @@ def test_a_head_streams_where_it_adds_little_to_a_step() -> None:
     assert memory_module.head_should_stream(gib // 5, 5 * gib)
     assert not memory_module.head_should_stream(gib // 5, 3 * gib)
     assert not memory_module.head_should_stream(1 << 20, 5 * gib)
+
+
+def test_a_head_held_over_a_forward_is_still_there_afterwards(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, tie_word_embeddings=False)
+    model = make(tmp_path)
+    expected = model.gbi.view("lm_head.weight")
+    head = model.memory._head
+    assert head is not None
+    for _ in range(2):
+        with model.memory.use(memory_module.HEAD):
+            for unit in range(model.memory.num_units):
+                with model.memory.use(unit):
+                    pass
+            assert torch.equal(head.view, expected)
+    model.close()
+
+
+def test_weights_replaced_during_a_run_are_refused(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    model = make(tmp_path)
+    trainer = model.get_trainer()
+    ids = torch.randint(3, 99, (2, 9))
+    trainer.train_step(ids, labels=ids)
+    file = tmp_path / "model.safetensors"
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(WeightsError, match=r"model\.safetensors"):
+        trainer.train_step(ids, labels=ids)
+    model.close()
 
 
 def test_a_read_error_of_the_head_names_it_and_leaves_nothing_stale(

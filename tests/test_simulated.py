@@ -42,7 +42,7 @@ from lema.engine.trainer import LemaTrainer
 from lema.errors import ReadError, StreamingError
 from lema.models.transformers_adapter import TransformersAdapter
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 
 PAUSE = 0.0008
 

@@ -122,9 +122,9 @@ class _HeadSlot:
         self.holds -= 1
         if self.holds == 0:
             self.ring.release(HEAD)
-            self.ring.forget()
-            torch.autograd.graph.increment_version(self.view)
-            drop_pages(self.buffer)
+            if self.ring.forget():
+                torch.autograd.graph.increment_version(self.view)
+                drop_pages(self.buffer)
 
 
 class TripleBufferManager:
@@ -321,7 +321,7 @@ class TripleBufferManager:
             self._ring.acquire(unit, phase)
         else:
             self._tier.acquire(unit, phase)
-        if self._head is not None and unit == self._head_prefetch_at and phase is Phase.FORWARD:
+        if self._head is not None and not self._head.holds and (unit, phase) == (self._head_prefetch_at, Phase.FORWARD):
             self._head.ring.prefetch(HEAD)
         if bound.decode is not None:
             for owner in {self._scratch_unit, unit} - {None}:

@@ -71,6 +71,7 @@ class LayerStreamer:
                 )
         count = len(self.layers)
         self.memory.check_bindings()
+        self.memory.gbi.check_unchanged()
         lowest = self.lowest_trainable() if torch.is_grad_enabled() else count
         if lowest < count:
             kwargs.setdefault("use_cache", False)
