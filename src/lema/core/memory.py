@@ -16,18 +16,16 @@ import torch
 
 from ..config import MemoryStrategy
 from ..errors import BindingError, ConfigError, DeviceError, StreamingError
-from .binding import Decoder, drop_pages, mapped_or_materialized, materialize, page_aligned, typed_view
+from .binding import Decoder, mapped_or_materialized, materialize, page_aligned, typed_view
 from .gbi import GlobalBinaryIndex
+from .head import HEAD, HeadSlot, head_should_stream
 from .layout import PAGE, ParameterSource, SlotLayout, align_up
 from .reader import DiskReader, ReadJob
 from .ring import Load, Ring
-from .schedule import Phase, Schedule, Visit
+from .schedule import Phase, Schedule
 from .transport import DeviceBackend, DeviceTier
 
 _MAP_FROM_BYTES = 1 << 20
-
-HEAD = -1
-"""Number of the head where a unit is asked for; it has a ring of its own."""
 
 
 class StreamableAdapter(Protocol):
@@ -88,43 +86,6 @@ class _Bound:
     in_scratch: list[torch.Tensor]
     pointers: list[int]
     decode: Decoder | None
-
-
-class _HeadSlot:
-    """The head's weight, in memory only while it is used: a ring of one slot whose pages are given back after."""
-
-    def __init__(self, source: ParameterSource, reader: DiskReader) -> None:
-        layout = SlotLayout([source])
-        self.buffer = page_aligned(layout.nbytes)
-        self.view = typed_view(self.buffer, layout.direct[0].offset, source.dtype, source.shape)
-        self.nbytes = layout.nbytes
-        self.holds = 0
-
-        def fill(load: Load) -> None:
-            reader.submit(
-                ReadJob(
-                    extents=layout.extents,
-                    buffer=memoryview(self.buffer.numpy()),  # type: ignore[arg-type]
-                    cancelled=lambda: load.cancelled,
-                    done=lambda error: self.ring.finished(load, error),
-                )
-            )
-
-        self.ring = Ring({HEAD: 0}, Schedule((Visit(HEAD, Phase.FORWARD),)), 0, fill)
-        self.ring.on_overwrite = lambda load: torch.autograd.graph.increment_version(self.view)
-
-    def acquire(self) -> None:
-        if self.holds == 0:
-            self.ring.acquire(HEAD)
-        self.holds += 1
-
-    def release(self) -> None:
-        self.holds -= 1
-        if self.holds == 0:
-            self.ring.release(HEAD)
-            if self.ring.forget():
-                torch.autograd.graph.increment_version(self.view)
-                drop_pages(self.buffer)
 
 
 class TripleBufferManager:
@@ -222,7 +183,7 @@ class TripleBufferManager:
             self._bind_streamed(unit, compute_buffers[compute_ring.slot_of[unit]])
         for unit in sorted(resident):
             self._bind_resident(unit, units[unit])
-        self._head: _HeadSlot | None = None
+        self._head: HeadSlot | None = None
         self._bind_head(backend)
         self._bind_rest()
         rings = [self._ring] if self._head is None else [self._ring, self._head.ring]
@@ -262,7 +223,7 @@ class TripleBufferManager:
         a_step = 2 * sum(layout.read_bytes for layout in self._layouts.values())
         if source is None or not head_should_stream(source.nbytes, a_step):
             return
-        self._head = _HeadSlot(source, self._reader)
+        self._head = HeadSlot(source, self._reader)
         self.adapter.bind_head(self._head.view)
         ahead = 2 + self._head.nbytes // max(max(layout.nbytes for layout in self._layouts.values()), 1)
         self._head_prefetch_at = max(self.num_units - ahead, 0)
@@ -416,16 +377,6 @@ class TripleBufferManager:
     def _raise_versions(self, load: Load) -> None:
         for unit in {load.evicted, load.unit} - {None}:
             torch.autograd.graph.increment_version(self._bound[unit].in_slot)  # type: ignore[index]
-
-
-def head_should_stream(head_bytes: int, step_bytes: int) -> bool:
-    """Whether to read the head anew at every step instead of leaving it mapped.
-
-    Where memory is short a mapped head is read again through page faults; where the head is a large part
-    of the model, reading it on purpose costs more than it saves. So: from 32 MiB on, if it adds at most a
-    sixteenth to the bytes a step reads.
-    """
-    return head_bytes >= 32 << 20 and head_bytes * 16 <= step_bytes
 
 
 def _weakly(method: Callable[[Load], None]) -> Callable[[Load], None]:
