@@ -48,6 +48,17 @@ def peak_mib() -> float:
     return kib / 1024
 
 
+def settings(pairs: list[str]) -> dict[str, Any]:
+    """`name=value` pairs as settings; values are JSON where they can be, else text."""
+    found: dict[str, Any] = {}
+    for name, _, value in (pair.partition("=") for pair in pairs):
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
 def lema_step(options: argparse.Namespace, ids: Any) -> Step:
     """LEMA's `train_step`."""
     import torch
@@ -65,6 +76,9 @@ def lema_step(options: argparse.Namespace, ids: Any) -> Step:
         loss_chunk_size=options.chunk or None,
         num_slots=options.slots,
         save_steps=0,
+        batch_size=options.batch,
+        max_seq_length=options.tokens,
+        **settings(options.set),
     )
     model = lema.LemaModel(config)
     trainer = model.get_trainer(torch.optim.AdamW(model.get_trainable_parameters(), lr=LEARNING_RATE))
@@ -75,6 +89,8 @@ def lema_step(options: argparse.Namespace, ids: Any) -> Step:
         assert loss is not None and last is not None
         counted = {name: getattr(last, name) for name in ("wait_seconds", "step_seconds", "loads", "bytes_read")}
         return loss, counted
+
+    step.plan = model.memory.plan  # type: ignore[attr-defined]
 
     return step
 
@@ -102,6 +118,25 @@ def peft_step(options: argparse.Namespace, ids: Any) -> Step:
         return loss.item(), {}
 
     return step
+
+
+def plan_summary(plan: Any) -> dict[str, Any] | None:
+    """What a plan decided and predicted, in a line's worth of numbers; None without a plan."""
+    if plan is None:
+        return None
+    return {
+        "on_device": len(plan.on_device),
+        "in_ram": len(plan.in_ram),
+        "from_disk": len(plan.from_disk),
+        "keep_activations": len(plan.keep_activations),
+        "head": plan.head,
+        "loss_chunk_size": plan.loss_chunk_size,
+        "micro_batch_size": plan.micro_batch_size,
+        "predicted_mib": round(plan.host_peak / 2**20, 1),
+        "predicted_parts_mib": {name: round(size / 2**20, 1) for name, size in plan.host_bytes.items()},
+        "estimated_seconds": round(plan.estimate.step_seconds, 3),
+        "bound_by": plan.estimate.bound_by,
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -154,6 +189,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     if options.arm == "lema":
         result["strategy"] = options.strategy
+        result["plan"] = plan_summary(getattr(step, "plan", None))
         result["last_step"] = timed[-1]
         result["engine_read_bytes"] = sum(counted["bytes_read"] for counted in timed)
         waited = sum(counted["wait_seconds"] for counted in timed)
@@ -173,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=6, help="steps in all; the first one only warms up")
     made.add_argument("--chunk", type=int, default=0, help="LEMA: target positions a piece of the loss; 0: all at once")
     made.add_argument("--slots", type=int, default=2, help="LEMA: units of weights in memory at once")
+    made.add_argument("--set", action="append", default=[], help="LEMA: another setting, as ram_budget=2GB")
     made.add_argument("--strategy", default="streaming", choices=("streaming", "resident"), help="LEMA")
     return made
 

@@ -21,6 +21,8 @@ CONFIG_NAME = "lema_config.json"
 DTYPES = ("float16", "bfloat16", "float32")
 _DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
+HEAD_PLACES = ("resident", "streamed", "chunked")
+PLACES = ("device", "host")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -65,6 +67,25 @@ class LemaConfig:
     """Host slots wanted by the original's setting; `num_slots` is at least this."""
     vram_buffer_size: int = 1
     """Device slots wanted by the original's setting; at least 2 are used, or nothing could overlap."""
+
+    ram_budget: int | str | None = None
+    """Host memory to stay within, above what importing takes: bytes, '3GB', '900MiB' or 'auto'; None: no plan is made
+    for it, and the strategy's plain behaviour holds."""
+    vram_budget: int | str | None = None
+    """Device memory to stay within, in the same forms; without meaning on CPU."""
+    ram_layers: int | None = None
+    """Layers whose weights stay in RAM; None: as the budget allows, or the strategy's own."""
+    device_layers: int | None = None
+    """Layers whose weights stay on the device; None: as the budget allows."""
+    keep_activations: int | None = None
+    """Layers that are not recomputed in the backward; None: as the budget allows, none without one."""
+    head: str | None = None
+    """'resident', 'streamed' (whole, while it is used) or 'chunked' (by runs of the vocabulary); None: as the plan has
+    it, or by its size."""
+    boundaries: str | None = None
+    """Where layers' inputs wait for the backward: 'device' or 'host'; None: as the plan has it."""
+    optimizer_place: str | None = None
+    """Where the optimizer's state and fp32 masters live: 'device' or 'host'; None: as the plan has it."""
 
     use_lora: bool = True
     """False: inference only."""
@@ -136,9 +157,19 @@ class LemaConfig:
             ("gradient_accumulation_steps", 1), ("max_seq_length", 1), ("num_slots", 2), ("num_readers", 1),
         ):  # fmt: skip
             self._check_int(name, lowest)
-        for name, lowest in (("micro_batch_size", 1), ("loss_chunk_size", 1), ("prefetch_depth", 0)):
+        for name, lowest in (
+            ("micro_batch_size", 1),
+            ("loss_chunk_size", 1),
+            ("prefetch_depth", 0),
+            ("ram_layers", 0),
+            ("device_layers", 0),
+            ("keep_activations", 0),
+        ):
             if getattr(self, name) is not None:
                 self._check_int(name, lowest)
+        for name, values in (("head", HEAD_PLACES), ("boundaries", PLACES), ("optimizer_place", PLACES)):
+            if getattr(self, name) is not None and getattr(self, name) not in values:
+                raise ConfigError(self._one_of(name, values))
         self._check_int("save_steps", None)
         self._check_int("seed", 0)
         if not self.learning_rate >= 0:

@@ -5,6 +5,7 @@ It knows storages, offsets and pieces; it knows nothing of modules, slots' life 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -16,13 +17,22 @@ import torch
 from .gbi import GlobalBinaryIndex
 from .layout import PAGE, ParameterSource, ScratchView, align_up
 
+_HUGE_FROM = 8 << 20
+
 
 def page_aligned(nbytes: int) -> torch.Tensor:
-    """Zeroed anonymous memory as uint8 `[nbytes]`, rounded up to whole pages, starting on one."""
+    """Zeroed anonymous memory as uint8 `[nbytes]`, rounded up to whole pages, starting on one.
+
+    From 8 MiB on huge pages are asked for: direct reads into them are faster, as fewer pages are pinned.
+    """
     size = max(align_up(nbytes, PAGE), PAGE)
     if sys.platform == "win32":
         return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def drop_pages(buffer: torch.Tensor) -> None:

@@ -1,15 +1,18 @@
-"""Free memory of the C heap, given back to the system where much of it lies idle.
+"""The C heap: kept compact, and given back to the system where much of it lies idle.
 
 It knows glibc's allocator; where that is not in use it does nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterator
 
 _IDLE_BYTES = 192 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class _MallInfo(ctypes.Structure):
@@ -45,3 +48,55 @@ def give_back_idle_heap() -> bool:
         return False
     functions[1](0)
     return True
+
+
+def resident_bytes() -> int:
+    """The process's resident set now, in bytes; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+class HeapGuard:
+    """Keeps the holes between activations from growing past what a plan counts on.
+
+    Between two layers little is alive on the heap; if the resident set is then above `limit`, free heap pages
+    go back to the system.
+
+    Args:
+        limit: bytes of the resident set; None: nothing is done.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit if _glibc() is not None else None
+        self.trims = 0
+
+    def relieve(self) -> None:
+        """Called between layers."""
+        if self._limit is not None and resident_bytes() > self._limit:
+            functions = _glibc()
+            assert functions is not None
+            functions[1](0)
+            self.trims += 1
+
+
+@contextlib.contextmanager
+def apart_from_heap() -> Iterator[None]:
+    """Inside the block allocations of 128 KiB and more have pages of their own, which go when they are freed.
+
+    For large memory that is given up again while small objects made beside it stay: on the heap those would
+    hold wide holes open for the rest of the run, and activations then spread over all of them. Afterwards the
+    thresholds are those at which glibc's own adaptation ends.
+    """
+    if _glibc() is None:
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)

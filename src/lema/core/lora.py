@@ -104,10 +104,11 @@ class LoRAManager:
             raise ConfigError("the LoRA parameters do not exist yet: attach the manager to a model first")
         return self._peft
 
-    def attach(self, adapter: HoldsModel) -> PeftModel:
+    def attach(self, adapter: HoldsModel, empty: bool = False) -> PeftModel:
         """Inject LoRA into the adapter's model, once; further calls return what is there.
 
-        Initial values are PEFT's own for the same random state.
+        Initial values are PEFT's own for the same random state. With `empty` the parameters have shapes and
+        no memory, to be counted only.
 
         Raises:
             ConfigError: no module matches; those that could are listed.
@@ -124,7 +125,7 @@ class LoRAManager:
         config = LoraConfig(task_type="CAUSAL_LM" if has_generation else None, **self.settings)
         with self._random_state():
             try:
-                peft_model: Any = get_peft_model(base, config)
+                peft_model: Any = get_peft_model(base, config, low_cpu_mem_usage=empty)
             except ValueError as error:
                 raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
         self._refuse_outside(base, lm.layers)

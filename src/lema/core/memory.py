@@ -10,52 +10,24 @@ import contextlib
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from ..config import MemoryStrategy
-from ..errors import BindingError, ConfigError, DeviceError, StreamingError
-from .binding import Decoder, mapped_or_materialized, materialize, page_aligned, typed_view
+from ..errors import ConfigError, DeviceError, StreamingError
+from .binding import mapped_or_materialized, materialize, page_aligned
 from .gbi import GlobalBinaryIndex
-from .head import HEAD, HeadSlot, head_should_stream
-from .layout import PAGE, ParameterSource, SlotLayout, align_up
+from .head import HEAD, HeadChunks, HeadSlot, head_should_stream
+from .heap import resident_bytes
+from .layout import SlotLayout
+from .plan import MemoryPlan
 from .reader import DiskReader, ReadJob
 from .ring import Load, Ring
 from .schedule import Phase, Schedule
 from .transport import DeviceBackend, DeviceTier
+from .units import BoundUnit, StreamableAdapter, bind_to_files, bind_to_slot
 
 _MAP_FROM_BYTES = 1 << 20
-
-
-class StreamableAdapter(Protocol):
-    """What the manager asks of a model adapter: what its units are made of, and to bind them."""
-
-    packs_units: bool
-
-    def unit_sources(self, gbi: GlobalBinaryIndex) -> list[list[ParameterSource]]:
-        """Parameter sources of every streamed unit, in visiting order."""
-
-    def rest_sources(self, gbi: GlobalBinaryIndex) -> list[ParameterSource]:
-        """Parameter sources of everything that stays."""
-
-    def gathered_by_rows(self) -> frozenset[str]:
-        """Names of parameters of which a step reads a few rows only."""
-
-    def bind_unit(self, unit: int, views: Mapping[str, torch.Tensor], flat: torch.Tensor | None) -> None:
-        """Make the unit's parameters of these tensors; `flat` holds them back to back if units are packed."""
-
-    def bound_tensors(self, unit: int) -> list[torch.Tensor]:
-        """The unit's parameters as its modules hold them now, in the order of its sources."""
-
-    def head_source(self, gbi: GlobalBinaryIndex) -> ParameterSource | None:
-        """Source of the head's weight, if its stored bytes are all it takes to compute with it."""
-
-    def bind_head(self, view: torch.Tensor) -> None:
-        """Make the head's weight of this tensor, apart from the embedding even where the two are tied."""
-
-    def bind_rest(self, views: Mapping[str, torch.Tensor]) -> None:
-        """Make everything that stays of these tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +50,12 @@ class MemoryStats:
         )
 
 
-@dataclass(slots=True)
-class _Bound:
-    """A streamed unit's parameters, by where they lie, and how to fill the ones in scratch."""
-
-    in_slot: list[torch.Tensor]
-    in_scratch: list[torch.Tensor]
-    pointers: list[int]
-    decode: Decoder | None
-
-
 class TripleBufferManager:
     """Weights of a model between disk and computation.
 
-    Layout: `num_slots` host slots, each one flat page-aligned buffer as large as the largest streamed
-    unit; a device tier behind them when a backend is given; one scratch area, shared by all units, for
+    Layout: `num_slots` host slots, each one flat page-aligned buffer as large as the largest unit that
+    shares it; a slot of its own, loaded once, for a unit that stays; a device tier of the same kind
+    behind them when a backend is given; one scratch area, shared by all units, for
     parameters whose stored bytes are not what is computed with. Every parameter is bound once, as a
     typed view of its slot or of scratch, and never again: only bytes move.
 
@@ -105,11 +68,12 @@ class TripleBufferManager:
         gbi: the index of the weights.
         adapter: says what the units are and binds them.
         device: 'cpu' computes in host slots.
-        strategy: RESIDENT binds everything to the mapped files and streams nothing.
+        strategy: without a plan, RESIDENT binds everything to the mapped files and streams nothing.
         num_slots: host slots, 2 or more.
         num_readers: disk threads, 1 or more.
-        prefetch_depth: visits planned ahead; None: as many as there are slots; 0: none.
+        prefetch_depth: visits planned ahead; None: as many as the slots allow; 0: none.
         resident_units: units bound to the mapped files and left out of the ring.
+        plan: which units stay in slots of their own, how many slots the others share, and where the head is.
         backend: a device tier's lowest layer; None on CPU.
         device_slots: slots on the device, 2 or more.
         direct_io: None: direct reads where granted; False: through the page cache.
@@ -131,13 +95,15 @@ class TripleBufferManager:
         num_readers: int = 2,
         prefetch_depth: int | None = None,
         resident_units: Collection[int] = (),
+        plan: MemoryPlan | None = None,
         backend: DeviceBackend | None = None,
         device_slots: int = 2,
         direct_io: bool | None = None,
         poison: bool = False,
     ) -> None:
-        if num_slots < 2 or device_slots < 2:
-            raise ConfigError(f"num_slots={min(num_slots, device_slots)} must be 2 or more, or nothing could overlap")
+        slots, device_slots = (plan.host_slots, plan.device_slots) if plan else (num_slots, device_slots)
+        if slots < 2 or device_slots < 2:
+            raise ConfigError(f"num_slots={min(slots, device_slots)} must be 2 or more, or nothing could overlap")
         if backend is None:
             check_device(device)
         self.gbi = gbi
@@ -148,31 +114,40 @@ class TripleBufferManager:
         self.num_units = len(units)
         if unknown := [u for u in resident_units if not 0 <= u < len(units)]:
             raise ConfigError(f"resident_units {unknown} are outside 0..{len(units) - 1}")
-        resident = set(range(len(units))) if self.strategy is MemoryStrategy.RESIDENT else set(resident_units)
+        mapped = self.strategy is MemoryStrategy.RESIDENT and plan is None and backend is None
+        resident = set(range(len(units))) if mapped else set(resident_units)
         self.streamed = [unit for unit in range(len(units)) if unit not in resident]
-        self.num_slots = min(num_slots, max(len(self.streamed), 1))
+        """Units whose bytes come through slots, those that then stay in a slot of their own among them."""
         self._poison = poison
-        self._bound: dict[int, _Bound] = {}
+        self._bound: dict[int, BoundUnit] = {}
         self._tier: DeviceTier | None = None
         self._scratch_unit: int | None = None
+        self._decodes = 0
+        self.plan = plan
+        self.heap_limit = None if plan is None else resident_bytes() + plan.host_peak - plan.transient // 4
+        """Resident set between layers from which on idle heap is given back; None: no plan, no limit."""
         self._reader = DiskReader(num_readers, direct_io)
         self._layouts = {unit: SlotLayout(units[unit], adapter.packs_units) for unit in self.streamed}
-
-        slot_of = {unit: rank % self.num_slots for rank, unit in enumerate(self.streamed)}
         nbytes = {unit: layout.nbytes for unit, layout in self._layouts.items()}
-        self._host_buffers = [page_aligned(max(nbytes.values(), default=0)) for _ in set(slot_of.values())]
-        depth = self.num_slots if prefetch_depth is None else prefetch_depth
-        schedule = Schedule.inference(self.num_units)
+
+        in_ram = frozenset(plan.in_ram) if plan else frozenset[int]()
+        if plan is None and self.strategy is MemoryStrategy.RESIDENT:
+            in_ram = frozenset(self.streamed)
+        on_device = frozenset(plan.on_device) if plan else frozenset[int]()
+        slot_of, self.num_slots = place(self.streamed, in_ram, slots, last=on_device)
+        self._host_buffers = [page_aligned(size) for size in _slot_sizes(slot_of, nbytes)]
         fill = _weakly(self._start_read)
         if backend is None:
-            self._ring = Ring(slot_of, Schedule(()), depth, fill)
+            self._ring = Ring(slot_of, Schedule(()), prefetch_depth, fill)
             compute_buffers, compute_ring = self._host_buffers, self._ring
         else:
-            device_slot_of = {unit: rank % device_slots for rank, unit in enumerate(self.streamed)}
-            ahead = schedule.only(frozenset(self.streamed)).loads(device_slot_of)
-            self._ring = Ring(slot_of, ahead, depth, fill)
+            device_slot_of, _ = place(self.streamed, on_device, device_slots)
+            ahead = Schedule.inference(self.num_units).only(frozenset(self.streamed)).loads(device_slot_of)
+            self._ring = Ring(slot_of, ahead, prefetch_depth, fill)
+            self._ring.learns = False  # the first cycle has loads that later ones do not have
+            depth = None if prefetch_depth is None else max(prefetch_depth, 1)
             self._tier = DeviceTier(
-                backend, self._ring, self._host_buffers, device_slot_of, Schedule(()), max(depth, 1), nbytes
+                backend, self._ring, self._host_buffers, device_slot_of, Schedule(()), depth, nbytes
             )
             compute_buffers, compute_ring = self._tier.buffers, self._tier.ring
         self._compute_ring = compute_ring
@@ -180,10 +155,11 @@ class TripleBufferManager:
         scratch_bytes = max((layout.scratch_nbytes for layout in self._layouts.values()), default=0)
         self._scratch = page_aligned(scratch_bytes) if scratch_bytes else torch.empty(0, dtype=torch.uint8)
         for unit in self.streamed:
-            self._bind_streamed(unit, compute_buffers[compute_ring.slot_of[unit]])
+            buffer = compute_buffers[compute_ring.slot_of[unit]]
+            self._bound[unit] = bind_to_slot(adapter, unit, self._layouts[unit], buffer, self._scratch)
         for unit in sorted(resident):
-            self._bind_resident(unit, units[unit])
-        self._head: HeadSlot | None = None
+            bind_to_files(adapter, unit, units[unit], gbi)
+        self._head: HeadSlot | HeadChunks | None = None
         self._bind_head(backend)
         self._bind_rest()
         rings = [self._ring] if self._head is None else [self._ring, self._head.ring]
@@ -191,40 +167,20 @@ class TripleBufferManager:
 
     # -- binding ---------------------------------------------------------------------------------
 
-    def _bind_streamed(self, unit: int, buffer: torch.Tensor) -> None:
-        layout = self._layouts[unit]
-        views = {v.source.name: typed_view(buffer, v.offset, v.source.dtype, v.source.shape) for v in layout.direct}
-        for decoded in layout.decoded:
-            source = decoded.source
-            views[source.name] = typed_view(self._scratch, decoded.offset, source.dtype, source.shape)
-        flat = self._scratch[: layout.scratch_nbytes] if self.adapter.packs_units else None
-        self.adapter.bind_unit(unit, views, flat)
-        tensors = self.adapter.bound_tensors(unit)
-        scratch = self._scratch.untyped_storage().data_ptr()
-        self._bound[unit] = _Bound(
-            in_slot=[t for t in tensors if t.untyped_storage().data_ptr() != scratch],
-            in_scratch=[t for t in tensors if t.untyped_storage().data_ptr() == scratch],
-            pointers=[t.data_ptr() for t in tensors],
-            decode=Decoder(buffer, self._scratch, layout.decoded) if layout.decoded else None,
-        )
-
-    def _bind_resident(self, unit: int, sources: Sequence[ParameterSource]) -> None:
-        if self.adapter.packs_units:
-            flat, views = pack(self.gbi, sources)
-            self.adapter.bind_unit(unit, views, flat)
-        else:
-            views = {source.name: mapped_or_materialized(self.gbi, source) for source in sources}
-            self.adapter.bind_unit(unit, views, None)
-
     def _bind_head(self, backend: DeviceBackend | None) -> None:
-        """Stream the head too where that is worth its reads, begun early enough before the end of a forward."""
+        """Give the head a slot of its own where the plan or its size asks for it."""
         self._head_prefetch_at = -1
+        plan = self.plan
         source = self.adapter.head_source(self.gbi) if self.streamed and backend is None else None
         a_step = 2 * sum(layout.read_bytes for layout in self._layouts.values())
-        if source is None or not head_should_stream(source.nbytes, a_step):
+        if source is None or (plan is None and not head_should_stream(source.nbytes, a_step)):
             return
-        self._head = HeadSlot(source, self._reader)
-        self.adapter.bind_head(self._head.view)
+        if plan is not None and plan.head == "chunked":
+            self._head = HeadChunks(source, plan.head_rows, self._reader)
+            self.adapter.bind_head(torch.zeros((), dtype=source.dtype).expand(source.shape))
+        else:
+            self._head = HeadSlot(source, self._reader, stays=plan is not None and plan.head == "resident")
+            self.adapter.bind_head(self._head.view)
         ahead = 2 + self._head.nbytes // max(max(layout.nbytes for layout in self._layouts.values()), 1)
         self._head_prefetch_at = max(self.num_units - ahead, 0)
 
@@ -270,7 +226,7 @@ class TripleBufferManager:
     def acquire(self, unit: int, phase: Phase = Phase.FORWARD) -> None:
         """Wait until the unit's parameters hold its weights; they do until `release`."""
         if unit == HEAD:
-            if self._head is not None:
+            if isinstance(self._head, HeadSlot):
                 self._head.acquire()
             return
         bound = self._bound.get(unit)
@@ -282,8 +238,8 @@ class TripleBufferManager:
             self._ring.acquire(unit, phase)
         else:
             self._tier.acquire(unit, phase)
-        if self._head is not None and not self._head.holds and (unit, phase) == (self._head_prefetch_at, Phase.FORWARD):
-            self._head.ring.prefetch(HEAD)
+        if self._head is not None and (unit, phase) == (self._head_prefetch_at, Phase.FORWARD):
+            self._head.prefetch()
         if bound.decode is not None:
             for owner in {self._scratch_unit, unit} - {None}:
                 torch.autograd.graph.increment_version(self._bound[owner].in_scratch)  # type: ignore[index]
@@ -293,7 +249,7 @@ class TripleBufferManager:
     def release(self, unit: int) -> None:
         """Say that this use of the unit is spent."""
         if unit == HEAD:
-            if self._head is not None:
+            if isinstance(self._head, HeadSlot):
                 self._head.release()
             return
         if unit not in self._bound:
@@ -311,17 +267,27 @@ class TripleBufferManager:
     @property
     def holds_head(self) -> bool:
         """Whether somebody has acquired the head and not released it yet."""
-        return self._head is not None and self._head.holds > 0
+        return isinstance(self._head, HeadSlot) and self._head.holds > 0
+
+    @property
+    def head_chunks(self) -> HeadChunks | None:
+        """The head by runs of vocabulary rows, where it is never there whole."""
+        return self._head if isinstance(self._head, HeadChunks) else None
 
     def check_bindings(self) -> None:
         """Raise `BindingError` if a parameter no longer lies where its bytes arrive."""
         for unit, bound in self._bound.items():
-            for tensor, pointer in zip(self.adapter.bound_tensors(unit), bound.pointers, strict=True):
-                if tensor.data_ptr() != pointer:
-                    raise BindingError(
-                        f"a parameter of layer {unit} (shape {tuple(tensor.shape)}) was moved away from the memory "
-                        "its weights are streamed into; do not cast, move or merge a streamed model"
-                    )
+            bound.check(unit, self.adapter.bound_tensors(unit))
+
+    def generation(self, unit: int) -> int:
+        """Changes whenever the unit's bytes are loaded anew; compare while the unit is in use."""
+        bound = self._bound.get(unit)
+        if bound is None:
+            return 0
+        if bound.decode is not None:  # scratch belongs to the next unit as soon as this use ends
+            self._decodes += 1
+            return -self._decodes
+        return self._compute_ring.generation(unit)
 
     @property
     def stats(self) -> MemoryStats:
@@ -379,6 +345,29 @@ class TripleBufferManager:
             torch.autograd.graph.increment_version(self._bound[unit].in_slot)  # type: ignore[index]
 
 
+def place(
+    units: Sequence[int], own: Collection[int], shared: int, last: Collection[int] = ()
+) -> tuple[dict[int, int], int]:
+    """Slot of every unit, and how many are shared: ranks modulo `shared`, then one each for units of their `own`.
+
+    Units in `last` have ranks after the others, so that units which pass once do not upset those that pass often.
+    """
+    passing = [unit for unit in units if unit not in own]
+    ranked = [unit for unit in passing if unit not in last] + [unit for unit in passing if unit in last]
+    shared = min(shared, len(ranked))
+    slot_of = {unit: rank % shared for rank, unit in enumerate(ranked)}
+    slot_of.update({unit: shared + number for number, unit in enumerate(u for u in units if u in own)})
+    return slot_of, shared
+
+
+def _slot_sizes(slot_of: Mapping[int, int], nbytes: Mapping[int, int]) -> list[int]:
+    """Bytes of each slot: of the largest unit that lives there."""
+    sizes = [0] * (max(slot_of.values(), default=-1) + 1)
+    for unit, slot in slot_of.items():
+        sizes[slot] = max(sizes[slot], nbytes[unit])
+    return sizes
+
+
 def _weakly(method: Callable[[Load], None]) -> Callable[[Load], None]:
     """The bound method without keeping its object alive, so that a forgotten manager can end its threads."""
     weak = weakref.WeakMethod(method)
@@ -398,19 +387,6 @@ def _shut_down(tier: DeviceTier | None, rings: Sequence[Ring], reader: DiskReade
     if tier is not None:
         tier.stop()
     reader.stop()
-
-
-def pack(gbi: GlobalBinaryIndex, sources: Sequence[ParameterSource]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Parameters back to back in one uint8 buffer, in the order given, and a typed view of each."""
-    flat = page_aligned(align_up(sum(source.nbytes for source in sources), PAGE))
-    views = {}
-    offset = 0
-    for source in sources:
-        view = typed_view(flat, offset, source.dtype, source.shape)
-        view.copy_(materialize(gbi, source))
-        views[source.name] = view
-        offset += source.nbytes
-    return flat[:offset], views
 
 
 def check_device(device: str) -> None:

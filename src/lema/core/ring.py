@@ -7,6 +7,7 @@ does the moving, and reports back with `finished`.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -46,11 +47,12 @@ class Load:
 
 @dataclass(slots=True)
 class Slot:
-    """State of one slot; `uses` counts planned visits that have not begun yet."""
+    """State of one slot; `uses` counts planned visits that have not begun yet, `fillings` loads begun."""
 
     state: SlotState = SlotState.EMPTY
     unit: int | None = None
     uses: int = 0
+    fillings: int = 0
     load: Load | None = field(default=None, repr=False)
 
 
@@ -73,21 +75,25 @@ class Ring:
     Args:
         slot_of: slot number of every unit this ring may be asked for.
         schedule: predicted visits; only units of `slot_of`.
-        depth: visits planned ahead of the current one; 0 loads on demand.
+        depth: visits planned ahead of the current one; 0 loads on demand, None is bounded by the slots alone.
         fill: starts to fill a slot and returns; called with the ring's lock held, so it must not block
             nor call back.
     """
 
-    def __init__(self, slot_of: dict[int, int], schedule: Schedule, depth: int, fill: Callable[[Load], None]) -> None:
+    def __init__(
+        self, slot_of: dict[int, int], schedule: Schedule, depth: int | None, fill: Callable[[Load], None]
+    ) -> None:
         self.slot_of = slot_of
         self.slots = [Slot() for _ in range(max(slot_of.values(), default=-1) + 1)]
-        self.depth = depth
+        self.depth = sys.maxsize - 1 if depth is None else depth
         self.loads = 0
         self.wait_seconds = 0.0
         self.on_overwrite: Callable[[Load], None] = lambda load: None
         """Called just before a slot starts to be filled."""
+        self.learns = True
+        """Whether visits that were not predicted are expected again in later cycles."""
         self._fill = fill
-        self._schedule = schedule
+        self._schedule = self._predicted = schedule
         self._next_use = 0
         self._next_plan = 0
         self._errors: dict[int, BaseException] = {}
@@ -103,7 +109,7 @@ class Ring:
             at_start = bool(schedule.visits) and self._next_use % len(schedule.visits) == 0
             if schedule == self._schedule and at_start:
                 return False
-            self._schedule = schedule
+            self._schedule = self._predicted = schedule
             self._replan(0)
             return True
 
@@ -158,6 +164,10 @@ class Ring:
             self._check_open()
             self._seek(Visit(unit, phase))
             self._plan(least=1)
+
+    def generation(self, unit: int) -> int:
+        """How often the unit's slot has been filled so far."""
+        return self.slots[self.slot_of[unit]].fillings
 
     def forget(self) -> bool:
         """Empty every slot that nobody uses or is about to use; True if all are empty now, so that memory may go."""
@@ -219,7 +229,8 @@ class Ring:
         start = self._next_use % len(self._schedule.visits) if self._schedule.visits else 0
         position = self._schedule.position(visit, start)
         if position is None:
-            self._schedule = Schedule((*self._schedule.visits, visit))
+            known = self._schedule if self.learns else self._predicted
+            self._schedule = Schedule((*known.visits, visit))
             position = len(self._schedule.visits) - 1
         logger.debug("unpredicted visit of unit %d (%s): replanning", visit.unit, visit.phase.value)
         self._replan(position)
@@ -254,6 +265,7 @@ class Ring:
             elif slot.uses == 0 and slot.state in (SlotState.EMPTY, SlotState.READY):
                 slot.load = Load(unit, number, visit.phase, evicted=slot.unit)
                 slot.state, slot.unit, slot.uses = SlotState.LOADING, unit, 1
+                slot.fillings += 1
                 self.loads += 1
                 self.on_overwrite(slot.load)
                 self._fill(slot.load)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,39 +21,63 @@ class Event(Protocol):
     """A mark in a stream. Waiting for it means its last record at the time of the call; never recorded is complete."""
 
     def synchronize(self) -> None:
-        """Block the calling thread until the last record has been reached."""
+        """Block the calling thread until the last record has been reached.
+
+        Raises:
+            RuntimeError: the device failed or did not get there in minutes; the wait ends in any case.
+        """
 
 
 class Stream(Protocol):
-    """A queue of device work that runs in order, beside other streams."""
+    """A queue of device work that runs in order, beside other streams. Events must be of the same backend."""
 
-    def wait_event(self, event: Event) -> None:
+    def wait_event(self, event: Any, /) -> None:
         """Let later work of this stream start only after the event."""
 
-    def record_event(self, event: Event) -> None:
+    def record_event(self, event: Any, /) -> object:
         """Mark this place of the stream in the event."""
 
 
 class DeviceBackend(Protocol):
-    """What a device must offer: buffers, streams, events and a copy that does not block."""
+    """What a device must offer: buffers, streams, events, a copy that does not block, and pinned host memory."""
 
     def device_buffer(self, nbytes: int) -> torch.Tensor:
-        """Device memory as uint8 `[nbytes]`."""
+        """Device memory as uint8 `[nbytes]`, which any stream may write at once. Not for the inside of a step."""
 
     def event(self) -> Event:
         """A new event."""
 
-    def copy_stream(self) -> Stream:
-        """The stream for transfers."""
+    def copy_stream(self, name: str = "weights") -> Stream:
+        """The stream for these transfers; the same name gives the same stream, and each has its own."""
 
     def compute_stream(self) -> Stream:
         """The stream the calling thread computes on."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
-        """Enqueue a copy of bytes on a stream and return."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any, /) -> None:
+        """Enqueue a copy on a stream and return.
+
+        Between tensors of the device of any equal shape and type, or between device and host, both uint8
+        `[n]`. Where the host side is not pinned it goes through pinned staging buffers, and the call
+        returns only when the host side may be changed again.
+        """
 
     def ready_for_compute(self) -> None:
-        """Called after `acquire` made the compute stream wait; a backend whose compute is not a stream blocks here."""
+        """Called after work for the compute stream was enqueued; a backend whose compute is not a stream blocks."""
+
+    def pin(self, buffer: torch.Tensor, /) -> bool:
+        """Lock anonymous host memory, exactly its size, for copies that do not block; once, outside of steps.
+
+        Returns False where the system refuses: copies of this memory are staged then.
+
+        Args:
+            buffer: uint8 `[n]` of `binding.page_aligned`, never a mapped file.
+        """
+
+    def unpin(self, buffer: torch.Tensor, /) -> None:
+        """Undo `pin`, before the memory is freed and after its copies have ended; nothing where it was refused."""
+
+    def close(self) -> None:
+        """Wait for the copy streams and unpin what is pinned."""
 
 
 class DeviceTier:
@@ -76,11 +100,12 @@ class DeviceTier:
         host_buffers: list[torch.Tensor],
         slot_of: dict[int, int],
         schedule: Schedule,
-        depth: int,
+        depth: int | None,
         nbytes: dict[int, int],
     ) -> None:
         num_slots = max(slot_of.values(), default=-1) + 1
-        self.buffers = [backend.device_buffer(max(nbytes.values(), default=0)) for _ in range(num_slots)]
+        sizes = [max(nbytes[u] for u, slot in slot_of.items() if slot == number) for number in range(num_slots)]
+        self.buffers = [backend.device_buffer(size) for size in sizes]
         self.copied_bytes = 0
         self._backend = backend
         self._host = host
@@ -91,6 +116,7 @@ class DeviceTier:
         self._stream = backend.copy_stream()
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._lost: RuntimeError | None = None
         self.ring = Ring(slot_of, schedule, depth, self._fill)
 
     def acquire(self, unit: int, phase: Phase) -> int:
@@ -121,8 +147,8 @@ class DeviceTier:
 
     def _run(self) -> None:
         while (load := self._queue.get()) is not None:
-            if load.cancelled:
-                self.ring.finished(load)
+            if load.cancelled or self._lost is not None:
+                self.ring.finished(load, self._lost)
                 continue
             try:
                 host_slot = self._host.acquire(load.unit, load.phase)
@@ -141,5 +167,9 @@ class DeviceTier:
                 continue
             self.copied_bytes += nbytes
             self.ring.finished(load)
-            self._ready[load.slot].synchronize()
+            try:
+                self._ready[load.slot].synchronize()
+            except RuntimeError as error:  # the copy may still read the host slot, which is never released then
+                self._lost = error
+                continue
             self._host.release(load.unit)

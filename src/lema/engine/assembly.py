@@ -1,18 +1,30 @@
 """From a configuration to the parts of an engine.
 
-It knows which setting goes where; it decides nothing itself.
+It knows which setting goes where; what to keep where it leaves to the plan.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..config import LLAMA_TARGETS, LemaConfig
+from ..config import LLAMA_TARGETS, LemaConfig, MemoryStrategy
+from ..core.budget import free_device_memory, free_ram, resolve_budget
 from ..core.gbi import GlobalBinaryIndex
+from ..core.hardware import Hardware
 from ..core.lora import LoRAManager
 from ..core.memory import TripleBufferManager, check_device
-from ..errors import DeviceError
+from ..core.plan import Choices, MemoryPlan, make_plan
+from ..errors import DeviceError, UnsupportedError
 from ..models.base import LemaModelAdapter
+from ..models.transformers_adapter import TransformersAdapter
+from .dry_run import DryRun
+
+_PLANNED = (
+    "ram_budget", "vram_budget", "ram_layers", "device_layers", "keep_activations", "head", "boundaries",
+    "optimizer_place",
+)  # fmt: skip
 
 
 def compute_dtype(config: LemaConfig) -> torch.dtype:
@@ -28,9 +40,81 @@ def compute_dtype(config: LemaConfig) -> torch.dtype:
     return dtype
 
 
+def wants_plan(config: LemaConfig) -> bool:
+    """Whether a budget or a decision of the plan's was given."""
+    return any(getattr(config, name) is not None for name in _PLANNED)
+
+
+def assemble_plan(
+    config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryIndex | None, hardware: Hardware | None = None
+) -> MemoryPlan:
+    """The plan for a config's budgets and batch of `[batch_size, max_seq_length]`.
+
+    Args:
+        gbi: the weights; None: sizes follow from the configuration alone.
+        hardware: None: this machine's, measured once and remembered.
+
+    Raises:
+        UnsupportedError: an adapter of one's own, whose layers cannot be looked into.
+        ConfigError: nothing fits.
+    """
+    if not isinstance(adapter, TransformersAdapter):
+        raise UnsupportedError(
+            f"budgets need a model of transformers, {type(adapter).__name__} is an adapter of its own; leave "
+            f"{', '.join(_PLANNED)} unset"
+        )
+    apart = TransformersAdapter(adapter.config)
+    apart.configure(getattr(torch, config.dtype), config.attn_implementation)
+    run = DryRun(apart, lora_settings(config, adapter) if config.use_lora else None)
+    sizes = run.sizes() if gbi is None else run.sizes_in(adapter, gbi)
+    if hardware is None:
+        from ..core.probe import profile
+
+        hardware = profile(config.device, gbi.path if gbi is not None else None)
+    ram, vram = resolve_budgets(config)
+    plain = ram is None and (hardware.device == "cpu" or vram is None)
+    resident = config.strategy is MemoryStrategy.RESIDENT
+    keep = 0 if config.gradient_checkpointing or plain else None
+    choices = Choices(
+        device_layers=_first(config.device_layers, 0 if plain else None),
+        ram_layers=_first(config.ram_layers, (len(sizes.units) if resident else 0) if plain else None),
+        keep_activations=_first(config.keep_activations, keep),
+        micro_batch_size=_first(config.micro_batch_size, config.batch_size if plain else None),
+        loss_chunk_size=config.loss_chunk_size,
+        exact_loss=plain and config.loss_chunk_size is None,
+        head=config.head,
+        boundaries=_first(config.boundaries, "device" if plain else None),
+        optimizer=_first(config.optimizer_place, "device" if plain else None),
+        host_slots=config.slots,
+        device_slots=max(config.vram_buffer_size, 2),
+    )
+    return make_plan(
+        sizes,
+        run.workload(config.batch_size, config.max_seq_length),
+        hardware,
+        dtype=config.dtype,
+        ram_budget=ram,
+        vram_budget=vram,
+        choices=choices,
+    )
+
+
+def resolve_budgets(config: LemaConfig) -> tuple[int | None, int | None]:
+    """Bytes of both budgets; 'auto' is what is free now less a margin."""
+    ram = resolve_budget(config.ram_budget, free_ram()) if config.ram_budget is not None else None
+    if config.vram_budget is None or torch.device(config.device).type == "cpu":
+        return ram, None
+    return ram, resolve_budget(config.vram_budget, free_device_memory(config.device))
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
 def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryIndex) -> TripleBufferManager:
     """The memory manager a config asks for."""
     adapter.configure(compute_dtype(config), config.attn_implementation)
+    plan = assemble_plan(config, adapter, gbi) if wants_plan(config) else None
     return TripleBufferManager(
         gbi,
         adapter,
@@ -39,20 +123,25 @@ def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBi
         num_slots=config.slots,
         num_readers=config.num_readers,
         prefetch_depth=config.prefetch_depth,
+        plan=plan,
     )
+
+
+def lora_settings(config: LemaConfig, adapter: LemaModelAdapter) -> dict[str, Any]:
+    """The config's LoRA settings as `LoRAManager` takes them."""
+    targets = config.lora_target_modules
+    if targets == list(LLAMA_TARGETS) and adapter.default_target_modules is not None:
+        targets = list(adapter.default_target_modules)
+    return {
+        "r": config.lora_rank,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "target_modules": targets,
+    }
 
 
 def assemble_lora(config: LemaConfig, adapter: LemaModelAdapter) -> LoRAManager | None:
     """The LoRA manager a config asks for; None where LoRA is off."""
     if not config.use_lora:
         return None
-    targets = config.lora_target_modules
-    if targets == list(LLAMA_TARGETS) and adapter.default_target_modules is not None:
-        targets = list(adapter.default_target_modules)
-    settings = {
-        "r": config.lora_rank,
-        "alpha": config.lora_alpha,
-        "dropout": config.lora_dropout,
-        "target_modules": targets,
-    }
-    return LoRAManager(settings, device=config.device, seed=config.seed)
+    return LoRAManager(lora_settings(config, adapter), device=config.device, seed=config.seed)

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from ..core.binding import keep_apart
+from ..core.heap import HeapGuard
 from ..core.memory import HEAD, TripleBufferManager
 from ..core.schedule import Phase
 from .arguments import Arguments, BatchRules, check_replayable, holds_cache
+from .vocabulary import HeadChunks, chunked_linear
 
 
 @dataclass(slots=True)
@@ -55,6 +57,9 @@ class StreamedLayer:
         self.name = f"layer {unit} ({type(layer).__name__})"
         self.memory = memory
         self.batching = batching
+        self.heap = HeapGuard(None)
+        self.keeps_graph = False
+        """Whether the forward keeps its graph; where weights were reloaded since, the backward recomputes after all."""
         self._layer = layer
         self._forward = type(layer).forward
 
@@ -102,6 +107,39 @@ class StreamedHead(StreamedLayer):
         return super().__call__(*args, **kwargs)
 
 
+class ChunkedHead:
+    """Stands in for the forward of a head that is never there whole, outside of the engine's own loss."""
+
+    def __init__(self, head: nn.Linear, chunks: HeadChunks) -> None:
+        self._head = head
+        self._chunks = chunks
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.numel() == 0:
+            return hidden.new_empty(*hidden.shape[:-1], self._head.out_features)
+        logits: torch.Tensor = _ChunkedLinear.apply(hidden, self._head, self._chunks)
+        return logits
+
+
+class _ChunkedLinear(torch.autograd.Function):
+    """Logits chunk by chunk; the gradient of the hidden states takes a second pass over the chunks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: nn.Linear, chunks: HeadChunks) -> torch.Tensor:
+        ctx.chunks, ctx.like = chunks, hidden.new_empty(0)
+        return chunked_linear(head, chunks)(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        total: torch.Tensor | None = None
+        for chunk, (start, end) in enumerate(ctx.chunks.ranges):
+            with ctx.chunks.use(chunk) as weight:
+                part = gradient[..., start:end] @ weight.to(gradient.dtype)
+            total = part if total is None else total.add_(part)
+        assert total is not None, "a head without rows"
+        return total.to(ctx.like.dtype), None, None
+
+
 @dataclass(slots=True)
 class Batching:
     """How many rows a layer runs at once, and the rules for cutting its arguments."""
@@ -121,6 +159,14 @@ class Batching:
         if self._rules is None:
             self._rules = self.learn()
         return self._rules
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A micro-batch of a layer with its graph: input and outputs."""
+
+    part: torch.Tensor
+    outputs: list[torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -156,6 +202,28 @@ class LayerCall:
             parts.append(tensors)
         return parts[0] if len(parts) == 1 else [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
+    def forward_with_graph(self, hidden: torch.Tensor, input_wanted: bool) -> tuple[list[_Graph], list[torch.Tensor]]:
+        """Like `forward`, keeping each micro-batch's graph; the tensors returned have none."""
+        graphs: list[_Graph] = []
+        for number, rows, arguments in self.micro_batches():
+            random_state = torch.get_rng_state() if self.layer.training else None
+            part = hidden[rows].detach().requires_grad_(input_wanted)
+            with torch.enable_grad(), self.autocast.restored():
+                self.template, tensors = _take_apart(self.layer.run(part, arguments))
+            if random_state is not None and not torch.equal(random_state, torch.get_rng_state()):
+                self.random_states[number] = random_state
+            graphs.append(_Graph(part, tensors))
+        outputs = [[output.detach() for output in graph.outputs] for graph in graphs]
+        joined = outputs[0] if len(outputs) == 1 else [torch.cat(pieces) for pieces in zip(*outputs, strict=True)]
+        return graphs, joined
+
+    def replay(self, number: int, hidden: torch.Tensor, arguments: Arguments, input_wanted: bool) -> _Graph:
+        """A micro-batch run again, with its graph."""
+        part = hidden.detach().requires_grad_(input_wanted)
+        with self.replaying(number):
+            _, outputs = _take_apart(self.layer.run(part, arguments))
+        return _Graph(part, outputs)
+
     @contextlib.contextmanager
     def replaying(self, number: int) -> Iterator[None]:
         """Graph on, autocast and random state as in the forward; the random state is put back afterwards."""
@@ -176,15 +244,22 @@ class LayerCall:
 
 
 class _Replayed(torch.autograd.Function):
-    """Boundary activation in, layer recomputed in the backward."""
+    """Boundary activation in, layer recomputed in the backward, unless its graph was kept and is still good."""
 
     @staticmethod
     def forward(ctx: Any, call: LayerCall, hidden: torch.Tensor, *parameters: nn.Parameter) -> tuple[torch.Tensor, ...]:
-        with call.layer.memory.use(call.layer.unit, Phase.FORWARD):
-            outputs = call.forward(hidden)
+        memory, unit = call.layer.memory, call.layer.unit
+        ctx.graphs = []
+        with memory.use(unit, Phase.FORWARD):
+            if call.layer.keeps_graph:
+                ctx.generation = memory.generation(unit)
+                ctx.graphs, outputs = call.forward_with_graph(hidden, hidden.requires_grad)
+            else:
+                outputs = call.forward(hidden)
+        call.layer.heap.relieve()
         ctx.call = call
         ctx.parameters = parameters
-        ctx.save_for_backward(keep_apart(hidden))
+        ctx.save_for_backward(hidden if ctx.graphs else keep_apart(hidden))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return tuple(outputs)
@@ -196,25 +271,32 @@ class _Replayed(torch.autograd.Function):
         wanted = [p for p, needed in zip(ctx.parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         hidden_parts: list[torch.Tensor | None] = []
         sums: list[torch.Tensor | None] = [None] * len(wanted)
-        with call.layer.memory.use(call.layer.unit, Phase.BACKWARD):
+        memory, unit = call.layer.memory, call.layer.unit
+        graphs: list[_Graph] = ctx.graphs
+        with memory.use(unit, Phase.BACKWARD):
+            good = bool(graphs) and ctx.generation == memory.generation(unit)
             for number, rows, arguments in call.micro_batches():
-                part = hidden[rows].detach().requires_grad_(ctx.needs_input_grad[1])
-                with call.replaying(number):
-                    _, outputs = _take_apart(call.layer.run(part, arguments))
+                if good:
+                    graph = graphs[number]
+                else:
+                    graph = call.replay(number, hidden[rows], arguments, ctx.needs_input_grad[1])
                 pairs = [
                     (output, gradient[rows])
-                    for output, gradient in zip(outputs, output_gradients, strict=True)
+                    for output, gradient in zip(graph.outputs, output_gradients, strict=True)
                     if gradient is not None and output.requires_grad
                 ]
                 if not pairs:
                     hidden_parts.append(None)
                     continue
-                inputs = [part, *wanted] if ctx.needs_input_grad[1] else wanted
+                inputs = [graph.part, *wanted] if ctx.needs_input_grad[1] else wanted
                 gradients = list(
                     torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
                 )
                 hidden_parts.append(gradients.pop(0) if ctx.needs_input_grad[1] else None)
                 sums = [_add(total, gradient) for total, gradient in zip(sums, gradients, strict=True)]
+                del graph, pairs
+        graphs.clear()
+        call.layer.heap.relieve()
         found = iter(sums)
         return (
             None,

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.heap import HeapGuard
 from ..core.memory import TripleBufferManager
 from ..core.schedule import Schedule
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
 from .arguments import BatchRules
 from .guards import guard
-from .streamed_layer import Batching, StreamedHead, StreamedLayer
+from .streamed_layer import Batching, ChunkedHead, StreamedHead, StreamedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,21 @@ class LayerStreamer:
     def __init__(self, lm: CausalLM, memory: TripleBufferManager, micro_batch_size: int | None = None) -> None:
         self.lm = lm
         self.memory = memory
+        plan = memory.plan
+        if plan is not None and micro_batch_size is None:
+            micro_batch_size = plan.micro_batch_size
         self.batching = Batching(micro_batch_size, lambda: BatchRules.learn(lm))
         self.layers = [StreamedLayer(unit, layer, memory, self.batching) for unit, layer in enumerate(lm.layers)]
         for streamed, layer in zip(self.layers, lm.layers, strict=True):
             layer.__dict__["forward"] = streamed
-        if memory.streams_head and lm.head is not None:
+        self.heap = HeapGuard(memory.heap_limit)
+        for streamed in self.layers:
+            streamed.heap = self.heap
+        for unit in plan.keep_activations if plan is not None else ():
+            self.layers[unit].keeps_graph = True
+        if memory.head_chunks is not None and isinstance(lm.head, nn.Linear):
+            lm.head.__dict__["forward"] = ChunkedHead(lm.head, memory.head_chunks)
+        elif memory.streams_head and lm.head is not None:
             lm.head.__dict__["forward"] = StreamedHead(lm.head, memory)
         lm.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         guard(lm, memory)

@@ -6,6 +6,7 @@ It knows batches, gradients and the optimizer; it knows nothing of text, files o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
@@ -35,6 +36,7 @@ from .inputs import Batch, make_batch
 from .loss import LossResult, compute_loss
 from .optimizer import keep_state_apart
 from .streamer import LayerStreamer
+from .vocabulary import vocabulary_logits, vocabulary_loss
 from .window import Window
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class LemaTrainer:
         self._scaler = torch.amp.GradScaler(
             torch.device(config.device).type, enabled=config.dtype == "float16" and lora_manager is not None
         )
+        self._loss_chunk = self.memory.plan.loss_chunk_size if self.memory.plan else config.loss_chunk_size
         self._check_optimizer()
 
     # -- one step --------------------------------------------------------------------------------
@@ -146,11 +149,7 @@ class LemaTrainer:
             random_state = torch.get_rng_state()
             hidden = self.lm.hidden_states(**batch.model_inputs)
             self._turn()
-            with self.memory.use(HEAD):
-                result = compute_loss(
-                    self.lm, hidden, batch.targets, denominator,
-                    chunk_size=self.config.loss_chunk_size, scale=self._loss_scale(), with_logits=return_logits,
-                )  # fmt: skip
+            result = self._loss(hidden, batch.targets, denominator, scale=self._loss_scale(), with_logits=return_logits)
             self._check_loss(result, batch, random_state)
             self._turn()
             hidden.backward(result.gradient)
@@ -197,14 +196,31 @@ class LemaTrainer:
                 hidden = self.lm.hidden_states(**batch.model_inputs)
                 if batch.targets is None:
                     return self.lm.logits(hidden), None
-                with self.memory.use(HEAD):
-                    result = compute_loss(
-                        self.lm, hidden, batch.targets, batch.num_targets,
-                        chunk_size=self.config.loss_chunk_size, with_gradient=False, with_logits=with_logits,
-                    )  # fmt: skip
+                result = self._loss(
+                    hidden, batch.targets, batch.num_targets, with_gradient=False, with_logits=with_logits
+                )
             finally:
                 self.model.train(training)
         return result.logits, result.loss
+
+    def _loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, *, scale: float = 1.0,
+        with_gradient: bool = True, with_logits: bool = False,
+    ) -> LossResult:  # fmt: skip
+        """Head and loss, in the way the head is there."""
+        chunks = self.memory.head_chunks
+        if chunks is None:
+            with self.memory.use(HEAD):
+                return compute_loss(
+                    self.lm, hidden, targets, denominator, chunk_size=self._loss_chunk, scale=scale,
+                    with_gradient=with_gradient, with_logits=with_logits,
+                )  # fmt: skip
+        result = vocabulary_loss(
+            self.lm, hidden.detach(), targets, denominator, chunks,
+            positions=self._loss_chunk or targets.numel(), scale=scale, with_gradient=with_gradient,
+        )  # fmt: skip
+        logits = vocabulary_logits(self.lm, hidden.detach(), chunks) if with_logits else None
+        return dataclasses.replace(result, logits=logits)
 
     def _update(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
         """Settle, check and clip the gradients, then step the optimizer and empty them."""
@@ -279,7 +295,9 @@ class LemaTrainer:
 
     def _turn(self) -> None:
         """Between two phases of a step, memory of the last one goes back to the system where memory is short."""
-        if self.memory.streamed:
+        if self.memory.plan is not None:
+            self.streamer.heap.relieve()
+        elif self.memory.streamed:
             give_back_idle_heap()
 
     def _place_gradients(self, parameters: list[nn.Parameter]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..core.heap import apart_from_heap
 from ..errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
         logger.info("%s has no sdpa attention, using eager", family.__name__)
         attn_implementation = "eager"
     try:
-        with init_empty_weights(include_buffers=False):
+        with apart_from_heap(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     except (ValueError, ImportError) as error:
         raise UnsupportedError(f"{family.__name__} cannot be built: {error}") from error

@@ -212,6 +212,31 @@ class TransformersAdapter(LemaModelAdapter):
         else:
             module._buffers[leaf] = tensor
 
+    # -- sizes -----------------------------------------------------------------------------------
+
+    def unit_tensors(self) -> list[list[torch.Tensor]]:
+        """Each layer's parameters as the skeleton has them."""
+        count = self.num_layers
+        return [
+            [self._expected[name] for name in self._unit_names(unit) if self._is_parameter(name)]
+            for unit in range(count)
+        ]
+
+    def around(self) -> tuple[int, int, int]:
+        """Bytes of the head, of an input embedding that is not the head as well, and of all else that stays."""
+        head_name = self._head_name()
+        embedding: Any = self.model.get_input_embeddings()
+        tied = head_name is not None and bool(self.model.config.tie_word_embeddings)
+        head = self._expected[head_name].nbytes if head_name is not None else 0
+        rows = 0 if tied else embedding.weight.nbytes
+        names = [name for name in self._rest_names() if self._is_parameter(name)]
+        total = sum(
+            self._expected[name].nbytes
+            for name in names
+            if name != head_name and self._places[name][0] is not embedding
+        )
+        return head, rows, total
+
     # -- a layer alone ---------------------------------------------------------------------------
 
     def get_layer_metadata(self) -> list[dict[str, Any]]:

@@ -1,0 +1,496 @@
+"""The memory plan: what is kept where, decided before anything is allocated.
+
+It knows bytes, operations and rates as numbers; it knows nothing of models, files or devices themselves.
+Formulas are in docs/ARCHITECTURE.md, "The plan".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import ConfigError
+from .budget import format_bytes
+from .hardware import Hardware
+
+_HEAD_CHUNK_BYTES = 16 << 20
+_LOSS_CHUNKS = (256, 64)
+
+CPU_OVERHEAD = 112 << 20
+"""Host bytes beyond the import floor that no tensor accounts for: threads, code paged in, compiled kernels. Measured on
+two models, what is left after everything counted: 107 to 120 MiB."""
+_BUDGET_SHARE = 0.96
+"""Share of a host budget that is planned for; the rest is for what the prediction misses."""
+DEVICE_OVERHEAD = 48 << 20
+"""Device bytes beyond the tensors counted: matmul workspaces, which the caching allocator counts too."""
+HEAP_SLACK = 0.7
+"""Share by which a layer's resident size on the C heap exceeds its activations alive at once: holes between them.
+Measured per layer on a 1.7B shape in bf16: 0.4 to 1.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Bytes of a model's parts."""
+
+    units: tuple[int, ...]
+    """Of each streamed unit."""
+    scratch: int
+    """Shared by all units for parameters made from stored bytes at each use; 0 where none is."""
+    head: int
+    """The output embedding's weight; 0 where it is part of `rest`."""
+    head_streams: bool
+    """Whether the head can be streamed."""
+    vocab: int
+    embedding: int
+    """The input embedding, of which a step touches a few rows; 0 where it is the head as well."""
+    rest: int
+    """Everything else that stays."""
+    lora: int
+    """Trainable parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What one layer takes for one micro-batch: most bytes alive at once, and floating point operations."""
+
+    forward_peak: int
+    graph: int
+    """Bytes that stay alive from forward to backward where the layer is not recomputed."""
+    backward_peak: int
+    """Recomputation and backward together."""
+    forward_flops: int
+    backward_flops: int
+    kernel_scratch: int
+    """Bytes of a matmul kernel's own copy of a weight, on CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossCost:
+    """Head and loss for one chunk of target positions."""
+
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a step on `[batch, seq]` tokens takes, by micro-batch rows and by target positions."""
+
+    batch: int
+    seq: int
+    boundary: int
+    """Bytes of one layer's input for the whole batch."""
+    layer: Callable[[int], LayerCost]
+    loss: Callable[[int], LossCost]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Decisions taken by the user; None leaves one to the plan."""
+
+    device_layers: int | None = None
+    ram_layers: int | None = None
+    keep_activations: int | None = None
+    micro_batch_size: int | None = None
+    loss_chunk_size: int | None = None
+    exact_loss: bool = False
+    """The loss stays in one piece."""
+    head: str | None = None
+    boundaries: str | None = None
+    optimizer: str | None = None
+    host_slots: int = 2
+    device_slots: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What is kept where. Units are numbered from 0; a unit is in exactly one of the three tiers."""
+
+    device: str
+    on_device: tuple[int, ...]
+    in_ram: tuple[int, ...]
+    from_disk: tuple[int, ...]
+    keep_activations: tuple[int, ...]
+    """Units that are not recomputed in the backward."""
+    host_slots: int
+    device_slots: int
+    micro_batch_size: int
+    loss_chunk_size: int | None
+    head: str
+    """'resident'; 'streamed': whole, once a step; 'chunked': by runs of vocabulary rows, once a step."""
+    head_rows: int
+    """Vocabulary rows of a chunk; all of them unless chunked."""
+    boundaries: str
+    """'device' (where layers are computed) or 'host'."""
+    optimizer: str
+    """'device' or 'host'."""
+    host_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Predicted host peak above the import floor, by what it is for."""
+    device_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Predicted device peak, by what it is for; empty on CPU."""
+    estimate: Estimate | None = None
+    transient: int = 0
+    """Most bytes on the heap that one layer or the loss takes and gives back."""
+
+    @property
+    def host_peak(self) -> int:
+        """Predicted host peak in bytes above the import floor."""
+        return sum(self.host_bytes.values())
+
+    @property
+    def device_peak(self) -> int:
+        """Predicted peak of allocated device memory in bytes."""
+        return sum(self.device_bytes.values())
+
+    @property
+    def streamed_to_compute(self) -> tuple[int, ...]:
+        """Units that share slots where layers are computed."""
+        return tuple(sorted((*self.in_ram, *self.from_disk))) if self.device != "cpu" else self.from_disk
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Predicted time of an optimizer step, one call of `train_step` a window."""
+
+    step_seconds: float
+    compute_seconds: float
+    disk_seconds: float
+    link_seconds: float
+    tokens_per_second: float
+    bound_by: str
+    """'compute', 'disk' or 'link'."""
+
+
+def evenly(count: int, total: int) -> tuple[int, ...]:
+    """`count` of `total` units, evenly spaced, the last one among them."""
+    return tuple(sorted({total - 1 - (i * total) // count for i in range(count)})) if count else ()
+
+
+def make_plan(
+    sizes: ModelSizes,
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    dtype: str,
+    ram_budget: int | None,
+    vram_budget: int | None = None,
+    choices: Choices = Choices(),
+) -> MemoryPlan:
+    """The fastest plan that fits the budgets; among equally fast ones the smallest.
+
+    Args:
+        ram_budget: host bytes above the import floor; None: no limit.
+        vram_budget: device bytes; None: no limit. Unused on CPU.
+
+    Raises:
+        ConfigError: nothing fits, or a decision of the user's does not: with the numbers and what would.
+    """
+    return _Planner(sizes, workload, hardware, dtype, ram_budget, vram_budget, choices).best()
+
+
+@dataclass(slots=True)
+class _Planner:
+    sizes: ModelSizes
+    workload: Workload
+    hardware: Hardware
+    dtype: str
+    ram_budget: int | None
+    vram_budget: int | None
+    choices: Choices
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.hardware.device == "cpu"
+
+    def best(self) -> MemoryPlan:
+        """The best of all fitting candidates with the largest micro-batch that fits."""
+        found: MemoryPlan | None = None
+        for frame in self._frames():
+            if found is not None and frame.micro_batch_size < found.micro_batch_size:
+                break
+            for plan in self._fillings(frame):
+                if found is None or _better(plan, found):
+                    found = plan
+        if found is None:
+            self._refuse()
+        assert found is not None
+        return found
+
+    # -- candidates ------------------------------------------------------------------------------
+
+    def _frames(self) -> Iterator[MemoryPlan]:
+        """Plans that keep nothing, those with large micro-batches first."""
+        chosen, n = self.choices, len(self.sizes.units)
+        rows = [chosen.micro_batch_size] if chosen.micro_batch_size else _halvings(self.workload.batch)
+        positions = self.workload.batch * self.workload.seq
+        if chosen.loss_chunk_size is not None or chosen.exact_loss:
+            chunks: list[int | None] = [chosen.loss_chunk_size]
+        else:
+            chunks = [None, *(c for c in _LOSS_CHUNKS if c < positions)]
+        # pieces of a chunked head are short rows, so that more positions fit at once
+        pieces = [chosen.loss_chunk_size] if chosen.loss_chunk_size else sorted({min(c, positions) for c in (64, 1024)})
+        heads = [chosen.head] if chosen.head else ["resident", *(["streamed"] if self.sizes.head_streams else [])]
+        if not chosen.head and self.sizes.head_streams and not chosen.exact_loss:
+            heads.append("chunked")
+        places = [chosen.boundaries] if chosen.boundaries else ["device", *([] if self.on_cpu else ["host"])]
+        optimizers = [chosen.optimizer] if chosen.optimizer else ["device", *([] if self.on_cpu else ["host"])]
+        for micro in rows:
+            for optimizer in optimizers:
+                for boundaries in places:
+                    for head in heads:
+                        for chunk in chunks if head != "chunked" else pieces:
+                            yield MemoryPlan(
+                                device=self.hardware.device, on_device=(), in_ram=(), from_disk=tuple(range(n)),
+                                keep_activations=(), host_slots=chosen.host_slots, device_slots=chosen.device_slots,
+                                micro_batch_size=micro, loss_chunk_size=chunk, head=head,
+                                head_rows=self._head_rows(head), boundaries=boundaries, optimizer=optimizer,
+                            )  # fmt: skip
+
+    def _head_rows(self, head: str) -> int:
+        if head != "chunked" or not self.sizes.head:
+            return self.sizes.vocab
+        return max(1, min(self.sizes.vocab, _HEAD_CHUNK_BYTES * self.sizes.vocab // self.sizes.head))
+
+    def _fillings(self, frame: MemoryPlan) -> Iterator[MemoryPlan]:
+        """The frame with as much kept as fits, for every split between weights and activations."""
+        n, chosen = len(self.sizes.units), self.choices
+        if self.on_cpu:
+            counts = range(n + 1) if chosen.ram_layers is None else [min(chosen.ram_layers, n)]
+            splits: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), evenly(count, n)) for count in counts]
+        else:
+            ram = chosen.ram_layers if chosen.ram_layers is not None else self._most_in_ram(frame)
+            counts = range(n + 1) if chosen.device_layers is None else [min(chosen.device_layers, n)]
+            splits = [(device := evenly(count, n), _others(device, min(ram, n - len(device)), n)) for count in counts]
+        for device, in_ram in splits:
+            kept = {*device, *in_ram}
+            plan = replace(
+                frame, on_device=device, in_ram=in_ram, from_disk=tuple(u for u in range(n) if u not in kept)
+            )
+            yield from self._with_activations(plan)
+
+    def _with_activations(self, plan: MemoryPlan) -> Iterator[MemoryPlan]:
+        """The plan with the most activations kept that fits."""
+        able = self._may_keep_activations(plan)
+        if self.choices.keep_activations is not None:
+            counts = [min(self.choices.keep_activations, len(able))]
+        else:
+            low, high = 0, len(able)
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if self._fits(self._keeping(plan, able, middle)) else (low, middle - 1)
+            counts = [low]
+        for count in counts:
+            filled = self._keeping(plan, able, count)
+            if self._fits(filled):
+                yield self._finished(filled)
+
+    def _may_keep_activations(self, plan: MemoryPlan) -> list[int]:
+        """Units whose weights are still there in the backward: kept ones, and the last in shared slots at the turn."""
+        if self.sizes.scratch:
+            return []
+        resident = plan.in_ram if self.on_cpu else plan.on_device
+        slots = plan.host_slots if self.on_cpu else plan.device_slots
+        shared = [u for u in range(len(self.sizes.units)) if u not in set(resident)]
+        return sorted((*resident, *shared[-slots:]))
+
+    @staticmethod
+    def _keeping(plan: MemoryPlan, able: Sequence[int], count: int) -> MemoryPlan:
+        return replace(plan, keep_activations=tuple(able[len(able) - count :]))
+
+    def _most_in_ram(self, frame: MemoryPlan) -> int:
+        """Units that fit into host memory beside everything else there."""
+        n = len(self.sizes.units)
+        if self.ram_budget is None:
+            return n
+        left = int(self.ram_budget * _BUDGET_SHARE) - sum(self._host(frame).values())
+        return max(0, min(n, left // max(max(self.sizes.units, default=1), 1)))
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def _fits(self, plan: MemoryPlan) -> bool:
+        host_fits = self.ram_budget is None or sum(self._host(plan).values()) <= self.ram_budget * _BUDGET_SHARE
+        return host_fits and (self.vram_budget is None or sum(self._device(plan).values()) <= self.vram_budget)
+
+    def _host(self, plan: MemoryPlan) -> dict[str, int]:
+        sizes, work = self.sizes, self.workload
+        disk = [sizes.units[u] for u in plan.from_disk]
+        passing = disk if self.on_cpu else [sizes.units[u] for u in (*plan.from_disk, *plan.on_device)]
+        parts = {
+            "overhead": CPU_OVERHEAD,
+            "slots": min(plan.host_slots, len(passing)) * max(passing, default=0) + sizes.scratch,
+            "layers kept in RAM": sum(sizes.units[u] for u in plan.in_ram),
+            "embedding rows": min(sizes.embedding, work.batch * work.seq * 4096),
+        }
+        if self.on_cpu:
+            parts.update(self._compute_place(plan))
+        else:
+            if plan.head != "resident":
+                parts["head"] = self._head_bytes(plan)
+            if plan.boundaries == "host":
+                parts["boundaries"] = len(sizes.units) * work.boundary
+            if plan.optimizer == "host":
+                parts["optimizer"] = sizes.lora * 16
+        return parts
+
+    def _device(self, plan: MemoryPlan) -> dict[str, int]:
+        if self.on_cpu:
+            return {}
+        sizes = self.sizes
+        shared = [sizes.units[u] for u in plan.streamed_to_compute]
+        return {
+            "overhead": DEVICE_OVERHEAD,
+            "slots": min(plan.device_slots, len(shared)) * max(shared, default=0) + sizes.scratch,
+            "layers kept on the device": sum(sizes.units[u] for u in plan.on_device),
+            **self._compute_place(plan),
+        }
+
+    def _compute_place(self, plan: MemoryPlan) -> dict[str, int]:
+        """What lies where layers are computed, whichever memory that is."""
+        sizes, work = self.sizes, self.workload
+        n, kept = len(sizes.units), set(plan.keep_activations)
+        layer = work.layer(plan.micro_batch_size)
+        micros = -(-work.batch // plan.micro_batch_size)
+        graph = layer.graph * micros
+        loss = self._loss_peak(plan)
+        head = self._head_bytes(plan)
+        held = sizes.rest + (head if plan.head == "resident" else 0)
+        bound = 2 * work.boundary if plan.boundaries == "host" else (n - len(kept)) * work.boundary
+        # the sweep's phases: most bytes at once beside what is always there
+        graphs = len(kept) * graph
+        head_then = 0 if plan.head == "resident" else head
+        slack = 1 + (HEAP_SLACK if self.on_cpu else 0)
+        scratch = layer.kernel_scratch if self.on_cpu else 0
+        turn = graphs + int(loss * slack) + 2 * work.boundary + head_then
+        forward = graphs + int(layer.forward_peak * slack) + scratch + work.boundary
+        backward = max(graphs - graph, 0) + int(layer.backward_peak * slack) + scratch + 2 * work.boundary
+        activations = max(turn, forward, backward)
+        return {
+            "rest of the model": held,
+            "adapters": sizes.lora * (16 if plan.optimizer == "device" or self.on_cpu else 8),
+            "boundaries": bound,
+            "activations": activations,
+        }
+
+    def _loss_peak(self, plan: MemoryPlan) -> int:
+        work = self.workload
+        peak = work.loss(min(plan.loss_chunk_size or work.batch * work.seq, work.batch * work.seq)).peak
+        if plan.head == "chunked":  # float32 sums of the hidden states' size beside one chunk's logits
+            peak = peak * plan.head_rows // self.sizes.vocab + 4 * work.boundary
+        return peak
+
+    def _head_bytes(self, plan: MemoryPlan) -> int:
+        if plan.head == "chunked":
+            return min(2 * plan.head_rows * self.sizes.head // max(self.sizes.vocab, 1), self.sizes.head)
+        return self.sizes.head
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def _finished(self, plan: MemoryPlan) -> MemoryPlan:
+        work = self.workload
+        layer = work.layer(plan.micro_batch_size)
+        loss = self._loss_peak(plan)
+        transient = int(max(layer.forward_peak, layer.backward_peak, loss) * (1 + HEAP_SLACK)) + layer.kernel_scratch
+        return replace(
+            plan,
+            transient=transient,
+            host_bytes=self._host(plan),
+            device_bytes=self._device(plan),
+            estimate=self._estimate(plan),
+        )
+
+    def _estimate(self, plan: MemoryPlan) -> Estimate:
+        sizes, work, hardware = self.sizes, self.workload, self.hardware
+        rate = hardware.flops_for(self.dtype)
+        layer = work.layer(plan.micro_batch_size)
+        micros = -(-work.batch // plan.micro_batch_size)
+        n = len(sizes.units)
+        forward = n * micros * layer.forward_flops / rate
+        recomputed = n - len(plan.keep_activations)
+        backward = micros * (n * layer.backward_flops + recomputed * layer.forward_flops) / rate
+        positions = min(plan.loss_chunk_size or work.batch * work.seq, work.batch * work.seq)
+        head = work.loss(positions).flops * (work.batch * work.seq / positions) / rate
+        # in the steady state the units last in the slots at each turn are found there
+        disk = sum(sizes.units[u] for u in plan.from_disk[plan.host_slots :]) / hardware.disk_bytes_per_s
+        disk_head = (sizes.head if plan.head != "resident" else 0) / hardware.disk_bytes_per_s
+        link = 0.0
+        if not self.on_cpu:
+            link = sum(sizes.units[u] for u in plan.streamed_to_compute[plan.device_slots :])
+            link /= hardware.link_bytes_per_s
+        step = max(forward, disk + disk_head, link) + head + max(backward, disk, link)
+        sums = {"compute": forward + head + backward, "disk": 2 * disk + disk_head, "link": 2 * link}
+        return Estimate(
+            step_seconds=step,
+            compute_seconds=sums["compute"],
+            disk_seconds=sums["disk"],
+            link_seconds=sums["link"],
+            tokens_per_second=work.batch * work.seq / step if step else 0.0,
+            bound_by=max(sums, key=lambda name: sums[name]),
+        )
+
+    # -- refusal ---------------------------------------------------------------------------------
+
+    def _refuse(self) -> None:
+        frames = [self._finished(frame) for frame in self._frames()]
+        if _kept_by_choice(self.choices):
+            free = replace(self.choices, device_layers=None, ram_layers=None, keep_activations=None)
+            alternative = _Planner(
+                self.sizes, self.workload, self.hardware, self.dtype, self.ram_budget, self.vram_budget, free
+            )
+            if any(alternative._fits(frame) for frame in frames):
+                best = alternative.best()
+                raise ConfigError(
+                    f"{_kept_by_choice(self.choices)} does not fit into {self._budgets()}. What fits: "
+                    f"device_layers={len(best.on_device)}, ram_layers={len(best.in_ram)}, "
+                    f"keep_activations={len(best.keep_activations)}"
+                )
+        least = min(frames, key=lambda frame: (frame.device_peak if not self.on_cpu else 0, frame.host_peak))
+        tier, parts = ("vram", least.device_bytes) if not self.on_cpu else ("ram", least.host_bytes)
+        host_is_short = self.ram_budget is not None and least.host_peak > self.ram_budget * _BUDGET_SHARE
+        if host_is_short:
+            tier, parts = "ram", least.host_bytes
+        enough = int(sum(parts.values()) / (_BUDGET_SHARE if tier == "ram" else 1)) + 10**6
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+        raise ConfigError(
+            f"this step does not fit into {self._budgets()}: even with micro_batch_size={least.micro_batch_size}, "
+            f"loss_chunk_size={least.loss_chunk_size} and the head {least.head} it needs "
+            f"{format_bytes(sum(parts.values()))} ({listed}). Set {tier}_budget to at least "
+            f"{enough // 10**6}MB, or lower max_seq_length, batch_size or lora_rank"
+        )
+
+    def _budgets(self) -> str:
+        named = (("ram_budget", self.ram_budget), ("vram_budget", None if self.on_cpu else self.vram_budget))
+        return " and ".join(f"{name} {format_bytes(value)}" for name, value in named if value is not None)
+
+
+def _kept_by_choice(choices: Choices) -> str:
+    names = ("device_layers", "ram_layers", "keep_activations")
+    return ", ".join(f"{name}={getattr(choices, name)}" for name in names if getattr(choices, name) is not None)
+
+
+def _better(a: MemoryPlan, b: MemoryPlan) -> bool:
+    assert a.estimate is not None and b.estimate is not None
+    faster, slower = a.estimate.step_seconds, b.estimate.step_seconds
+    if abs(faster - slower) > 1e-3 * slower:
+        return faster < slower
+    return (a.device_peak, a.host_peak) < (b.device_peak, b.host_peak)
+
+
+def _halvings(batch: int) -> list[int]:
+    rows = [batch]
+    while rows[-1] > 1:
+        rows.append(-(-rows[-1] // 2))
+    return rows
+
+
+def _others(device: Sequence[int], count: int, total: int) -> tuple[int, ...]:
+    """`count` units outside `device`, evenly spaced among those."""
+    left = [unit for unit in range(total) if unit not in set(device)]
+    return tuple(left[i] for i in evenly(count, len(left)))
+
+
+def describe(plan: MemoryPlan) -> dict[str, Any]:
+    """JSON-ready."""
+    import dataclasses
+
+    return dataclasses.asdict(plan)
