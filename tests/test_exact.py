@@ -408,7 +408,7 @@ def test_adapters_on_middle_layers_only_visit_only_what_a_gradient_needs(six_lay
     assert not differing(expected, recorded(trainer, trainer.model))
     assert [u for u, phase in visits if phase == "forward" and u >= 0] == [0, 1, 2, 3, 4, 5]
     assert [u for u, phase in visits if phase == "backward" and u >= 0] == [5, 4, 3, 2]
-    assert trainer.memory._compute_ring._schedule == Schedule.training(6, 2)
+    assert trainer.memory._lane.ring._schedule == Schedule.training(6, 2)
     # two slots: at the turn 5 and 4 are there, at the next step 3 and 2 are: 0, 1, 2, 3, 4, 5 and 3, 2
     assert trainer.last_step is not None
     assert trainer.last_step.loads == 8

@@ -39,11 +39,11 @@ from helpers import (
     recording_trainer,
     relative,
 )
-from lema.core import memory as memory_module
 from lema.core.binding import page_aligned, typed_view
 from lema.core.gbi import GlobalBinaryIndex
 from lema.core.lora import LoRAManager
 from lema.core.memory import TripleBufferManager
+from lema.core.reader import ReadJob
 from lema.engine import streamed_layer
 from lema.engine.arguments import BatchRules, check_replayable
 from lema.engine.loss import compute_loss
@@ -204,7 +204,7 @@ def test_a_saved_weight_overwritten_by_a_load_raises_at_backward(
     model = lema_model(llama, prefetch_depth=0)
     manager = model.memory
     if not guarded:
-        monkeypatch.setattr(manager._compute_ring, "on_overwrite", lambda load: None)
+        monkeypatch.setattr(manager._lane.ring, "on_overwrite", lambda load: None)
     inputs = torch.randn(3, 32, requires_grad=True)
     with manager.use(0):
         weight = _first_linear(manager, 0)
@@ -610,7 +610,7 @@ def test_poison_makes_a_skipped_load_visible(llama: Path, skipped: bool, monkeyp
 
     def skipping(job: Any) -> None:
         if skipped and job.extents == memory._layouts[2].extents:
-            job = memory_module.ReadJob([], job.buffer, job.cancelled, job.done)
+            job = ReadJob([], job.buffer, job.cancelled, job.done)
         submit(job)
 
     monkeypatch.setattr(memory._reader, "submit", skipping)

@@ -120,6 +120,7 @@ class LemaModel:
                 f"{type(self.adapter).__name__} has no generate of its own; only transformers models do"
             )
         given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+        given = {name: value.to(self.config.device) for name, value in given.items()}
         kwargs.setdefault("use_cache", True)
         training = self.hf_model.training
         self.hf_model.eval()

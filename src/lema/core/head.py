@@ -10,18 +10,20 @@ from collections.abc import Iterator
 
 import torch
 
-from .binding import drop_pages, page_aligned, typed_view
-from .layout import PAGE, Extent, ParameterSource, SlotLayout
-from .reader import DiskReader, ReadJob
-from .ring import Load, Ring
+from .binding import drop_pages, typed_view
+from .lane import Lane
+from .layout import PAGE, Extent, ParameterSource, SlotLayout, align_up
+from .reader import DiskReader
+from .ring import Load
 from .schedule import Phase, Schedule, Visit
+from .transport import DeviceBackend
 
 HEAD = -1
 """Number of the head where a unit is asked for; it has a ring of its own."""
 
 
 class HeadChunks:
-    """The head's weight by runs of vocabulary rows, on a ring of two slots of its own.
+    """The head's weight by runs of vocabulary rows, in slots of its own.
 
     Layout: chunk c is rows `ranges[c]`, in slot c modulo 2; the reads of a chunk are those of its rows alone.
 
@@ -29,57 +31,53 @@ class HeadChunks:
         source: the weight `[vocab, hidden]`, stored as it is computed with.
         rows: vocabulary rows of a chunk.
         reader: reads them.
+        backend: the device the logits are computed on; None: the CPU.
     """
 
-    def __init__(self, source: ParameterSource, rows: int, reader: DiskReader) -> None:
+    def __init__(
+        self, source: ParameterSource, rows: int, reader: DiskReader, backend: DeviceBackend | None = None
+    ) -> None:
         vocab, hidden = source.shape
         record, first = source.pieces[0].record, source.pieces[0].source
         self.ranges = [(start, min(start + rows, vocab)) for start in range(0, vocab, rows)]
         width = hidden * source.dtype.itemsize
         begin = record.offset + first * source.dtype.itemsize
-        self._buffers = [page_aligned(rows * width + PAGE) for _ in self.ranges[:2]]
-        self.nbytes = sum(buffer.numel() for buffer in self._buffers)
-        self._views: list[torch.Tensor] = []
-        extents: list[Extent] = []
+        extents, nbytes = {}, {}
         for chunk, (start, end) in enumerate(self.ranges):
             offset = begin + start * width
-            extents.append(Extent(record.file, offset, (end - start) * width, offset % PAGE, (record,)))
-            buffer = self._buffers[chunk % 2]
-            self._views.append(typed_view(buffer, offset % PAGE, source.dtype, (end - start, hidden)))
-
-        def fill(load: Load) -> None:
-            reader.submit(
-                ReadJob(
-                    extents=[extents[load.unit]],
-                    buffer=memoryview(self._buffers[load.slot].numpy()),  # type: ignore[arg-type]
-                    cancelled=lambda: load.cancelled,
-                    done=lambda error: self.ring.finished(load, error),
-                )
-            )
-
-        numbers = range(len(self.ranges))
-        self.ring = Ring({chunk: chunk % 2 for chunk in numbers}, Schedule.inference(len(numbers)), None, fill)
-        self.ring.on_overwrite = self._raise_versions
+            extents[chunk] = [Extent(record.file, offset, (end - start) * width, offset % PAGE, (record,))]
+            nbytes[chunk] = align_up(offset % PAGE + (end - start) * width, PAGE)
+        slots = {chunk: chunk % 2 for chunk in extents}
+        self.lane = Lane(
+            extents, nbytes, reader, slots, slots, depth=None, on_overwrite=self._raise_versions, backend=backend
+        )
+        self.nbytes = self.lane.host_bytes
+        self.device = self.lane.buffers[0].device
+        self._views = [
+            typed_view(self.lane.buffer_of[c], extents[c][0].slot_offset, source.dtype, (end - start, hidden))
+            for c, (start, end) in enumerate(self.ranges)
+        ]
+        self.lane.predict(Schedule.inference(len(self.ranges)))
 
     @contextlib.contextmanager
     def use(self, chunk: int) -> Iterator[torch.Tensor]:
         """The chunk's weight `[rows, hidden]`, valid inside the block."""
-        self.ring.acquire(chunk)
+        self.lane.acquire(chunk)
         try:
             yield self._views[chunk]
         finally:
-            self.ring.release(chunk)
+            self.lane.release(chunk)
 
     def prefetch(self) -> None:
         """Begin to read the first chunks."""
-        self.ring.prefetch(0)
+        self.lane.ring.prefetch(0)
 
     def _raise_versions(self, load: Load) -> None:
         torch.autograd.graph.increment_version([self._views[c] for c in (load.unit, load.evicted) if c is not None])
 
 
 class HeadSlot:
-    """The head's weight, in memory only while it is used: a ring of one slot whose pages are given back after.
+    """The head's weight, in memory only while it is used: one slot whose pages are given back after. On CPU.
 
     Args:
         source: the weight.
@@ -90,43 +88,38 @@ class HeadSlot:
     def __init__(self, source: ParameterSource, reader: DiskReader, stays: bool = False) -> None:
         self._stays = stays
         layout = SlotLayout([source])
-        self.buffer = page_aligned(layout.nbytes)
-        self.view = typed_view(self.buffer, layout.direct[0].offset, source.dtype, source.shape)
+        self.lane = Lane(
+            {HEAD: layout.extents}, {HEAD: layout.nbytes}, reader, {HEAD: 0}, {}, depth=0,
+            on_overwrite=self._raise_version,
+        )  # fmt: skip
+        self.lane.predict(Schedule((Visit(HEAD, Phase.FORWARD),)))
+        self._buffer = self.lane.buffers[0]
+        self.view = typed_view(self._buffer, layout.direct[0].offset, source.dtype, source.shape)
         self.nbytes = layout.nbytes
         self.holds = 0
-
-        def fill(load: Load) -> None:
-            reader.submit(
-                ReadJob(
-                    extents=layout.extents,
-                    buffer=memoryview(self.buffer.numpy()),  # type: ignore[arg-type]
-                    cancelled=lambda: load.cancelled,
-                    done=lambda error: self.ring.finished(load, error),
-                )
-            )
-
-        self.ring = Ring({HEAD: 0}, Schedule((Visit(HEAD, Phase.FORWARD),)), 0, fill)
-        self.ring.on_overwrite = lambda load: torch.autograd.graph.increment_version(self.view)
 
     def prefetch(self) -> None:
         """Begin to read it, unless it is there."""
         if not self.holds:
-            self.ring.prefetch(HEAD)
+            self.lane.ring.prefetch(HEAD)
 
     def acquire(self) -> None:
         """Wait until the weight is there; may be nested."""
         if self.holds == 0:
-            self.ring.acquire(HEAD)
+            self.lane.acquire(HEAD)
         self.holds += 1
 
     def release(self) -> None:
         """The last release gives the pages back."""
         self.holds -= 1
         if self.holds == 0:
-            self.ring.release(HEAD)
-            if not self._stays and self.ring.forget():
+            self.lane.release(HEAD)
+            if not self._stays and self.lane.ring.forget():
                 torch.autograd.graph.increment_version(self.view)
-                drop_pages(self.buffer)
+                drop_pages(self._buffer)
+
+    def _raise_version(self, load: Load) -> None:
+        torch.autograd.graph.increment_version(self.view)
 
 
 def head_should_stream(head_bytes: int, step_bytes: int) -> bool:

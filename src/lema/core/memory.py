@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +16,17 @@ import torch
 from ..config import MemoryStrategy
 from ..errors import ConfigError, DeviceError, StreamingError
 from .binding import mapped_or_materialized, materialize, page_aligned
+from .boundaries import OffloadedBoundaries
 from .gbi import GlobalBinaryIndex
 from .head import HEAD, HeadChunks, HeadSlot, head_should_stream
 from .heap import resident_bytes
+from .lane import Lane
 from .layout import SlotLayout
 from .plan import MemoryPlan
-from .reader import DiskReader, ReadJob
-from .ring import Load, Ring
+from .reader import DiskReader
+from .ring import Load
 from .schedule import Phase, Schedule
-from .transport import DeviceBackend, DeviceTier
+from .transport import DeviceBackend
 from .units import BoundUnit, StreamableAdapter, bind_to_files, bind_to_slot
 
 _MAP_FROM_BYTES = 1 << 20
@@ -120,64 +122,68 @@ class TripleBufferManager:
         """Units whose bytes come through slots, those that then stay in a slot of their own among them."""
         self._poison = poison
         self._bound: dict[int, BoundUnit] = {}
-        self._tier: DeviceTier | None = None
         self._scratch_unit: int | None = None
         self._decodes = 0
         self.plan = plan
         self.heap_limit = None if plan is None else resident_bytes() + plan.host_peak - plan.transient // 4
         """Resident set between layers from which on idle heap is given back; None: no plan, no limit."""
         self._reader = DiskReader(num_readers, direct_io)
+        self.backend = backend
         self._layouts = {unit: SlotLayout(units[unit], adapter.packs_units) for unit in self.streamed}
-        nbytes = {unit: layout.nbytes for unit, layout in self._layouts.items()}
 
         in_ram = frozenset(plan.in_ram) if plan else frozenset[int]()
         if plan is None and self.strategy is MemoryStrategy.RESIDENT:
             in_ram = frozenset(self.streamed)
         on_device = frozenset(plan.on_device) if plan else frozenset[int]()
-        slot_of, self.num_slots = place(self.streamed, in_ram, slots, last=on_device)
-        self._host_buffers = [page_aligned(size) for size in _slot_sizes(slot_of, nbytes)]
-        fill = _weakly(self._start_read)
-        if backend is None:
-            self._ring = Ring(slot_of, Schedule(()), prefetch_depth, fill)
-            compute_buffers, compute_ring = self._host_buffers, self._ring
-        else:
-            device_slot_of, _ = place(self.streamed, on_device, device_slots)
-            ahead = Schedule.inference(self.num_units).only(frozenset(self.streamed)).loads(device_slot_of)
-            self._ring = Ring(slot_of, ahead, prefetch_depth, fill)
-            self._ring.learns = False  # the first cycle has loads that later ones do not have
-            depth = None if prefetch_depth is None else max(prefetch_depth, 1)
-            self._tier = DeviceTier(
-                backend, self._ring, self._host_buffers, device_slot_of, Schedule(()), depth, nbytes
-            )
-            compute_buffers, compute_ring = self._tier.buffers, self._tier.ring
-        self._compute_ring = compute_ring
-        compute_ring.on_overwrite = _weakly(self._raise_versions)
-        scratch_bytes = max((layout.scratch_nbytes for layout in self._layouts.values()), default=0)
-        self._scratch = page_aligned(scratch_bytes) if scratch_bytes else torch.empty(0, dtype=torch.uint8)
+        host, self.num_slots = place(self.streamed, in_ram, slots, last=on_device)
+        self._lane = Lane(
+            {unit: layout.extents for unit, layout in self._layouts.items()},
+            {unit: layout.nbytes for unit, layout in self._layouts.items()},
+            self._reader,
+            host,
+            place(self.streamed, on_device, device_slots)[0],
+            depth=prefetch_depth,
+            on_overwrite=self._raise_versions,
+            backend=backend,
+            poison=poison,
+        )
+        self._scratch = self._make_scratch()
         for unit in self.streamed:
-            buffer = compute_buffers[compute_ring.slot_of[unit]]
+            buffer = self._lane.buffer_of[unit]
             self._bound[unit] = bind_to_slot(adapter, unit, self._layouts[unit], buffer, self._scratch)
         for unit in sorted(resident):
             bind_to_files(adapter, unit, units[unit], gbi)
         self._head: HeadSlot | HeadChunks | None = None
-        self._bind_head(backend)
+        self._bind_head()
         self._bind_rest()
-        rings = [self._ring] if self._head is None else [self._ring, self._head.ring]
-        self._finalizer = weakref.finalize(self, _shut_down, self._tier, rings, self._reader)
+        self.boundaries: OffloadedBoundaries | None = None
+        """Where layers' inputs wait for the backward if not where they are."""
+        if backend is not None and plan is not None and plan.boundaries == "host":
+            self.boundaries = OffloadedBoundaries(backend, max(self.num_units - len(plan.keep_activations), 1))
+        lanes = [self._lane, *([self._head.lane] if self._head is not None else [])]
+        self._finalizer = weakref.finalize(self, _shut_down, lanes, self._reader, self.boundaries, backend)
+
+    def _make_scratch(self) -> torch.Tensor:
+        nbytes = max((layout.scratch_nbytes for layout in self._layouts.values()), default=0)
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return page_aligned(nbytes) if self.backend is None else self.backend.device_buffer(nbytes)
 
     # -- binding ---------------------------------------------------------------------------------
 
-    def _bind_head(self, backend: DeviceBackend | None) -> None:
-        """Give the head a slot of its own where the plan or its size asks for it."""
+    def _bind_head(self) -> None:
+        """Give the head slots of its own where the plan or its size asks for it."""
         self._head_prefetch_at = -1
         plan = self.plan
-        source = self.adapter.head_source(self.gbi) if self.streamed and backend is None else None
+        chunked = plan is not None and plan.head == "chunked"
+        source = self.adapter.head_source(self.gbi) if self.streamed and (self.backend is None or chunked) else None
         a_step = 2 * sum(layout.read_bytes for layout in self._layouts.values())
         if source is None or (plan is None and not head_should_stream(source.nbytes, a_step)):
             return
-        if plan is not None and plan.head == "chunked":
-            self._head = HeadChunks(source, plan.head_rows, self._reader)
-            self.adapter.bind_head(torch.zeros((), dtype=source.dtype).expand(source.shape))
+        if plan is not None and chunked:
+            self._head = HeadChunks(source, plan.head_rows, self._reader, self.backend)
+            nothing = torch.zeros((), dtype=source.dtype, device=self._head.device)
+            self.adapter.bind_head(nothing.expand(source.shape))
         else:
             self._head = HeadSlot(source, self._reader, stays=plan is not None and plan.head == "resident")
             self.adapter.bind_head(self._head.view)
@@ -187,27 +193,24 @@ class TripleBufferManager:
     def _bind_rest(self) -> None:
         views = {}
         by_rows = self.adapter.gathered_by_rows()
+        device = self._scratch.device if self.backend is None else self.backend.device_buffer(0).device
         for source in self.adapter.rest_sources(self.gbi):
             if source.name in by_rows and len(source.pieces) == 1:
                 record = source.pieces[0].record
                 self.gbi.advise_random(record.name)
                 views[source.name] = self.gbi.view(record.name)
             elif source.nbytes >= _MAP_FROM_BYTES:
-                views[source.name] = mapped_or_materialized(self.gbi, source)
+                views[source.name] = mapped_or_materialized(self.gbi, source).to(device)
             else:
-                views[source.name] = materialize(self.gbi, source)
-        self.adapter.bind_rest(views)
+                views[source.name] = materialize(self.gbi, source).to(device)
+        self.adapter.bind_rest(views, device)
 
     # -- use -------------------------------------------------------------------------------------
 
     def predict(self, schedule: Schedule) -> None:
         """Expect these visits, over and over, from now on. Visits of resident units are left out."""
-        if not self.streamed:
-            return
-        ahead = schedule.only(frozenset(self.streamed))
-        changed = self._compute_ring.predict(ahead)
-        if self._tier is not None and changed:
-            self._ring.predict(ahead.loads(self._tier.ring.slot_of))
+        if self.streamed:
+            self._lane.predict(schedule.only(frozenset(self.streamed)))
 
     @contextlib.contextmanager
     def use(self, unit: int, phase: Phase = Phase.FORWARD) -> Iterator[None]:
@@ -234,10 +237,7 @@ class TripleBufferManager:
             if not 0 <= unit < self.num_units:
                 raise StreamingError(f"unit {unit} was asked for, but there are only 0..{self.num_units - 1}")
             return
-        if self._tier is None:
-            self._ring.acquire(unit, phase)
-        else:
-            self._tier.acquire(unit, phase)
+        self._lane.acquire(unit, phase)
         if self._head is not None and (unit, phase) == (self._head_prefetch_at, Phase.FORWARD):
             self._head.prefetch()
         if bound.decode is not None:
@@ -252,12 +252,8 @@ class TripleBufferManager:
             if isinstance(self._head, HeadSlot):
                 self._head.release()
             return
-        if unit not in self._bound:
-            return
-        if self._tier is None:
-            self._ring.release(unit)
-        else:
-            self._tier.release(unit)
+        if unit in self._bound:
+            self._lane.release(unit)
 
     @property
     def streams_head(self) -> bool:
@@ -287,32 +283,30 @@ class TripleBufferManager:
         if bound.decode is not None:  # scratch belongs to the next unit as soon as this use ends
             self._decodes += 1
             return -self._decodes
-        return self._compute_ring.generation(unit)
+        return self._lane.ring.generation(unit)
 
     @property
     def stats(self) -> MemoryStats:
         """Counters so far."""
+        lanes = [self._lane, *([self._head.lane] if self._head is not None else [])]
         return MemoryStats(
-            loads=self._compute_ring.loads + (self._head.ring.loads if self._head else 0),
+            loads=sum(lane.ring.loads for lane in lanes),
             bytes_read=self._reader.bytes_read,
-            bytes_copied=self._tier.copied_bytes if self._tier else 0,
-            wait_seconds=self._compute_ring.wait_seconds + (self._head.ring.wait_seconds if self._head else 0.0),
+            bytes_copied=sum(lane.copied_bytes for lane in lanes),
+            wait_seconds=sum(lane.ring.wait_seconds for lane in lanes),
             read_seconds=self._reader.read_seconds,
         )
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of all host slots and the scratch together."""
-        return sum(buffer.numel() for buffer in self._host_buffers) + self._scratch.numel()
+        return self._lane.host_bytes + self._scratch.numel()
 
     def abort(self) -> None:
         """Cancel what is under way and end every thread; the next use starts them again."""
-        if self._tier is not None:
-            self._tier.ring.abort()
-            self._tier.stop()
-        self._ring.abort()
+        self._lane.abort()
         if self._head is not None:
-            self._head.ring.abort()
+            self._head.lane.abort()
         self._reader.stop()
 
     def close(self) -> None:
@@ -326,19 +320,6 @@ class TripleBufferManager:
         self.close()
 
     # -- called by the ring ----------------------------------------------------------------------
-
-    def _start_read(self, load: Load) -> None:
-        buffer = self._host_buffers[load.slot]
-        if self._poison:
-            buffer.fill_(0xFF)
-        self._reader.submit(
-            ReadJob(
-                extents=self._layouts[load.unit].extents,
-                buffer=memoryview(buffer.numpy()),  # type: ignore[arg-type]
-                cancelled=lambda: load.cancelled,
-                done=lambda error: self._ring.finished(load, error),
-            )
-        )
 
     def _raise_versions(self, load: Load) -> None:
         for unit in {load.evicted, load.unit} - {None}:
@@ -360,37 +341,20 @@ def place(
     return slot_of, shared
 
 
-def _slot_sizes(slot_of: Mapping[int, int], nbytes: Mapping[int, int]) -> list[int]:
-    """Bytes of each slot: of the largest unit that lives there."""
-    sizes = [0] * (max(slot_of.values(), default=-1) + 1)
-    for unit, slot in slot_of.items():
-        sizes[slot] = max(sizes[slot], nbytes[unit])
-    return sizes
-
-
-def _weakly(method: Callable[[Load], None]) -> Callable[[Load], None]:
-    """The bound method without keeping its object alive, so that a forgotten manager can end its threads."""
-    weak = weakref.WeakMethod(method)
-
-    def call(load: Load) -> None:
-        if (strong := weak()) is not None:
-            strong(load)
-
-    return call
-
-
-def _shut_down(tier: DeviceTier | None, rings: Sequence[Ring], reader: DiskReader) -> None:
-    if tier is not None:
-        tier.ring.close()
-    for ring in rings:
-        ring.close()
-    if tier is not None:
-        tier.stop()
+def _shut_down(
+    lanes: Sequence[Lane], reader: DiskReader, boundaries: OffloadedBoundaries | None, backend: DeviceBackend | None
+) -> None:
+    for lane in lanes:
+        lane.close()
     reader.stop()
+    if boundaries is not None:
+        boundaries.close()
+    if backend is not None:
+        backend.close()
 
 
 def check_device(device: str) -> None:
-    """Raise `DeviceError` unless layers can be computed on this device by this version."""
+    """Raise `DeviceError` unless layers can be computed on this device."""
     kind = torch.device(device).type
     if kind == "cpu":
         return
@@ -399,4 +363,6 @@ def check_device(device: str) -> None:
             f"device={device!r} was asked for, but this torch sees no CUDA device. Install a torch build for your "
             "GPU and driver, or choose device='cpu'"
         )
-    raise DeviceError(f"device={device!r} is not supported yet: streaming computes on the CPU; choose device='cpu'")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or found.type != kind:
+        raise DeviceError(f"device={device!r} is not one this torch can use; choose {found or 'cpu'!s} or 'cpu'")

@@ -115,6 +115,9 @@ class MemoryPlan:
     """Units that are not recomputed in the backward."""
     host_slots: int
     device_slots: int
+    batch: int
+    seq: int
+    """The batch planned for, `[batch, seq]` tokens."""
     micro_batch_size: int
     loss_chunk_size: int | None
     head: str
@@ -243,6 +246,7 @@ class _Planner:
                             yield MemoryPlan(
                                 device=self.hardware.device, on_device=(), in_ram=(), from_disk=tuple(range(n)),
                                 keep_activations=(), host_slots=chosen.host_slots, device_slots=chosen.device_slots,
+                                batch=self.workload.batch, seq=self.workload.seq,
                                 micro_batch_size=micro, loss_chunk_size=chunk, head=head,
                                 head_rows=self._head_rows(head), boundaries=boundaries, optimizer=optimizer,
                             )  # fmt: skip
@@ -354,11 +358,11 @@ class _Planner:
         graph = layer.graph * micros
         loss = self._loss_peak(plan)
         head = self._head_bytes(plan)
-        held = sizes.rest + (head if plan.head == "resident" else 0)
+        held = sizes.rest + (0 if plan.head == "streamed" else head)
         bound = 2 * work.boundary if plan.boundaries == "host" else (n - len(kept)) * work.boundary
         # the sweep's phases: most bytes at once beside what is always there
         graphs = len(kept) * graph
-        head_then = 0 if plan.head == "resident" else head
+        head_then = head if plan.head == "streamed" else 0
         slack = 1 + (HEAP_SLACK if self.on_cpu else 0)
         scratch = layer.kernel_scratch if self.on_cpu else 0
         turn = graphs + int(loss * slack) + 2 * work.boundary + head_then

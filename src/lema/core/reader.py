@@ -6,6 +6,7 @@ The reader knows files, offsets and buffers; it knows nothing of layers, schedul
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import logging
 import os
@@ -69,6 +70,7 @@ class DiskReader:
         self._queue: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._files: dict[Path, tuple[int, int]] = {}
+        self._refused: list[int] = []
         self._lock = threading.Lock()
 
     def submit(self, job: ReadJob) -> None:
@@ -98,8 +100,9 @@ class DiskReader:
             if thread is not threading.current_thread():
                 thread.join()
         with self._lock:
-            files, self._files = self._files, {}
-        for descriptor, _ in files.values():
+            descriptors = [*self._refused, *(descriptor for descriptor, _ in self._files.values())]
+            self._files, self._refused = {}, []
+        for descriptor in descriptors:
             os.close(descriptor)
 
     def _run(self) -> None:
@@ -131,8 +134,17 @@ class DiskReader:
                 self._files[path] = _open_direct(path) if self._direct is not False else (_open_buffered(path), 0)
             return self._files[path]
 
+    def _give_up_direct(self, path: Path) -> None:
+        """Some file systems open files for direct reads and then refuse the reads."""
+        with self._lock:
+            if self._files[path][1]:
+                logger.info("%s: direct reads are refused, reading through the page cache", path)
+                self._refused.append(self._files[path][0])  # another thread may be reading through it now
+                self._files[path] = _open_buffered(path), 0
+
     def _read(self, piece: _Piece) -> None:
         position = piece.start
+        alignment = 0
         started = time.perf_counter()
         try:
             descriptor, alignment = self._open(piece.extent.file)
@@ -153,6 +165,10 @@ class DiskReader:
         except ReadError:
             raise
         except OSError as error:
+            if error.errno == errno.EINVAL and alignment:
+                self._give_up_direct(piece.extent.file)
+                self._read(piece)
+                return
             raise _read_error(piece, position, str(error)) from error
         with self._lock:
             self.bytes_read += piece.end - piece.start

@@ -268,7 +268,11 @@ class Ring:
                 slot.fillings += 1
                 self.loads += 1
                 self.on_overwrite(slot.load)
-                self._fill(slot.load)
+                try:
+                    self._fill(slot.load)
+                except BaseException:
+                    slot.state, slot.unit, slot.uses, slot.load = SlotState.EMPTY, None, 0, None
+                    raise
             else:
                 return
             self._next_plan += 1

@@ -43,8 +43,8 @@ class StreamableAdapter(Protocol):
     def bind_head(self, view: torch.Tensor) -> None:
         """Make the head's weight of this tensor, apart from the embedding even where the two are tied."""
 
-    def bind_rest(self, views: Mapping[str, torch.Tensor]) -> None:
-        """Make everything that stays of these tensors."""
+    def bind_rest(self, views: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Make everything that stays of these tensors; what is computed with them lies on `device`."""
 
 
 @dataclass(slots=True)

@@ -145,13 +145,14 @@ def _record(lm: CausalLM, batch: int, with_mask: bool, with_positions: bool) -> 
                 shapes[name, value.dim()] = tuple(value.shape)
         return lm.pass_on(hidden)
 
-    inputs: dict[str, torch.Tensor] = {"input_ids": torch.zeros((batch, 5), dtype=torch.long)}
+    device = getattr(lm.module, "device", torch.device("cpu"))
+    inputs: dict[str, torch.Tensor] = {"input_ids": torch.zeros((batch, 5), dtype=torch.long, device=device)}
     if with_mask:
-        mask = torch.ones((batch, 5), dtype=torch.long)
+        mask = torch.ones((batch, 5), dtype=torch.long, device=device)
         mask[:, -1] = 0
         inputs["attention_mask"] = mask
     if with_positions:
-        inputs["position_ids"] = torch.arange(5).repeat(batch, 1)
+        inputs["position_ids"] = torch.arange(5, device=device).repeat(batch, 1)
     with replaced_forwards(lm.layers, [note] * len(lm.layers)), torch.no_grad(), torch.random.fork_rng(devices=[]):
         lm.module.forward(**inputs, use_cache=False)
     return shapes

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import LLAMA_TARGETS, LemaConfig, MemoryStrategy
+from ..core.accelerator import AcceleratorBackend
 from ..core.budget import free_device_memory, free_ram, resolve_budget
 from ..core.gbi import GlobalBinaryIndex
 from ..core.hardware import Hardware
@@ -52,7 +53,8 @@ def assemble_plan(
 
     Args:
         gbi: the weights; None: sizes follow from the configuration alone.
-        hardware: None: this machine's, measured once and remembered.
+        hardware: None: this machine's, measured once and remembered. Of one that is given, nothing here is asked: it
+            need not be this machine.
 
     Raises:
         UnsupportedError: an adapter of one's own, whose layers cannot be looked into.
@@ -67,24 +69,26 @@ def assemble_plan(
     apart.configure(getattr(torch, config.dtype), config.attn_implementation)
     run = DryRun(apart, lora_settings(config, adapter) if config.use_lora else None)
     sizes = run.sizes() if gbi is None else run.sizes_in(adapter, gbi)
+    ram, vram = resolve_budgets(config, hardware)
     if hardware is None:
         from ..core.probe import profile
 
         hardware = profile(config.device, gbi.path if gbi is not None else None)
-    ram, vram = resolve_budgets(config)
     plain = ram is None and (hardware.device == "cpu" or vram is None)
     resident = config.strategy is MemoryStrategy.RESIDENT
-    keep = 0 if config.gradient_checkpointing or plain else None
+    on_cpu = hardware.device == "cpu"
+    compute_budget = ram if on_cpu else vram
+    keep = 0 if config.gradient_checkpointing or compute_budget is None else None
     choices = Choices(
-        device_layers=_first(config.device_layers, 0 if plain else None),
-        ram_layers=_first(config.ram_layers, (len(sizes.units) if resident else 0) if plain else None),
+        device_layers=_first(config.device_layers, 0 if compute_budget is None else None),
+        ram_layers=_first(config.ram_layers, (len(sizes.units) if resident else 0) if ram is None else None),
         keep_activations=_first(config.keep_activations, keep),
         micro_batch_size=_first(config.micro_batch_size, config.batch_size if plain else None),
         loss_chunk_size=config.loss_chunk_size,
         exact_loss=plain and config.loss_chunk_size is None,
         head=config.head,
-        boundaries=_first(config.boundaries, "device" if plain else None),
-        optimizer=_first(config.optimizer_place, "device" if plain else None),
+        boundaries=_first(config.boundaries, "device" if compute_budget is None else None),
+        optimizer=_first(config.optimizer_place, "device" if compute_budget is None else None),
         host_slots=config.slots,
         device_slots=max(config.vram_buffer_size, 2),
     )
@@ -99,12 +103,15 @@ def assemble_plan(
     )
 
 
-def resolve_budgets(config: LemaConfig) -> tuple[int | None, int | None]:
-    """Bytes of both budgets; 'auto' is what is free now less a margin."""
-    ram = resolve_budget(config.ram_budget, free_ram()) if config.ram_budget is not None else None
+def resolve_budgets(config: LemaConfig, hardware: Hardware | None = None) -> tuple[int | None, int | None]:
+    """Bytes of both budgets; 'auto' is what is free now less a margin, of given hardware all it has less the same."""
+    ram: int | None = None
+    if config.ram_budget is not None:
+        ram = resolve_budget(config.ram_budget, free_ram() if hardware is None else hardware.ram_bytes, "ram_budget")
     if config.vram_budget is None or torch.device(config.device).type == "cpu":
         return ram, None
-    return ram, resolve_budget(config.vram_budget, free_device_memory(config.device))
+    free = free_device_memory(config.device) if hardware is None else hardware.vram_bytes
+    return ram, resolve_budget(config.vram_budget, free, "vram_budget")
 
 
 def _first(*values: Any) -> Any:
@@ -115,6 +122,7 @@ def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBi
     """The memory manager a config asks for."""
     adapter.configure(compute_dtype(config), config.attn_implementation)
     plan = assemble_plan(config, adapter, gbi) if wants_plan(config) else None
+    backend = None if torch.device(config.device).type == "cpu" else AcceleratorBackend(config.device)
     return TripleBufferManager(
         gbi,
         adapter,
@@ -124,6 +132,8 @@ def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBi
         num_readers=config.num_readers,
         prefetch_depth=config.prefetch_depth,
         plan=plan,
+        backend=backend,
+        device_slots=max(config.vram_buffer_size, 2),
     )
 
 

@@ -33,17 +33,19 @@ def save_checkpoint(
     lora: LoRAManager,
     optimizer: torch.optim.Optimizer,
     trainer_state: Mapping[str, Any],
+    holders: Mapping[str, torch.nn.Parameter],
 ) -> None:
     """Write a checkpoint, replacing one of the same name in one step.
 
     Args:
         trainer_state: JSON-ready counters of the trainer.
+        holders: parameters with the gradients accumulated so far, by the adapter's names.
     """
     with replaced_directory(directory) as folder:
         config.save_pretrained(folder)
         lora.save_pretrained(folder)
         tensors, state = _flatten(optimizer.state_dict())
-        for name, parameter in lora.named_parameters():
+        for name, parameter in holders.items():
             if parameter.grad is not None:
                 tensors[f"gradient.{name}"] = parameter.grad.detach().contiguous()
         save_file(tensors, folder / OPTIMIZER_TENSORS)
@@ -52,8 +54,10 @@ def save_checkpoint(
         save_file(_random_states(), folder / RANDOM_STATE)
 
 
-def load_checkpoint(directory: Path, lora: LoRAManager, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a saved state back; returns the trainer's counters.
+def load_checkpoint(
+    directory: Path, lora: LoRAManager, optimizer: torch.optim.Optimizer, holders: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Any]:
+    """Put a saved state back; returns the trainer's counters. Gradients go to `holders`, see `save_checkpoint`.
 
     Raises:
         CheckpointError: not a complete checkpoint, damaged, or of another adapter or optimizer.
@@ -75,7 +79,7 @@ def load_checkpoint(directory: Path, lora: LoRAManager, optimizer: torch.optim.O
         raise CheckpointError(f"{folder} is damaged: {error}; use an earlier checkpoint") from error
     if trainer_state.get("format") != _FORMAT:
         raise CheckpointError(f"{folder} has format {trainer_state.get('format')!r}; this version reads {_FORMAT}")
-    for name, parameter in lora.named_parameters():
+    for name, parameter in holders.items():
         gradient = tensors.pop(f"gradient.{name}", None)
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
     _restore_optimizer(folder, optimizer, tensors, state)

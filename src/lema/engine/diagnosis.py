@@ -13,10 +13,11 @@ from torch import nn
 
 from ..models.causal_lm import CausalLM
 from .inputs import Batch
+from .randomness import RandomState
 from .streamed_layer import StreamedLayer
 
 
-def first_bad_activation(lm: CausalLM, batch: Batch, random_state: torch.Tensor) -> str:
+def first_bad_activation(lm: CausalLM, batch: Batch, random_state: RandomState) -> str:
     """The first place of a forward sweep whose output is not finite; runs the sweep again on the same random state."""
     found: list[str] = []
 
@@ -33,8 +34,7 @@ def first_bad_activation(lm: CausalLM, batch: Batch, random_state: torch.Tensor)
 
     handles = [layer.register_forward_hook(watch(f"layer {i}")) for i, layer in enumerate(lm.layers)]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(random_state)
+        with torch.no_grad(), random_state.replayed():
             hidden = lm.hidden_states(**batch.model_inputs)
     finally:
         for handle in handles:

@@ -5,6 +5,7 @@ It knows ids, labels and masks; it knows nothing of text or of what the model do
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from ..errors import InputError
 from ..models.causal_lm import CausalLM
+from ..models.embedding import with_host_twin
 from .loss import IGNORE_INDEX, shift_left
 
 
@@ -24,6 +26,11 @@ class Batch:
     targets: torch.Tensor | None
     num_targets: int
     num_tokens: int
+
+    def on(self, device: torch.device) -> Batch:
+        """The batch where it is computed; ids remember their values on the host, targets are there too."""
+        moved = {name: with_host_twin(value, device) for name, value in self.model_inputs.items()}
+        return dataclasses.replace(self, model_inputs=moved)
 
 
 def make_batch(

@@ -46,27 +46,30 @@ def compute_loss(
 
     Args:
         hidden: `[batch, seq, hidden]` from the decoder.
-        targets: `[batch, seq]`, already shifted, -100 where there is none.
+        targets: `[batch, seq]`, already shifted, -100 where there is none; best on the host, which picks the positions.
         denominator: target tokens the sum is divided by.
         chunk_size: targets a chunk, positions without one are skipped; None: the model's own loss on all rows.
         scale: loss scale, applied before the gradient is formed.
     """
     hidden = hidden.detach()
     if chunk_size is None:
-        loss, gradient, everything = _piece(lm, hidden, targets, denominator, scale, with_gradient)
+        loss, gradient, everything = _piece(lm, hidden, targets.to(hidden.device), denominator, scale, with_gradient)
         return LossResult(float(loss), gradient, everything if with_logits else None)
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat = targets.reshape(-1)
-    total = 0.0
+    losses: list[torch.Tensor] = []
     whole = torch.zeros_like(rows) if with_gradient else None
     for positions in (flat != IGNORE_INDEX).nonzero().squeeze(1).split(chunk_size):
+        wanted = flat[positions].unsqueeze(0).to(rows.device)
+        positions = positions.to(rows.device)
         chunk = rows.index_select(0, positions).unsqueeze(0)
-        loss, gradient, _ = _piece(lm, chunk, flat[positions].unsqueeze(0), denominator, scale, with_gradient)
-        total += float(loss)
+        loss, gradient, _ = _piece(lm, chunk, wanted, denominator, scale, with_gradient)
+        losses.append(loss)
         if whole is not None and gradient is not None:
             whole.index_copy_(0, positions, gradient.squeeze(0))
     with torch.no_grad():
         logits = lm.logits(hidden) if with_logits else None
+    total = sum(torch.stack(losses).tolist()) if losses else 0.0
     return LossResult(total, None if whole is None else whole.view_as(hidden), logits)
 
 

@@ -18,6 +18,7 @@ from ..core.heap import HeapGuard
 from ..core.memory import HEAD, TripleBufferManager
 from ..core.schedule import Phase
 from .arguments import Arguments, BatchRules, check_replayable, holds_cache
+from .randomness import RandomState
 from .vocabulary import HeadChunks, chunked_linear
 
 
@@ -177,7 +178,7 @@ class LayerCall:
     arguments: Arguments
     batch: int
     autocast: Autocast
-    random_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    random_states: dict[int, RandomState] = field(default_factory=dict)
     template: Any = None
 
     def micro_batches(self) -> Iterator[tuple[int, slice, Arguments]]:
@@ -194,10 +195,10 @@ class LayerCall:
         """Tensors of the output, without a graph; the random state is noted where the layer drew from it."""
         parts: list[list[torch.Tensor]] = []
         for number, rows, arguments in self.micro_batches():
-            random_state = torch.get_rng_state() if self.layer.training else None
+            random_state = RandomState.now(hidden.device) if self.layer.training else None
             with self.autocast.restored():
                 self.template, tensors = _take_apart(self.layer.run(hidden[rows], arguments))
-            if random_state is not None and not torch.equal(random_state, torch.get_rng_state()):
+            if random_state is not None and random_state.moved():
                 self.random_states[number] = random_state
             parts.append(tensors)
         return parts[0] if len(parts) == 1 else [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
@@ -206,11 +207,11 @@ class LayerCall:
         """Like `forward`, keeping each micro-batch's graph; the tensors returned have none."""
         graphs: list[_Graph] = []
         for number, rows, arguments in self.micro_batches():
-            random_state = torch.get_rng_state() if self.layer.training else None
+            random_state = RandomState.now(hidden.device) if self.layer.training else None
             part = hidden[rows].detach().requires_grad_(input_wanted)
             with torch.enable_grad(), self.autocast.restored():
                 self.template, tensors = _take_apart(self.layer.run(part, arguments))
-            if random_state is not None and not torch.equal(random_state, torch.get_rng_state()):
+            if random_state is not None and random_state.moved():
                 self.random_states[number] = random_state
             graphs.append(_Graph(part, tensors))
         outputs = [[output.detach() for output in graph.outputs] for graph in graphs]
@@ -231,8 +232,7 @@ class LayerCall:
             if number not in self.random_states:
                 yield
                 return
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(self.random_states[number])
+            with self.random_states[number].replayed():
                 yield
 
     def rebuild(self, tensors: list[torch.Tensor]) -> Any:
@@ -259,15 +259,33 @@ class _Replayed(torch.autograd.Function):
         call.layer.heap.relieve()
         ctx.call = call
         ctx.parameters = parameters
-        ctx.save_for_backward(hidden if ctx.graphs else keep_apart(hidden))
+        boundaries = memory.boundaries
+        ctx.handle = None
+        if ctx.graphs:
+            ctx.save_for_backward(hidden)
+        elif boundaries is None:
+            ctx.save_for_backward(keep_apart(hidden))
+        else:
+            ctx.handle = boundaries.put(unit, hidden)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if ctx.handle is None:
+            return _Replayed._gradients(ctx, ctx.saved_tensors[0], output_gradients)
+        boundaries = ctx.call.layer.memory.boundaries
+        try:
+            return _Replayed._gradients(ctx, boundaries.get(ctx.handle), output_gradients)
+        finally:
+            boundaries.release(ctx.handle)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, hidden: torch.Tensor, output_gradients: tuple[torch.Tensor | None, ...]
+    ) -> tuple[torch.Tensor | None, ...]:
         call: LayerCall = ctx.call
-        (hidden,) = ctx.saved_tensors
         wanted = [p for p, needed in zip(ctx.parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         hidden_parts: list[torch.Tensor | None] = []
         sums: list[torch.Tensor | None] = [None] * len(wanted)

@@ -44,7 +44,7 @@ class LayerStreamer:
         self.lm = lm
         self.memory = memory
         plan = memory.plan
-        if plan is not None and micro_batch_size is None:
+        if plan is not None and micro_batch_size is None and plan.micro_batch_size < plan.batch:
             micro_batch_size = plan.micro_batch_size
         self.batching = Batching(micro_batch_size, lambda: BatchRules.learn(lm))
         self.layers = [StreamedLayer(unit, layer, memory, self.batching) for unit, layer in enumerate(lm.layers)]

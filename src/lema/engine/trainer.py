@@ -32,9 +32,11 @@ from .assembly import assemble_memory
 from .checkpoint import load_checkpoint, save_checkpoint
 from .diagnosis import first_bad_activation, first_bad_gradient
 from .guards import guard_peft
+from .host_optimizer import HostMasters
 from .inputs import Batch, make_batch
 from .loss import LossResult, compute_loss
 from .optimizer import keep_state_apart
+from .randomness import RandomState
 from .streamer import LayerStreamer
 from .vocabulary import vocabulary_logits, vocabulary_loss
 from .window import Window
@@ -92,6 +94,7 @@ class LemaTrainer:
         self.config = config
         self.adapter = model_adapter
         self.gbi = gbi
+        self.device = torch.device(config.device)
         self.memory = memory_manager or assemble_memory(config, model_adapter, gbi)
         self.lm = model_adapter.causal_lm()
         self.lora_manager = lora_manager
@@ -106,12 +109,17 @@ class LemaTrainer:
         self.last_step: StepReport | None = None
         self._gradients: torch.Tensor | None = None
         self._state_settled = False
+        self._warned = False
         self._window = Window(config.gradient_accumulation_steps)
         self._scaler = torch.amp.GradScaler(
             torch.device(config.device).type, enabled=config.dtype == "float16" and lora_manager is not None
         )
         self._loss_chunk = self.memory.plan.loss_chunk_size if self.memory.plan else config.loss_chunk_size
         self._check_optimizer()
+        self._masters: HostMasters | None = None
+        if self.memory.plan is not None and self.memory.plan.optimizer == "host" and lora_manager is not None:
+            trained = lora_manager.get_trainable_parameters()
+            self._masters = HostMasters(trained, self.optimizer, self.memory.backend)
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -146,7 +154,7 @@ class LemaTrainer:
         self._place_gradients(parameters)
         with self._accounted(batch) as outcome:
             self.model.train()
-            random_state = torch.get_rng_state()
+            random_state = RandomState.now(self.device)
             hidden = self.lm.hidden_states(**batch.model_inputs)
             self._turn()
             result = self._loss(hidden, batch.targets, denominator, scale=self._loss_scale(), with_logits=return_logits)
@@ -157,7 +165,7 @@ class LemaTrainer:
             self._window.add(batch.num_targets)
             if self._window.full:
                 self._turn()
-                outcome.update(self._update(parameters))
+                outcome.update(self._update())
                 self._turn()
         self._save_if_due(outcome)
         return result.logits, result.loss * denominator / batch.num_targets
@@ -179,18 +187,26 @@ class LemaTrainer:
         if self._window.calls == 0:
             return False
         with self._accounted(None) as outcome:
-            outcome.update(self._update(self._parameters()))
+            outcome.update(self._update())
         self._save_if_due(outcome)
         return True
 
     def _batch(self, inputs: torch.Tensor | Mapping[str, Any], *rest: torch.Tensor | None) -> Batch:
-        batch = make_batch(self.lm, inputs, *rest)
+        batch = make_batch(self.lm, inputs, *rest).on(self.device)
+        plan = self.memory.plan
+        if plan is not None and batch.num_tokens > plan.batch * plan.seq and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a batch of %d tokens is larger than the %d x %d that the memory plan is for: it may not stay within "
+                "the budget; set batch_size and max_seq_length to what train_step is given",
+                batch.num_tokens, plan.batch, plan.seq,
+            )  # fmt: skip
         self.streamer.prepare(len(batch.model_inputs["input_ids"]))
         return batch
 
     def _evaluate(self, batch: Batch, with_logits: bool) -> tuple[torch.Tensor | None, float | None]:
         training = self.model.training
-        with self._accounted(batch), torch.no_grad():
+        with self._accounted(batch, training=False), torch.no_grad():
             self.model.eval()
             try:
                 hidden = self.lm.hidden_states(**batch.model_inputs)
@@ -216,20 +232,23 @@ class LemaTrainer:
                     with_gradient=with_gradient, with_logits=with_logits,
                 )  # fmt: skip
         result = vocabulary_loss(
-            self.lm, hidden.detach(), targets, denominator, chunks,
+            self.lm, hidden.detach(), targets.to(hidden.device), denominator, chunks,
             positions=self._loss_chunk or targets.numel(), scale=scale, with_gradient=with_gradient,
         )  # fmt: skip
         logits = vocabulary_logits(self.lm, hidden.detach(), chunks) if with_logits else None
         return dataclasses.replace(result, logits=logits)
 
-    def _update(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    def _update(self) -> dict[str, Any]:
         """Settle, check and clip the gradients, then step the optimizer and empty them."""
+        parameters = self._parameters() if self._masters is None else self._masters.masters
         self._window.settle(parameters)
         self._scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         overflow = norm != norm or norm in (float("inf"), -float("inf"))
         if overflow and not self._scaler.is_enabled():
+            if self._masters is not None:
+                self._masters.hand_back_gradients()
             place = first_bad_gradient(self.streamer.layers)
             self.discard_window()
             raise NonFiniteError(
@@ -256,6 +275,8 @@ class LemaTrainer:
     def discard_window(self) -> None:
         """Forget the gradients accumulated since the last optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self._masters is not None:
+            self._masters.drop_gradients()
         self._window.reset()
 
     # -- state -----------------------------------------------------------------------------------
@@ -269,7 +290,9 @@ class LemaTrainer:
             "window": self._window.state(),
             "scaler": self._scaler.state_dict(),
         }
-        save_checkpoint(Path(directory), self.config, self.lora_manager, self.optimizer, state)
+        save_checkpoint(
+            Path(directory), self.config, self.lora_manager, self.optimizer, state, self._holders_of_gradients()
+        )
         return Path(directory)
 
     def load_checkpoint(self, directory: str | os.PathLike[str]) -> None:
@@ -280,13 +303,23 @@ class LemaTrainer:
         """
         if self.lora_manager is None:
             raise ConfigError("there is nothing to resume: use_lora is off")
-        state = load_checkpoint(Path(directory), self.lora_manager, self.optimizer)
+        state = load_checkpoint(Path(directory), self.lora_manager, self.optimizer, self._holders_of_gradients())
+        if self._masters is not None:
+            self._masters.adopt()
         self.global_step = state["global_step"]
         self._window.restore(state["window"])
         self._state_settled = False
         self._settle_state()
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
+
+    def _holders_of_gradients(self) -> dict[str, nn.Parameter]:
+        """By the adapter's names, the parameters whose gradients the optimizer sees."""
+        assert self.lora_manager is not None
+        named = self.lora_manager.named_parameters()
+        if self._masters is None:
+            return dict(named)
+        return {name: master for (name, _), master in zip(named, self._masters.masters, strict=True)}
 
     @property
     def model(self) -> nn.Module:
@@ -302,10 +335,12 @@ class LemaTrainer:
 
     def _place_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Let gradients of a new window gather in one buffer of their own, off the heap that layers use."""
-        if self._window.calls or any(p.grad is not None for p in parameters):
+        if self._masters is not None or self._window.calls or any(p.grad is not None for p in parameters):
             return
         if self._gradients is None:
-            self._gradients = page_aligned(sum(p.numel() * p.dtype.itemsize for p in parameters))
+            nbytes = sum(p.numel() * p.dtype.itemsize for p in parameters)
+            on_cpu = self.device.type == "cpu"
+            self._gradients = page_aligned(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8).to(self.device)
         self._gradients.zero_()
         offset = 0
         for parameter in parameters:
@@ -322,7 +357,7 @@ class LemaTrainer:
             return 1.0
         return float(self._scaler.scale(torch.ones((), device=self.config.device)))
 
-    def _check_loss(self, result: LossResult, batch: Batch, random_state: torch.Tensor) -> None:
+    def _check_loss(self, result: LossResult, batch: Batch, random_state: RandomState) -> None:
         if result.loss == result.loss and abs(result.loss) != float("inf"):
             return
         place = first_bad_activation(self.lm, batch, random_state)
@@ -333,15 +368,17 @@ class LemaTrainer:
         )
 
     @contextlib.contextmanager
-    def _accounted(self, batch: Batch | None) -> Iterator[dict[str, Any]]:
-        """Fill `last_step`; if the block is left by an error or Ctrl-C, stop every reader and drop the window."""
+    def _accounted(self, batch: Batch | None, training: bool = True) -> Iterator[dict[str, Any]]:
+        """Fill `last_step`; if the block is left by an error or Ctrl-C, stop every reader and, in training, drop the
+        window, whose gradients may be half there."""
         started, before = time.perf_counter(), self.memory.stats
         outcome: dict[str, Any] = {}
         try:
             yield outcome
         except BaseException:
             self.memory.abort()
-            self.discard_window()
+            if training:
+                self.discard_window()
             raise
         used = self.memory.stats - before
         self.last_step = StepReport(

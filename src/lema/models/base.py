@@ -126,7 +126,7 @@ class LemaModelAdapter(ABC):
         """Never called, as `head_source` gives none."""
         raise UnsupportedError(f"{type(self).__name__} has no head that can be streamed")
 
-    def bind_rest(self, views: Mapping[str, torch.Tensor]) -> None:
+    def bind_rest(self, views: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Construct embedding and head over copies of their weights."""
         composed = self.causal_lm()
         assert isinstance(composed, ComposedCausalLM)

@@ -99,7 +99,7 @@ class TransformersCausalLM:
 
     def _takes_bare_tensors(self) -> bool:
         """Whether layers return a tensor, not a tuple: with one too few a dimension gets lost on the way."""
-        ids = torch.zeros((2, 3), dtype=torch.long)
+        ids = torch.zeros((2, 3), dtype=torch.long, device=self._model.device)
         bare = [lambda hidden, *_, **__: hidden] * len(self.layers)
         with replaced_forwards(self.layers, bare), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:

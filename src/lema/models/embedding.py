@@ -11,8 +11,18 @@ import torch
 from torch import nn
 
 
-def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype) -> None:
-    """Let an embedding take its rows from a table of another type, cast row by row.
+def with_host_twin(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Token ids on a device that remember their values on the host, so that looking them up waits for nothing."""
+    if ids.device == device:
+        return ids
+    there: Any = ids.to(device)
+    there.lema_host_ids = ids
+    moved: torch.Tensor = there
+    return moved
+
+
+def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Let an embedding take its rows from a table of another type or on the host; only the rows travel.
 
     The module's own forward runs, on a small table of just the rows it needs, so families that scale
     their embeddings do so as always.
@@ -21,13 +31,16 @@ def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype) -
         module: the embedding; its `weight` stays an empty parameter of the full shape.
         table: `[vocab, hidden]`, in the file's type.
         dtype: type of the rows handed on.
+        device: where they are wanted.
     """
     forward = type(module).forward
 
     def gathered(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rows, places = torch.unique(input_ids, return_inverse=True)
+        ids = getattr(input_ids, "lema_host_ids", input_ids).to(table.device)
+        rows, places = torch.unique(ids, return_inverse=True)
+        places = places.to(device)
         weight, padding = module._parameters["weight"], module.padding_idx
-        small = table.index_select(0, rows.to(table.device)).to(dtype)
+        small = table.index_select(0, rows).to(dtype).to(device)
         module._parameters["weight"] = nn.Parameter(small, requires_grad=False)
         module.padding_idx = None
         try:

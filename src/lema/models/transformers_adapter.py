@@ -190,14 +190,19 @@ class TransformersAdapter(LemaModelAdapter):
         places = [self._places[name] for name in self._unit_names(unit) if self._is_parameter(name)]
         return [parameter for module, leaf in places if (parameter := module._parameters[leaf]) is not None]
 
-    def bind_rest(self, views: Mapping[str, torch.Tensor]) -> None:
+    def bind_rest(self, views: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Make everything that stays of these tensors; tied names get the same parameter."""
         assert self._map is not None
+        for part in self.model.modules():
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else buffer.to(device)
         for name, view in views.items():
             module, _ = self._places[name]
-            if name in self.gathered_by_rows() and view.dtype != self._map[1].sources[name].dtype:
+            source = self._map[1].sources[name]
+            if name in self.gathered_by_rows() and (view.dtype, view.device) != (source.dtype, device):
                 assert isinstance(module, nn.Embedding)
-                gather_rows(module, view, self._map[1].sources[name].dtype)
+                self._bind(name, torch.zeros((), dtype=source.dtype, device=device).expand(source.shape))
+                gather_rows(module, view, source.dtype, device)
             else:
                 self._bind(name, view)
         for name, partner in self._ties().items():
