@@ -22,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lema.core import boundaries as boundaries_module
+from lema.core import arena as arena_module
 from lema.core.accelerator import StagedCopier
 from lema.core.binding import page_aligned
 from lema.core.boundaries import BoundaryStore, Handle, KeptBoundaries, OffloadedBoundaries
@@ -238,7 +238,7 @@ def test_the_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     for name, real in (("device_buffer", device_buffer), ("event", event)):
         monkeypatch.setattr(device, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
     pages = partial(lambda *args: (calls.append("pages"), page_aligned(*args))[1])
-    monkeypatch.setattr(boundaries_module, "page_aligned", pages)
+    monkeypatch.setattr(arena_module, "page_aligned", pages)
 
     def sweep(rows: int) -> None:
         handles = [store.put(unit, tensor(unit, rows, 700)) for unit in range(4)]
