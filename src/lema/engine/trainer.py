@@ -114,7 +114,6 @@ class LemaTrainer:
         self._scaler = torch.amp.GradScaler(
             torch.device(config.device).type, enabled=config.dtype == "float16" and lora_manager is not None
         )
-        self._loss_chunk = self.memory.plan.loss_chunk_size if self.memory.plan else config.loss_chunk_size
         self._check_optimizer()
         self._masters: HostMasters | None = None
         if self.memory.plan is not None and self.memory.plan.optimizer == "host" and lora_manager is not None:
@@ -325,6 +324,11 @@ class LemaTrainer:
     def model(self) -> nn.Module:
         """The model whose mode is switched: PEFT's around transformers', or the bare one."""
         return self.lora_manager.peft_model if self.lora_manager is not None else self.lm.module
+
+    @property
+    def _loss_chunk(self) -> int | None:
+        plan = self.memory.plan
+        return self.config.loss_chunk_size if plan is None else plan.loss_chunk_size
 
     def _turn(self) -> None:
         """Between two phases of a step, memory of the last one goes back to the system where memory is short."""
