@@ -76,6 +76,27 @@ class HeadChunks:
         torch.autograd.graph.increment_version([self._views[c] for c in (load.unit, load.evicted) if c is not None])
 
 
+class SlicedHead:
+    """A head that is there whole, seen by runs of vocabulary rows.
+
+    Args:
+        weight: `[vocab, hidden]`.
+        nbytes: bytes of a run, roughly.
+    """
+
+    def __init__(self, weight: torch.Tensor, nbytes: int = 16 << 20) -> None:
+        vocab, hidden = weight.shape
+        rows = max(nbytes // (hidden * weight.dtype.itemsize), 1)
+        self.ranges = [(start, min(start + rows, vocab)) for start in range(0, vocab, rows)]
+        self._weight = weight
+
+    @contextlib.contextmanager
+    def use(self, chunk: int) -> Iterator[torch.Tensor]:
+        """The chunk's weight `[rows, hidden]`."""
+        start, end = self.ranges[chunk]
+        yield self._weight[start:end]
+
+
 class HeadSlot:
     """The head's weight, in memory only while it is used: one slot whose pages are given back after. On CPU.
 

@@ -20,6 +20,10 @@ _LOSS_CHUNKS = (256, 64)
 CPU_OVERHEAD = 112 << 20
 """Host bytes beyond the import floor that no tensor accounts for: threads, code paged in, compiled kernels. Measured on
 two models, what is left after everything counted: 107 to 120 MiB."""
+_FEW_ROWS = 16
+"""Rows at which half of a matmul's time goes into reading its weight; an order of magnitude, to rank plans."""
+_OPTIMIZER_BYTES, _HOST_BYTES_PER_S = 28, 10e9
+"""Bytes Adam reads and writes for a parameter in float32, and the rate at which a host does so, roughly."""
 _BUDGET_SHARE = 0.96
 """Share of a host budget that is planned for; the rest is for what the prediction misses."""
 DEVICE_OVERHEAD = 48 << 20
@@ -379,8 +383,11 @@ class _Planner:
     def _loss_peak(self, plan: MemoryPlan) -> int:
         work = self.workload
         peak = work.loss(min(plan.loss_chunk_size or work.batch * work.seq, work.batch * work.seq)).peak
-        if plan.head == "chunked":  # float32 sums of the hidden states' size beside one chunk's logits
-            peak = peak * plan.head_rows // self.sizes.vocab + 4 * work.boundary
+        rows = plan.head_rows
+        if plan.head != "chunked" and plan.loss_chunk_size is not None and self.sizes.head:
+            rows = self._head_rows("chunked")
+        if rows < self.sizes.vocab:  # float32 sums of the hidden states' size beside one chunk's logits
+            peak = peak * rows // self.sizes.vocab + 4 * work.boundary
         return peak
 
     def _head_bytes(self, plan: MemoryPlan) -> int:
@@ -409,27 +416,47 @@ class _Planner:
         layer = work.layer(plan.micro_batch_size)
         micros = -(-work.batch // plan.micro_batch_size)
         n = len(sizes.units)
-        forward = n * micros * layer.forward_flops / rate
         recomputed = n - len(plan.keep_activations)
-        backward = micros * (n * layer.backward_flops + recomputed * layer.forward_flops) / rate
-        positions = min(plan.loss_chunk_size or work.batch * work.seq, work.batch * work.seq)
-        head = work.loss(positions).flops * (work.batch * work.seq / positions) / rate
-        # in the steady state the units last in the slots at each turn are found there
-        disk = sum(sizes.units[u] for u in plan.from_disk[plan.host_slots :]) / hardware.disk_bytes_per_s
+        compute = {
+            "forward": n * micros * layer.forward_flops / rate,
+            "backward": micros * (n * layer.backward_flops + recomputed * layer.forward_flops) / rate,
+        }
+        total = work.batch * work.seq
+        positions = min(plan.loss_chunk_size or total, total)
+        # few rows at once leave a matmul waiting for the head's weight
+        head = work.loss(positions).flops * (total / positions) / rate * (1 + _FEW_ROWS / positions)
+        shared = plan.streamed_to_compute
+        slots = plan.host_slots if self.on_cpu else plan.device_slots
+        # in the steady state the units last in the slots at a turn are found there
+        passing = max(1 - slots / len(shared), 0.0) if shared else 0.0
+        disk = sum(sizes.units[u] for u in plan.from_disk) * passing / hardware.disk_bytes_per_s
         disk_head = (sizes.head if plan.head != "resident" else 0) / hardware.disk_bytes_per_s
-        link = 0.0
+        link = optimizer = 0.0
         if not self.on_cpu:
-            link = sum(sizes.units[u] for u in plan.streamed_to_compute[plan.device_slots :])
-            link /= hardware.link_bytes_per_s
-        step = max(forward, disk + disk_head, link) + head + max(backward, disk, link)
-        sums = {"compute": forward + head + backward, "disk": 2 * disk + disk_head, "link": 2 * link}
+            carried = sum(sizes.units[u] for u in shared) * passing
+            carried += recomputed * work.boundary if plan.boundaries == "host" else 0
+            link = carried / hardware.link_bytes_per_s
+            if plan.head != "resident":
+                head = max(head, sizes.head / hardware.link_bytes_per_s)
+        if plan.optimizer == "host":
+            optimizer = sizes.lora * (_OPTIMIZER_BYTES / _HOST_BYTES_PER_S + 8 / hardware.link_bytes_per_s)
+        phases = [
+            {"compute": compute["forward"], "disk": disk + disk_head, "link": link},
+            {"compute": head + optimizer},
+            {"compute": compute["backward"], "disk": disk, "link": link},
+        ]
+        step = sum(max(phase.values()) for phase in phases)
+        bound: dict[str, float] = {}
+        for phase in phases:
+            longest = max(phase, key=lambda name: phase[name])
+            bound[longest] = bound.get(longest, 0.0) + phase[longest]
         return Estimate(
             step_seconds=step,
-            compute_seconds=sums["compute"],
-            disk_seconds=sums["disk"],
-            link_seconds=sums["link"],
-            tokens_per_second=work.batch * work.seq / step if step else 0.0,
-            bound_by=max(sums, key=lambda name: sums[name]),
+            compute_seconds=sum(compute.values()) + head + optimizer,
+            disk_seconds=2 * disk + disk_head,
+            link_seconds=2 * link,
+            tokens_per_second=total / step if step else 0.0,
+            bound_by=max(bound, key=lambda name: bound[name]),
         )
 
     # -- refusal ---------------------------------------------------------------------------------
@@ -448,11 +475,12 @@ class _Planner:
                     f"device_layers={len(best.on_device)}, ram_layers={len(best.in_ram)}, "
                     f"keep_activations={len(best.keep_activations)}"
                 )
-        least = min(frames, key=lambda frame: (frame.device_peak if not self.on_cpu else 0, frame.host_peak))
-        tier, parts = ("vram", least.device_bytes) if not self.on_cpu else ("ram", least.host_bytes)
-        host_is_short = self.ram_budget is not None and least.host_peak > self.ram_budget * _BUDGET_SHARE
-        if host_is_short:
-            tier, parts = "ram", least.host_bytes
+        on_device = [f for f in frames if self.vram_budget is None or f.device_peak <= self.vram_budget]
+        if on_device:
+            tier, least = "ram", min(on_device, key=lambda frame: frame.host_peak)
+        else:
+            tier, least = "vram", min(frames, key=lambda frame: (frame.device_peak, frame.host_peak))
+        parts = least.host_bytes if tier == "ram" else least.device_bytes
         enough = int(sum(parts.values()) / (_BUDGET_SHARE if tier == "ram" else 1)) + 10**6
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         raise ConfigError(
@@ -477,7 +505,12 @@ def _better(a: MemoryPlan, b: MemoryPlan) -> bool:
     faster, slower = a.estimate.step_seconds, b.estimate.step_seconds
     if abs(faster - slower) > 1e-3 * slower:
         return faster < slower
-    return (a.device_peak, a.host_peak) < (b.device_peak, b.host_peak)
+    return (_detours(a), a.device_peak, a.host_peak) < (_detours(b), b.device_peak, b.host_peak)
+
+
+def _detours(plan: MemoryPlan) -> int:
+    """How much goes somewhere else and back although it need not."""
+    return (plan.optimizer == "host") + (plan.boundaries == "host") + (plan.head != "resident")
 
 
 def _halvings(batch: int) -> list[int]:

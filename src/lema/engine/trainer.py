@@ -23,10 +23,11 @@ from torch import nn
 from ..config import LemaConfig
 from ..core.binding import page_aligned, typed_view
 from ..core.gbi import GlobalBinaryIndex
+from ..core.head import HeadChunks, SlicedHead
 from ..core.heap import give_back_idle_heap
 from ..core.lora import LoRAManager
 from ..core.memory import HEAD, TripleBufferManager
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError, UnsupportedError
 from ..models.base import LemaModelAdapter
 from .assembly import assemble_memory
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -38,7 +39,7 @@ from .loss import LossResult, compute_loss
 from .optimizer import keep_state_apart
 from .randomness import RandomState
 from .streamer import LayerStreamer
-from .vocabulary import vocabulary_logits, vocabulary_loss
+from .vocabulary import check_head, vocabulary_logits, vocabulary_loss
 from .window import Window
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class LemaTrainer:
         self._gradients: torch.Tensor | None = None
         self._state_settled = False
         self._warned = False
+        self._sliceable: bool | None = None
         self._window = Window(config.gradient_accumulation_steps)
         self._scaler = torch.amp.GradScaler(
             torch.device(config.device).type, enabled=config.dtype == "float16" and lora_manager is not None
@@ -222,20 +224,47 @@ class LemaTrainer:
         self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, *, scale: float = 1.0,
         with_gradient: bool = True, with_logits: bool = False,
     ) -> LossResult:  # fmt: skip
-        """Head and loss, in the way the head is there."""
-        chunks = self.memory.head_chunks
+        """Head and loss: on all logits at once, or by pieces of positions and vocabulary."""
+        chunks: HeadChunks | SlicedHead | None = self.memory.head_chunks
         if chunks is None:
             with self.memory.use(HEAD):
+                if self._slices_head():
+                    assert self.lm.head is not None
+                    weight: Any = self.lm.head.weight
+                    chunks = SlicedHead(weight)
+                    return self._pieces(hidden, targets, denominator, chunks, scale, with_gradient, with_logits)
                 return compute_loss(
                     self.lm, hidden, targets, denominator, chunk_size=self._loss_chunk, scale=scale,
                     with_gradient=with_gradient, with_logits=with_logits,
                 )  # fmt: skip
+        return self._pieces(hidden, targets, denominator, chunks, scale, with_gradient, with_logits)
+
+    def _pieces(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, chunks: HeadChunks | SlicedHead,
+        scale: float, with_gradient: bool, with_logits: bool,
+    ) -> LossResult:  # fmt: skip
+        hidden = hidden.detach()
         result = vocabulary_loss(
-            self.lm, hidden.detach(), targets.to(hidden.device), denominator, chunks,
+            self.lm, hidden, targets.to(hidden.device), denominator, chunks,
             positions=self._loss_chunk or targets.numel(), scale=scale, with_gradient=with_gradient,
         )  # fmt: skip
-        logits = vocabulary_logits(self.lm, hidden.detach(), chunks) if with_logits else None
+        logits = vocabulary_logits(self.lm, hidden, chunks) if with_logits else None
         return dataclasses.replace(result, logits=logits)
+
+    def _slices_head(self) -> bool:
+        """Whether a chunked loss may cut the vocabulary too: not in exact mode, and where the family allows it."""
+        head = self.lm.head
+        if self._loss_chunk is None or type(head) is not nn.Linear:
+            return False
+        if self._sliceable is None:
+            try:
+                check_head(self.lm, torch.empty(0, head.in_features, dtype=head.weight.dtype, device=self.device),
+                           SlicedHead(head.weight).ranges)  # fmt: skip
+                self._sliceable = True
+            except UnsupportedError as error:
+                logger.info("the loss is cut by positions only: %s", error)
+                self._sliceable = False
+        return self._sliceable
 
     def _update(self) -> dict[str, Any]:
         """Settle, check and clip the gradients, then step the optimizer and empty them."""

@@ -1,0 +1,1 @@
+"""The command line, one verb a file. It knows words and screens; what they ask for is done by the rooms below."""

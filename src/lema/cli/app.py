@@ -1,0 +1,60 @@
+"""The command `lema`: its verbs, and how errors leave it.
+
+It knows the verbs' names and exit statuses. Nothing in this room imports torch, directly or through
+another room, until a verb runs: `lema --help` must be quick.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import LemaError
+from .plan import plan
+
+
+class Verbs(TyperGroup):
+    """The verbs. What a user can cause ends in one message and status 1; anything else is our fault, with a traceback.
+
+    Usage errors end with status 2 and Ctrl-C with 130, which is typer's doing.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb asked for."""
+        # What libraries deprecate in each other is of no use to whoever typed the command.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read the output has had enough; typer ends quietly
+            raise
+        except (LemaError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(name="lema", cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command("plan")(plan)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lema {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def lema(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Fine-tune language models larger than memory: frozen weights stream from disk, layer by layer."""
+
+
+def main() -> None:
+    """Run the command line and end the process with its status."""
+    app()
