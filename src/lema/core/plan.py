@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import ConfigError
 from .budget import format_bytes
@@ -26,6 +26,8 @@ _OPTIMIZER_BYTES, _HOST_BYTES_PER_S = 28, 10e9
 """Bytes Adam reads and writes for a parameter in float32, and the rate at which a host does so, roughly."""
 _BUDGET_SHARE = 0.96
 """Share of a host budget that is planned for; the rest is for what the prediction misses."""
+_EQUALLY_FAST = 1e-3
+"""Estimates that differ by this share or less say nothing about which plan is faster."""
 DEVICE_OVERHEAD = 48 << 20
 """Device bytes beyond the tensors counted: matmul workspaces, which the caching allocator counts too."""
 HEAP_SLACK = 0.7
@@ -184,7 +186,8 @@ def make_plan(
     vram_budget: int | None = None,
     choices: Choices = Choices(),
 ) -> MemoryPlan:
-    """The fastest plan that fits the budgets; among equally fast ones the smallest.
+    """The fastest plan that fits the budgets; nothing streams where everything fits. Among equally fast ones that with
+    the largest micro-batches, then the fewest detours, then the smallest.
 
     Args:
         ram_budget: host bytes above the import floor; None: no limit.
@@ -211,18 +214,27 @@ class _Planner:
         return self.hardware.device == "cpu"
 
     def best(self) -> MemoryPlan:
-        """The best of all fitting candidates with the largest micro-batch that fits."""
-        found: MemoryPlan | None = None
-        for frame in self._frames():
-            if found is not None and frame.micro_batch_size < found.micro_batch_size:
-                break
+        """The best of all candidates that fit."""
+        self._check_head()
+        return self._found() or self._refuse()
+
+    def _found(self) -> MemoryPlan | None:
+        fitting: list[MemoryPlan] = []
+        for number, frame in enumerate(self._frames()):
             for plan in self._fillings(frame):
-                if found is None or _better(plan, found):
-                    found = plan
-        if found is None:
-            self._refuse()
-        assert found is not None
-        return found
+                if number == 0 and self._streams_nothing(plan):
+                    return plan
+                fitting.append(plan)
+        limit = min(map(_seconds, fitting), default=0.0) * (1 + _EQUALLY_FAST)
+        return min((plan for plan in fitting if _seconds(plan) <= limit), key=_preference, default=None)
+
+    def _streams_nothing(self, plan: MemoryPlan) -> bool:
+        """Whether every unit is loaded once in a run, and recomputed only where it was decided or must be."""
+        slots = plan.host_slots if self.on_cpu else plan.device_slots
+        decided = self.choices.keep_activations is not None or self.sizes.scratch > 0
+        return len(plan.streamed_to_compute) <= slots and (
+            decided or len(plan.keep_activations) == len(self.sizes.units)
+        )
 
     # -- candidates ------------------------------------------------------------------------------
 
@@ -237,9 +249,9 @@ class _Planner:
             chunks = [None, *(c for c in _LOSS_CHUNKS if c < positions)]
         # pieces of a chunked head are short rows, so that more positions fit at once
         pieces = [chosen.loss_chunk_size] if chosen.loss_chunk_size else sorted({min(c, positions) for c in (64, 1024)})
-        heads = [chosen.head] if chosen.head else ["resident", *(["streamed"] if self.sizes.head_streams else [])]
-        if not chosen.head and self.sizes.head_streams and not chosen.exact_loss:
-            heads.append("chunked")
+        heads = [chosen.head] if chosen.head else ["resident"]
+        if not chosen.head and self.sizes.head_streams:
+            heads += [*(["streamed"] if self.on_cpu else []), *([] if chosen.exact_loss else ["chunked"])]
         places = [chosen.boundaries] if chosen.boundaries else ["device", *([] if self.on_cpu else ["host"])]
         optimizers = [chosen.optimizer] if chosen.optimizer else ["device", *([] if self.on_cpu else ["host"])]
         for micro in rows:
@@ -260,35 +272,33 @@ class _Planner:
             return self.sizes.vocab
         return max(1, min(self.sizes.vocab, _HEAD_CHUNK_BYTES * self.sizes.vocab // self.sizes.head))
 
+    def _splits(self, frame: MemoryPlan, most: bool) -> Iterator[MemoryPlan]:
+        """The frame with its weights spread over the tiers in every way; beside a device the host keeps its `most`, or
+        none."""
+        n, chosen = len(self.sizes.units), self.choices
+        first = chosen.ram_layers if self.on_cpu else chosen.device_layers
+        ram = chosen.ram_layers if chosen.ram_layers is not None else self._most_in_ram(frame) if most else 0
+        for count in range(n + 1) if first is None else [min(first, n)]:
+            here = evenly(count, n)
+            device, in_ram = ((), here) if self.on_cpu else (here, _others(here, min(ram, n - count), n))
+            kept = {*device, *in_ram}
+            yield replace(frame, on_device=device, in_ram=in_ram, from_disk=tuple(u for u in range(n) if u not in kept))
+
     def _fillings(self, frame: MemoryPlan) -> Iterator[MemoryPlan]:
         """The frame with as much kept as fits, for every split between weights and activations."""
-        n, chosen = len(self.sizes.units), self.choices
-        if self.on_cpu:
-            counts = range(n + 1) if chosen.ram_layers is None else [min(chosen.ram_layers, n)]
-            splits: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), evenly(count, n)) for count in counts]
-        else:
-            ram = chosen.ram_layers if chosen.ram_layers is not None else self._most_in_ram(frame)
-            counts = range(n + 1) if chosen.device_layers is None else [min(chosen.device_layers, n)]
-            splits = [(device := evenly(count, n), _others(device, min(ram, n - len(device)), n)) for count in counts]
-        for device, in_ram in splits:
-            kept = {*device, *in_ram}
-            plan = replace(
-                frame, on_device=device, in_ram=in_ram, from_disk=tuple(u for u in range(n) if u not in kept)
-            )
-            yield from self._with_activations(plan)
-
-    def _with_activations(self, plan: MemoryPlan) -> Iterator[MemoryPlan]:
-        """The plan with the most activations kept that fits."""
-        able = self._may_keep_activations(plan)
-        if self.choices.keep_activations is not None:
-            counts = [min(self.choices.keep_activations, len(able))]
-        else:
-            low, high = 0, len(able)
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if self._fits(self._keeping(plan, able, middle)) else (low, middle - 1)
-            counts = [low]
-        for count in counts:
+        limit = n = len(self.sizes.units)
+        for plan in self._splits(frame, most=True):
+            able = self._may_keep_activations(plan)
+            if self.choices.keep_activations is not None:
+                count = min(self.choices.keep_activations, n)
+                if count > len(able):
+                    continue
+            else:  # the more weights are kept, the fewer activations fit
+                count = min(limit, len(able))
+                while count and not self._fits(self._keeping(plan, able, count)):
+                    count -= 1
+                if count < len(able):
+                    limit = count
             filled = self._keeping(plan, able, count)
             if self._fits(filled):
                 yield self._finished(filled)
@@ -297,10 +307,18 @@ class _Planner:
         """Units whose weights are still there in the backward: kept ones, and the last in shared slots at the turn."""
         if self.sizes.scratch:
             return []
-        resident = plan.in_ram if self.on_cpu else plan.on_device
+        resident = set(plan.in_ram if self.on_cpu else plan.on_device)
         slots = plan.host_slots if self.on_cpu else plan.device_slots
-        shared = [u for u in range(len(self.sizes.units)) if u not in set(resident)]
+        shared = [u for u in range(len(self.sizes.units)) if u not in resident]
         return sorted((*resident, *shared[-slots:]))
+
+    def _layer(self, rows: int) -> LayerCost:
+        return self.workload.layer(min(rows, self.workload.batch))
+
+    def _cuts(self, plan: MemoryPlan) -> list[tuple[int, int]]:
+        """How many micro-batches of how many rows."""
+        whole, rest = divmod(self.workload.batch, plan.micro_batch_size)
+        return [(count, rows) for count, rows in ((whole, plan.micro_batch_size), (1, rest)) if count and rows]
 
     @staticmethod
     def _keeping(plan: MemoryPlan, able: Sequence[int], count: int) -> MemoryPlan:
@@ -326,7 +344,8 @@ class _Planner:
         passing = disk if self.on_cpu else [sizes.units[u] for u in (*plan.from_disk, *plan.on_device)]
         parts = {
             "overhead": CPU_OVERHEAD,
-            "slots": min(plan.host_slots, len(passing)) * max(passing, default=0) + sizes.scratch,
+            "slots": min(plan.host_slots, len(passing)) * max(passing, default=0)
+            + (sizes.scratch if self.on_cpu else 0),
             "layers kept in RAM": sum(sizes.units[u] for u in plan.in_ram),
             "embedding rows": min(sizes.embedding, work.batch * work.seq * 4096),
         }
@@ -336,7 +355,7 @@ class _Planner:
             if plan.head != "resident":
                 parts["head"] = self._head_bytes(plan)
             if plan.boundaries == "host":
-                parts["boundaries"] = len(sizes.units) * work.boundary
+                parts["boundaries"] = max(len(sizes.units) - len(plan.keep_activations), 1) * work.boundary
             if plan.optimizer == "host":
                 parts["optimizer"] = sizes.lora * 16
         return parts
@@ -356,17 +375,19 @@ class _Planner:
     def _compute_place(self, plan: MemoryPlan) -> dict[str, int]:
         """What lies where layers are computed, whichever memory that is."""
         sizes, work = self.sizes, self.workload
-        n, kept = len(sizes.units), set(plan.keep_activations)
-        layer = work.layer(plan.micro_batch_size)
-        micros = -(-work.batch // plan.micro_batch_size)
-        graph = layer.graph * micros
+        kept = plan.keep_activations
+        layer = self._layer(plan.micro_batch_size)
+        graph = sum(count * self._layer(rows).graph for count, rows in self._cuts(plan))
         loss = self._loss_peak(plan)
         head = self._head_bytes(plan)
-        held = sizes.rest + (0 if plan.head == "streamed" else head)
-        bound = 2 * work.boundary if plan.boundaries == "host" else (n - len(kept)) * work.boundary
+        comes_and_goes = plan.head == "streamed" and self.on_cpu  # on a device a whole head stays
+        held = sizes.rest + (0 if comes_and_goes else head)
+        offloaded = plan.boundaries == "host" and not self.on_cpu
+        waiting = 2 if offloaded else len(sizes.units) - len(kept)
+        bound = (waiting + self._inputs_in_no_graph(plan)) * work.boundary
         # the sweep's phases: most bytes at once beside what is always there
         graphs = len(kept) * graph
-        head_then = head if plan.head == "streamed" else 0
+        head_then = head if comes_and_goes else 0
         slack = 1 + (HEAP_SLACK if self.on_cpu else 0)
         scratch = layer.kernel_scratch if self.on_cpu else 0
         turn = graphs + int(loss * slack) + 2 * work.boundary + head_then
@@ -379,6 +400,12 @@ class _Planner:
             "boundaries": bound,
             "activations": activations,
         }
+
+    def _inputs_in_no_graph(self, plan: MemoryPlan) -> int:
+        """Layers with their graph kept whose input is not the output in another such graph, or not in one piece."""
+        kept = set(plan.keep_activations)
+        cut = plan.micro_batch_size < self.workload.batch
+        return sum(cut or unit - 1 not in kept for unit in kept)
 
     def _loss_peak(self, plan: MemoryPlan) -> int:
         work = self.workload
@@ -398,8 +425,7 @@ class _Planner:
     # -- time ------------------------------------------------------------------------------------
 
     def _finished(self, plan: MemoryPlan) -> MemoryPlan:
-        work = self.workload
-        layer = work.layer(plan.micro_batch_size)
+        layer = self._layer(plan.micro_batch_size)
         loss = self._loss_peak(plan)
         transient = int(max(layer.forward_peak, layer.backward_peak, loss) * (1 + HEAP_SLACK)) + layer.kernel_scratch
         return replace(
@@ -413,17 +439,14 @@ class _Planner:
     def _estimate(self, plan: MemoryPlan) -> Estimate:
         sizes, work, hardware = self.sizes, self.workload, self.hardware
         rate = hardware.flops_for(self.dtype)
-        layer = work.layer(plan.micro_batch_size)
-        micros = -(-work.batch // plan.micro_batch_size)
         n = len(sizes.units)
         recomputed = n - len(plan.keep_activations)
-        compute = {
-            "forward": n * micros * layer.forward_flops / rate,
-            "backward": micros * (n * layer.backward_flops + recomputed * layer.forward_flops) / rate,
-        }
-        total = work.batch * work.seq
+        total, seq = work.batch * work.seq, work.seq
+        # few rows at once leave a matmul waiting for its weight
+        parts = [(count * (1 + _FEW_ROWS / (rows * seq)), self._layer(rows)) for count, rows in self._cuts(plan)]
+        forward = n * sum(count * layer.forward_flops for count, layer in parts) / rate
+        backward = n * sum(count * layer.backward_flops for count, layer in parts) / rate + forward * recomputed / n
         positions = min(plan.loss_chunk_size or total, total)
-        # few rows at once leave a matmul waiting for the head's weight
         head = work.loss(positions).flops * (total / positions) / rate * (1 + _FEW_ROWS / positions)
         shared = plan.streamed_to_compute
         slots = plan.host_slots if self.on_cpu else plan.device_slots
@@ -438,12 +461,12 @@ class _Planner:
             link = carried / hardware.link_bytes_per_s
             if plan.head != "resident":
                 head = max(head, sizes.head / hardware.link_bytes_per_s)
-        if plan.optimizer == "host":
-            optimizer = sizes.lora * (_OPTIMIZER_BYTES / _HOST_BYTES_PER_S + 8 / hardware.link_bytes_per_s)
+            if plan.optimizer == "host":
+                optimizer = sizes.lora * (_OPTIMIZER_BYTES / _HOST_BYTES_PER_S + 8 / hardware.link_bytes_per_s)
         phases = [
-            {"compute": compute["forward"], "disk": disk + disk_head, "link": link},
+            {"compute": forward, "disk": disk + disk_head, "link": link},
             {"compute": head + optimizer},
-            {"compute": compute["backward"], "disk": disk, "link": link},
+            {"compute": backward, "disk": disk, "link": link},
         ]
         step = sum(max(phase.values()) for phase in phases)
         bound: dict[str, float] = {}
@@ -452,7 +475,7 @@ class _Planner:
             bound[longest] = bound.get(longest, 0.0) + phase[longest]
         return Estimate(
             step_seconds=step,
-            compute_seconds=sum(compute.values()) + head + optimizer,
+            compute_seconds=forward + head + optimizer + backward,
             disk_seconds=2 * disk + disk_head,
             link_seconds=2 * link,
             tokens_per_second=total / step if step else 0.0,
@@ -461,33 +484,85 @@ class _Planner:
 
     # -- refusal ---------------------------------------------------------------------------------
 
-    def _refuse(self) -> None:
-        frames = [self._finished(frame) for frame in self._frames()]
-        if _kept_by_choice(self.choices):
-            free = replace(self.choices, device_layers=None, ram_layers=None, keep_activations=None)
-            alternative = _Planner(
-                self.sizes, self.workload, self.hardware, self.dtype, self.ram_budget, self.vram_budget, free
+    def _check_head(self) -> None:
+        if self.choices.head not in (None, "resident") and not self.sizes.head_streams:
+            raise ConfigError(
+                f"head={self.choices.head!r} is not possible: this model's head is not a plain linear layer stored in "
+                "the type it is computed with, so it has to stay. Set head='resident', or leave it unset"
             )
-            if any(alternative._fits(frame) for frame in frames):
-                best = alternative.best()
-                raise ConfigError(
-                    f"{_kept_by_choice(self.choices)} does not fit into {self._budgets()}. What fits: "
-                    f"device_layers={len(best.on_device)}, ram_layers={len(best.in_ram)}, "
-                    f"keep_activations={len(best.keep_activations)}"
-                )
-        on_device = [f for f in frames if self.vram_budget is None or f.device_peak <= self.vram_budget]
-        if on_device:
-            tier, least = "ram", min(on_device, key=lambda frame: frame.host_peak)
-        else:
-            tier, least = "vram", min(frames, key=lambda frame: (frame.device_peak, frame.host_peak))
-        parts = least.host_bytes if tier == "ram" else least.device_bytes
-        enough = int(sum(parts.values()) / (_BUDGET_SHARE if tier == "ram" else 1)) + 10**6
-        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+
+    def _refuse(self) -> NoReturn:
+        least = [self._finished(plan) for frame in self._frames() for plan in self._least(frame)]
+        if not least:
+            self._refuse_activations()
+        plan = min(least, key=self._shortage)
+        ram, vram = self._short_of(plan)
+        parts = [(_, size) for short, kind in ((ram, plan.host_bytes), (vram, plan.device_bytes)) if short
+                 for _, size in kind.items()]  # fmt: skip
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
+        needs = " and ".join(
+            f"{format_bytes(peak)} of {kind}"
+            for short, peak, kind in ((ram, plan.host_peak, "RAM"), (vram, plan.device_peak, "VRAM"))
+            if short
+        )
+        wanted = [f"ram_budget to at least {_megabytes(plan.host_peak / _BUDGET_SHARE)}"] if ram else []
+        wanted += [f"vram_budget to at least {_megabytes(plan.device_peak)}"] if vram else []
+        kept = _kept_by_choice(self.choices)
+        other = self._what_fits() if kept else None
         raise ConfigError(
-            f"this step does not fit into {self._budgets()}: even with micro_batch_size={least.micro_batch_size}, "
-            f"loss_chunk_size={least.loss_chunk_size} and the head {least.head} it needs "
-            f"{format_bytes(sum(parts.values()))} ({listed}). Set {tier}_budget to at least "
-            f"{enough // 10**6}MB, or lower max_seq_length, batch_size or lora_rank"
+            f"{kept or 'this step'} does not fit into {self._budgets()}: even with "
+            f"micro_batch_size={plan.micro_batch_size}, loss_chunk_size={plan.loss_chunk_size} and the head "
+            f"{plan.head} it needs {needs} ({listed}). Set {' and '.join(wanted)}, or lower "
+            f"max_seq_length, batch_size or lora_rank{f'. What fits: {other}' if other else ''}"
+        )
+
+    def _least(self, frame: MemoryPlan) -> Iterator[MemoryPlan]:
+        """The frame with no more kept than was decided; weights that are kept may take less than slots for them."""
+        for plan in self._splits(frame, most=False):
+            able = self._may_keep_activations(plan)
+            keep = min(self.choices.keep_activations or 0, len(self.sizes.units))
+            if keep <= len(able):
+                yield self._keeping(plan, able, keep)
+
+    def _short_of(self, plan: MemoryPlan) -> tuple[bool, bool]:
+        """Whether the host's budget is too small for a plan, and whether the device's is."""
+        return (
+            self.ram_budget is not None and plan.host_peak > self.ram_budget * _BUDGET_SHARE,
+            self.vram_budget is not None and plan.device_peak > self.vram_budget,
+        )
+
+    def _shortage(self, plan: MemoryPlan) -> tuple[int, float]:
+        """Budgets that are too small, and bytes they lack."""
+        ram, vram = self._short_of(plan)
+        host = plan.host_peak / _BUDGET_SHARE - (self.ram_budget or 0) if ram else 0.0
+        device = plan.device_peak - (self.vram_budget or 0) if vram else 0.0
+        return ram + vram, host + device
+
+    def _what_fits(self) -> str | None:
+        """Other numbers of layers that would do; None where there are none."""
+        free = replace(self.choices, device_layers=None, ram_layers=None, keep_activations=None)
+        other = _Planner(self.sizes, self.workload, self.hardware, self.dtype, self.ram_budget, self.vram_budget, free)
+        best = other._found()
+        if best is None:
+            return None
+        device = "" if self.on_cpu else f"device_layers={len(best.on_device)}, "
+        return f"{device}ram_layers={len(best.in_ram)}, keep_activations={len(best.keep_activations)}"
+
+    def _refuse_activations(self) -> NoReturn:
+        count = self.choices.keep_activations
+        if self.sizes.scratch:
+            raise ConfigError(
+                f"keep_activations={count} is not possible: weights of this model are converted at every use, so every "
+                "layer is recomputed. Set keep_activations=0, or a dtype that the file stores"
+            )
+        name, slots = ("ram", "num_slots") if self.on_cpu else ("device", "vram_buffer_size")
+        shared = self.choices.host_slots if self.on_cpu else self.choices.device_slots
+        layers = self.choices.ram_layers if self.on_cpu else self.choices.device_layers
+        assert count is not None and layers is not None
+        raise ConfigError(
+            f"keep_activations={count} is not possible with {name}_layers={layers} and {slots}={shared}: only layers "
+            f"whose weights stay until the backward can go without recomputation. Set keep_activations to at most "
+            f"{min(layers + shared, len(self.sizes.units))}, or leave {name}_layers unset"
         )
 
     def _budgets(self) -> str:
@@ -500,17 +575,20 @@ def _kept_by_choice(choices: Choices) -> str:
     return ", ".join(f"{name}={getattr(choices, name)}" for name in names if getattr(choices, name) is not None)
 
 
-def _better(a: MemoryPlan, b: MemoryPlan) -> bool:
-    assert a.estimate is not None and b.estimate is not None
-    faster, slower = a.estimate.step_seconds, b.estimate.step_seconds
-    if abs(faster - slower) > 1e-3 * slower:
-        return faster < slower
-    return (_detours(a), a.device_peak, a.host_peak) < (_detours(b), b.device_peak, b.host_peak)
+def _megabytes(nbytes: float) -> str:
+    return f"{int(nbytes) // 10**6 + 1}MB"
 
 
-def _detours(plan: MemoryPlan) -> int:
-    """How much goes somewhere else and back although it need not."""
-    return (plan.optimizer == "host") + (plan.boundaries == "host") + (plan.head != "resident")
+def _seconds(plan: MemoryPlan) -> float:
+    assert plan.estimate is not None
+    return plan.estimate.step_seconds
+
+
+def _preference(plan: MemoryPlan) -> tuple[int, int, int, int]:
+    """Of equally fast plans the lowest is taken: by rows at once, then by what goes somewhere else and back although it
+    need not, then by size."""
+    detours = (plan.optimizer == "host") + (plan.boundaries == "host") + (plan.head != "resident")
+    return (-plan.micro_batch_size, detours, plan.device_peak, plan.host_peak)
 
 
 def _halvings(batch: int) -> list[int]:
@@ -522,7 +600,8 @@ def _halvings(batch: int) -> list[int]:
 
 def _others(device: Sequence[int], count: int, total: int) -> tuple[int, ...]:
     """`count` units outside `device`, evenly spaced among those."""
-    left = [unit for unit in range(total) if unit not in set(device)]
+    taken = set(device)
+    left = [unit for unit in range(total) if unit not in taken]
     return tuple(left[i] for i in evenly(count, len(left)))
 
 

@@ -6,13 +6,17 @@ budgets or tiers. It needs a model's configuration and no weights.
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
+import logging
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -20,11 +24,19 @@ from torch.utils.flop_counter import flop_registry
 from ..core.gbi import GlobalBinaryIndex
 from ..core.lora import LoRAManager
 from ..core.plan import LayerCost, LossCost, ModelSizes, Workload
+from ..errors import UnsupportedError
 from ..models.sizes import model_sizes
+from ..models.skeleton import replaced_forwards
 from ..models.stages import layer_arguments
 from ..models.transformers_adapter import TransformersAdapter
+from .arguments import Arguments
 from .loss import _piece
 from .streamed_layer import _take_apart, _take_hidden
+
+logger = logging.getLogger(__name__)
+
+_SMALL = tuple((rows, length) for rows in (2, 3) for length in (16, 32, 48))
+"""Shapes that a layer is run on for real where it cannot be run without memory."""
 
 
 class Counting(TorchDispatchMode):
@@ -35,25 +47,42 @@ class Counting(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self.flops = 0
+        self.storages: list[int] = []
+        """Bytes of each storage, in the order they were made."""
+        self.order: list[int] = []
+        """What happened: n where storage n was made, ~n where it was freed."""
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tree_leaves((args, kwargs))
         self._seen.update(leaf.untyped_storage() for leaf in given if isinstance(leaf, torch.Tensor))
-        result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(getattr(func, "_overloadpacket", None))
-        if count is not None:
+        packet = getattr(func, "_overloadpacket", None)
+        grouped = str(packet) == "aten._grouped_mm"
+        if grouped and isinstance(args[0], FakeTensor):
+            # what torch has for it knows of fewer types than its kernels do
+            result = args[0].new_empty(_grouped_shape(*args[:3]))
+        else:
+            result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(packet)
+        if grouped:
+            self.flops += _grouped_flops(*args[:2])
+        elif str(packet).startswith("aten._scaled_dot_product_flash_attention_for_cpu"):
+            self.flops += _attention_flops(*args)
+        elif count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
+                self.order.append(len(self.storages))
+                weakref.finalize(storage, self._freed, len(self.storages))
+                self.storages.append(storage.nbytes())
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage.nbytes())
         return result
 
-    def _freed(self, nbytes: int) -> None:
-        self.now -= nbytes
+    def _freed(self, number: int) -> None:
+        self.order.append(~number)
+        self.now -= self.storages[number]
 
 
 class DryRun:
@@ -67,15 +96,16 @@ class DryRun:
     def __init__(self, adapter: TransformersAdapter, lora: dict[str, Any] | None) -> None:
         self.lm = adapter.causal_lm()
         self.adapter = adapter
-        self.parameters = 0
-        if lora is not None:
-            manager = LoRAManager(lora, device="cpu")
-            manager.attach(adapter, empty=True)
-            self.parameters = sum(parameter.numel() for parameter in manager.get_trainable_parameters())
+        self.parameters = _with_lora(adapter, lora)
+        self._lora = lora
+        self._real: TransformersAdapter | None = None
         self.lm.pass_on(torch.empty(0))
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             _without_memory(self.lm.module, self._fake)
+            bare = [lambda hidden, *_, **__: self.lm.pass_on(hidden)] * len(self.lm.layers)
+            with replaced_forwards(self.lm.layers, bare), torch.no_grad():
+                self._head_input = self.lm.hidden_states(input_ids=torch.zeros((1, 1), dtype=torch.long))
         self._kinds = _distinct(list(self.lm.layers))
 
     def sizes(self) -> ModelSizes:
@@ -104,36 +134,151 @@ class DryRun:
 
     def _layer(self, unit: int, rows: int, seq: int) -> LayerCost:
         layer = self.lm.layers[unit]
-        with self._fake:
-            arguments = layer_arguments(self.lm, unit, (rows, seq))
-            like, rest = _take_hidden(*arguments)
-            with torch.no_grad(), Counting() as forward:
-                _take_apart(layer(like, *rest[0], **rest[1]))
-            hidden = torch.empty_like(like).requires_grad_()
-            gradient = torch.empty_like(like)
-            wanted = [p for p in layer.parameters() if p.requires_grad]
-            with Counting() as both:
-                _, outputs = _take_apart(layer(hidden, *rest[0], **rest[1]))
-                graph = both.now
-                found = torch.autograd.grad(outputs[0], [hidden, *wanted], gradient, allow_unused=True)
-            del outputs, found
-        return LayerCost(
-            forward_peak=forward.peak,
-            graph=graph,
-            backward_peak=both.peak,
-            forward_flops=forward.flops,
-            backward_flops=both.flops - forward.flops,
-            kernel_scratch=0 if like.dtype is torch.float32 else max(p.nbytes for p in layer.parameters()),
-        )
+        try:
+            with self._fake:
+                return _LayerRun(layer, layer_arguments(self.lm, unit, (rows, seq))).cost(layer)
+        except RuntimeError as error:  # torch's, where a shape depends on values or an operator is not prepared
+            logger.info("%s is measured with real tensors: %s", type(layer).__name__, error)
+            try:
+                return self._extrapolated(unit, rows, seq)
+            except RuntimeError as real:
+                raise UnsupportedError(
+                    f"what {type(layer).__name__} takes in memory cannot be measured ({real}), so budgets cannot be "
+                    "planned for it; leave them and the plan's other settings unset"
+                ) from error
+
+    def _extrapolated(self, unit: int, rows: int, seq: int) -> LayerCost:
+        """From runs on a few real tokens. Weights are zeros, of which a system keeps one page for all."""
+        if self._real is None:
+            self._real = TransformersAdapter(self.lm.module.config)
+            self._real.configure(self.adapter.dtype, self.lm.module.config._attn_implementation)
+            _with_lora(self._real, self._lora)
+        lm = self._real.causal_lm()
+        layer = lm.layers[unit]
+        arguments = [layer_arguments(lm, unit, shape) for shape in _SMALL]
+        hollow = _with_zeros(layer)
+        try:
+            runs = [_LayerRun(layer, each) for each in arguments]
+            grown = _grown(runs, _SMALL, (rows, seq))
+            return grown.cost(layer)
+        finally:
+            for module, name, parameter in hollow:
+                module._parameters[name] = parameter
 
     def loss(self, positions: int) -> LossCost:
         """Head and loss with their gradient for a chunk of target positions."""
         with self._fake:
-            hidden = torch.empty(1, positions, self.adapter.hidden_size, dtype=self.adapter.dtype)
+            hidden = self._head_input.new_empty(1, positions, self._head_input.shape[-1])
             targets = torch.empty(1, positions, dtype=torch.long)
             with Counting() as live:
                 _piece(self.lm, hidden, targets, 1.0, 1.0, True)
         return LossCost(peak=live.peak, flops=live.flops)
+
+
+class _LayerRun:
+    """A layer run forward without a graph, then with one and backward."""
+
+    def __init__(self, layer: nn.Module, arguments: Arguments) -> None:
+        like, rest = _take_hidden(*arguments)
+        with torch.no_grad(), Counting() as self.forward:
+            _take_apart(layer(like, *rest[0], **rest[1]))
+        hidden = torch.empty_like(like).requires_grad_()
+        gradient = torch.empty_like(like)
+        wanted = [p for p in layer.parameters() if p.requires_grad]
+        with Counting() as self.both:
+            _, outputs = _take_apart(layer(hidden, *rest[0], **rest[1]))
+            self.graph = self.both.now
+            self.turn = len(self.both.order)
+            found = torch.autograd.grad(outputs[0], [hidden, *wanted], gradient, allow_unused=True)
+        del outputs, found
+        self.dtype = like.dtype
+
+    def cost(self, layer: nn.Module) -> LayerCost:
+        """In the plan's terms."""
+        return LayerCost(
+            forward_peak=self.forward.peak,
+            graph=self.graph,
+            backward_peak=self.both.peak,
+            forward_flops=self.forward.flops,
+            backward_flops=self.both.flops - self.forward.flops,
+            kernel_scratch=0 if self.dtype is torch.float32 else max(p.nbytes for p in layer.parameters()),
+        )
+
+
+def _grown(runs: Sequence[_LayerRun], shapes: Sequence[tuple[int, int]], shape: tuple[int, int]) -> _LayerRun:
+    """A run at another shape: the bytes of every storage, and operations, are polynomials in rows and length, of degree
+    1 and 2; when storages are made and freed is the same at all shapes.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    powers = torch.tensor([_powers(*each) for each in (*shapes, shape)], dtype=torch.float64)
+    weights = torch.linalg.solve(powers[:-1].T, powers[-1])
+    grown = copy.copy(runs[0])
+    for name in ("forward", "both"):
+        counts = [getattr(run, name) for run in runs]
+        if any(count.order != counts[0].order for count in counts):
+            raise RuntimeError("its way through memory depends on the length")
+        total = copy.copy(counts[0])
+        total.flops = round(float(weights @ torch.tensor([float(count.flops) for count in counts]).double()))
+        sizes = weights @ torch.tensor([count.storages for count in counts], dtype=torch.float64)
+        changes = [float(sizes[n]) if n >= 0 else -float(sizes[~n]) for n in total.order]
+        alive = list(itertools.accumulate(changes, initial=0.0))
+        total.peak = round(max(alive))
+        setattr(grown, name, total)
+        if name == "both":
+            grown.graph = round(alive[grown.turn])
+    return grown
+
+
+def _powers(rows: int, length: int) -> list[int]:
+    return [rows**i * length**j for i in (0, 1) for j in (0, 1, 2)]
+
+
+def _grouped_shape(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> tuple[int, ...]:
+    """Of products of groups: rows of `a` (2 dimensions), columns of `b` (2), or both cut along what is summed."""
+    if a.dim() == b.dim() == 2:
+        assert ends is not None
+        return (ends.shape[0], a.shape[0], b.shape[1])
+    if a.dim() == b.dim() == 3:
+        return (a.shape[0], a.shape[1], b.shape[2])
+    return (a.shape[-2], b.shape[-1])
+
+
+def _grouped_flops(a: torch.Tensor, b: torch.Tensor) -> int:
+    groups = a.shape[0] if a.dim() == b.dim() == 3 else 1
+    return int(2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1])
+
+
+def _attention_flops(*args: Any) -> int:
+    """Two products forward; backward, where the output's gradient comes first, the scores again and four more."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 4]
+    backward = tensors[0].shape == tensors[1].shape and len(args) > 3 and isinstance(args[3], torch.Tensor)
+    query, key, value = tensors[1:4] if backward else tensors[:3]
+    batch, heads, length, width = query.shape
+    one = 2 * batch * heads * length * key.shape[-2]
+    return one * (3 * width + 2 * value.shape[-1] if backward else width + value.shape[-1])
+
+
+def _with_lora(adapter: TransformersAdapter, lora: dict[str, Any] | None) -> int:
+    """Give a model adapters without memory; how many parameters they have."""
+    if lora is None:
+        return 0
+    manager = LoRAManager(lora, device="cpu")
+    manager.attach(adapter, empty=True)
+    return sum(parameter.numel() for parameter in manager.get_trainable_parameters())
+
+
+def _with_zeros(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Give a layer real parameters; those it had."""
+    before = []
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                before.append((module, name, parameter))
+                zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+    return before
 
 
 def _without_memory(model: nn.Module, fake: FakeTensorMode) -> None:
