@@ -8,11 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from . import larger_than_memory, small
+from . import dial, gpu, larger_than_memory, memory, planning, scaling, small, speed
 
 BENCHMARKS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "small": (small.main, "135M model in fp32: memory and step time beside PEFT with and without checkpointing"),
+    "memory": (memory.main, "peak memory over models and batch shapes, predicted and measured, beside PEFT"),
+    "speed": (speed.main, "step time beside PEFT and beside the limits: computation alone, reads alone, dd"),
+    "scaling": (scaling.main, "step time and bytes read as micro-batches, layers and tokens grow"),
+    "dial": (dial.main, "one dial: step time and peak memory at one budget after another, PEFT at its end"),
     "larger_than_memory": (larger_than_memory.main, "1.7B model in a memory group smaller than its weights (Linux)"),
+    "gpu": (gpu.main, "one CUDA card in ten minutes; --device simulated: a dry run on the CPU"),
+    "planning": (planning.main, "nothing measured: what `lema plan` predicts for Llama 2 on cards of 8 to 24 GB"),
 }
 
 

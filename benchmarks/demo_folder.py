@@ -5,7 +5,15 @@ A process of its own, so that torch and the conversion's memory stay out of the 
 
 from __future__ import annotations
 
-from lema.utils.demo_model import smollm2_folder
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Print the folder."""
+    from lema.utils.demo_model import smollm2_folder
+
+    print(smollm2_folder())
+
 
 if __name__ == "__main__":
-    print(smollm2_folder())
+    main()

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,29 @@ from typing import Any
 from .memory_group import MemoryGroup
 
 ROOT = Path(__file__).resolve().parents[1]
+Option = str | int | float | Sequence[str]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What to run: a kind of `benchmarks.arms`, the label it has in the report, and its options."""
+    """What to run: a kind that a module knows, the label it has in the report, and its options."""
 
     label: str
     kind: str
     folder: Path
-    options: Mapping[str, str | int]
+    options: Mapping[str, Option]
+    """A list stands for an option given several times."""
     limit_bytes: int | None = None
     """Run inside a memory group of this size."""
+    module: str = "benchmarks.arms"
 
     def command(self) -> list[str]:
         """The arm's command line."""
-        pairs = [word for name, value in self.options.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, "-m", "benchmarks.arms", self.kind, "--folder", str(self.folder), *pairs]
+        words = []
+        for name, value in self.options.items():
+            several = value if isinstance(value, list | tuple) else [value]
+            words += [word for one in several for word in (f"--{name}", str(one))]
+        return [sys.executable, "-m", self.module, self.kind, "--folder", str(self.folder), *words]
 
 
 @dataclass
@@ -52,7 +58,18 @@ class Run:
     group: dict[str, int | None] | None = None
     load_before: float | None = None
     """The machine's one-minute load average before the arm began."""
-    options: dict[str, str | int] = field(default_factory=dict)
+    options: dict[str, Option] = field(default_factory=dict)
+
+
+class NotPrepared(SystemExit):
+    """Something a benchmark needs could not be made; ends it with one message, unless it can do without."""
+
+
+def execute(
+    command: Sequence[str], timeout: float | None = None, join: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command line in the repository's root to its end; `join` is called in the process before it begins."""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, preexec_fn=join)
 
 
 def run_arm(arm: Arm, pair: int, timeout: float) -> Run:
@@ -74,8 +91,8 @@ def run_arm(arm: Arm, pair: int, timeout: float) -> Run:
 
 
 def alternate(
-    arms: Sequence[Arm], pairs: int, timeout: float, before: Callable[[], None] | None = None
-) -> Iterable[Run]:
+    arms: Sequence[Arm], pairs: int, timeout: float, before: Callable[[Arm], None] | None = None
+) -> Iterator[Run]:
     """Every arm once in each pair, in turns forwards and backwards, so that drift falls on all of them.
 
     Args:
@@ -84,7 +101,7 @@ def alternate(
     for pair in range(pairs):
         for arm in arms if pair % 2 == 0 else reversed(arms):
             if before is not None:
-                before()
+                before(arm)
             run = run_arm(arm, pair, timeout)
             describe(run)
             yield run
@@ -93,25 +110,31 @@ def alternate(
 def describe(run: Run) -> None:
     """Say on stderr how an arm went."""
     said = run.failure
-    if run.numbers is not None:
-        said = (
-            f"{run.numbers['median_step_seconds']:.3f} s/step, {run.numbers['above_floor_mib']:.0f} MiB above imports"
-        )
-    print(f"  pair {run.pair + 1}, {run.label}: {said}", file=sys.stderr, flush=True)
+    if said is None:
+        numbers = run.numbers or {}
+        parts = {"s/step": "median_step_seconds", "MiB above imports": "above_floor_mib", "MiB VRAM": "device_peak_mib"}
+        said = ", ".join(f"{numbers[key]:.6g} {unit}" for unit, key in parts.items() if numbers.get(key) is not None)
+    print(f"  pair {run.pair + 1}, {run.label}: {said or 'done'}", file=sys.stderr, flush=True)
 
 
-def run_module(module: str, *arguments: str) -> str:
-    """Run a module that prepares something, and return what it printed."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
+def run_module(module: str, *arguments: str, timeout: float | None = None) -> str:
+    """Run a module that prepares something, and return what it printed.
+
+    Raises:
+        NotPrepared: it failed, with the end of what it said, or took too long.
+    """
+    try:
+        ended = execute([sys.executable, "-m", module, *arguments], timeout)
+    except subprocess.TimeoutExpired:
+        raise NotPrepared(f"{module} had not finished after {timeout:.0f} s") from None
+    if ended.returncode != 0:
+        raise NotPrepared(f"{module} failed (exit {ended.returncode}):\n{ended.stderr.strip()[-2000:]}")
+    return ended.stdout.strip()
 
 
 def _run(arm: Arm, pair: int, timeout: float, join: Callable[[], None] | None) -> Run:
     try:
-        ended = subprocess.run(
-            arm.command(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, preexec_fn=join
-        )
+        ended = execute(arm.command(), timeout, join)
     except subprocess.TimeoutExpired:
         return Run(arm.label, pair, None, failure=f"not finished after {timeout:.0f} s, ended by the benchmark")
     except subprocess.SubprocessError:

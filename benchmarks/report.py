@@ -1,11 +1,10 @@
-"""From runs to a result: facts of the machine, medians, ratios, and the two files of a report.
+"""From runs to a result: ratios, checked claims, and the files of a report.
 
 It knows numbers and text; it does not know what is compared, which each benchmark says itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -19,23 +18,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .processes import ROOT, Run
-
-OUT = ROOT / "docs" / "benchmarks"
+from .markdown import markdown
+from .plots import Panel, draw
+from .processes import Run
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One figure: the median over pairs of what one arm needed, divided by what another did in the same pair."""
+    """One figure: the median over pairs of what one arm needed, divided by what others did in the same pair."""
 
     name: str
     pairs: tuple[float, ...]
     target: float | None = None
-    """At most this is wanted."""
+    at_least: bool = False
+    """Whether the target is the least that is wanted, not the most."""
 
     @property
     def median(self) -> float | None:
-        """None if no pair had both arms."""
+        """None if no pair had all the arms."""
         return statistics.median(self.pairs) if self.pairs else None
 
     @property
@@ -45,7 +45,37 @@ class Ratio:
             return "not measured"
         if self.target is None:
             return "no target"
-        return "met" if self.median <= self.target else "missed"
+        met = self.median >= self.target if self.at_least else self.median <= self.target
+        return "met" if met else "missed"
+
+    @property
+    def wanted(self) -> str:
+        """The target in words."""
+        return "-" if self.target is None else f"{'at least' if self.at_least else 'at most'} {self.target:g}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim that the runs prove or refute."""
+
+    claim: str
+    holds: bool | None
+    """None where arms it needs did not finish."""
+    detail: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        return "could not be checked" if self.holds is None else "holds" if self.holds else "DOES NOT HOLD"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Further results, row by row."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
 
 
 @dataclass
@@ -57,13 +87,81 @@ class Report:
     command: str
     runs: list[Run] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     """Further lines of results, in words."""
     notes: list[str] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    """What the plot shows."""
+    complete: bool = True
+    """False while stages are still to come."""
+    date: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date().isoformat())
+
+    @property
+    def stem(self) -> str:
+        """What its files are called."""
+        return f"{self.name}-{self.date}"
 
     def failures(self) -> list[str]:
         """Every arm that did not finish."""
         return [f"{run.label}, pair {run.pair + 1}: {run.failure}" for run in self.runs if run.failure]
+
+    def failed(self) -> bool:
+        """Whether something could not be measured or a claim does not hold."""
+        return any(r.median is None for r in self.ratios) or any(check.holds is not True for check in self.checks)
+
+
+def number(run: Run, key: str) -> float | None:
+    """A number of a run, `a.b` for one inside another; None where there is none."""
+    value: Any = run.numbers
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else None
+
+
+def by_pair(runs: Sequence[Run], label: str, key: str) -> dict[int, float]:
+    """A number of one arm in every pair it finished in."""
+    found = {run.pair: number(run, key) for run in runs if run.label == label}
+    return {pair: value for pair, value in found.items() if value is not None}
+
+
+def median_of(runs: Sequence[Run], label: str, key: str) -> float | None:
+    """Median over pairs of a number of one arm; None if it never finished."""
+    found = by_pair(runs, label, key)
+    return statistics.median(found.values()) if found else None
+
+
+def ratio(
+    runs: Sequence[Run],
+    name: str,
+    key: str,
+    over: str,
+    under: str | Sequence[str],
+    target: float | None = None,
+    at_least: bool = False,
+) -> Ratio:
+    """A number of the arm labelled `over`, divided by that of `under` in the same pair, the largest of several."""
+    unders = [under] if isinstance(under, str) else list(under)
+    tops, bottoms = by_pair(runs, over, key), [by_pair(runs, label, key) for label in unders]
+    both = [pair for pair in sorted(tops) if all(bottom.get(pair) for bottom in bottoms)]
+    return Ratio(name, tuple(tops[p] / max(bottom[p] for bottom in bottoms) for p in both), target, at_least)
+
+
+def within(runs: Sequence[Run], name: str, label: str, key: str, other: str, target: float | None = None) -> Ratio:
+    """One number of an arm divided by another number of the same run."""
+    tops, bottoms = by_pair(runs, label, key), by_pair(runs, label, other)
+    return Ratio(name, tuple(tops[pair] / bottoms[pair] for pair in sorted(tops) if bottoms.get(pair)), target)
+
+
+def loss_check(runs: Sequence[Run]) -> Check:
+    """Whether the arms did the same work: adapters begin as zero, so the first loss is the base model's own."""
+    found = [run.numbers["losses"][0] for run in runs if run.numbers and run.numbers.get("losses")]
+    trained = [loss for loss in found if loss]  # arms that only read have none
+    claim = "the first losses of all arms that train the same batch agree within 1%"
+    if len(trained) < 2:
+        return Check(claim, None, "fewer than two arms finished")
+    return Check(claim, max(trained) - min(trained) < 0.01 * max(trained), f"{min(trained):.5f} to {max(trained):.5f}")
 
 
 def environment() -> dict[str, Any]:
@@ -84,146 +182,52 @@ def environment() -> dict[str, Any]:
     }
 
 
-def ratio(runs: Sequence[Run], name: str, key: str, over: str, under: str, target: float | None = None) -> Ratio:
-    """The ratio of a number of the arm labelled `over` to that of `under`, pair by pair."""
-    values: dict[tuple[str, int], float] = {
-        (run.label, run.pair): run.numbers[key] for run in runs if run.numbers is not None
-    }
-    pairs = sorted({pair for _, pair in values})
-    both = [pair for pair in pairs if (over, pair) in values and (under, pair) in values]
-    return Ratio(name, tuple(values[over, pair] / values[under, pair] for pair in both), target)
-
-
-def median_of(runs: Sequence[Run], label: str, key: str) -> float | None:
-    """Median over pairs of a number of one arm; None if it never finished."""
-    found = [run.numbers[key] for run in runs if run.label == label and run.numbers is not None]
-    found = [value for value in found if value is not None]
-    return statistics.median(found) if found else None
-
-
-def loss_note(runs: Sequence[Run]) -> str:
-    """Whether the arms did the same work: adapters begin as zero, so the first loss is the base model's own."""
-    by_arm = {run.label: run.numbers["losses"][0] for run in runs if run.numbers is not None}
-    if len(by_arm) < 2:
-        return "Fewer than two arms finished, so losses cannot be compared."
-    losses = by_arm.values()
-    spread = (max(losses) - min(losses)) / max(losses)
-    same = "agree" if spread < 0.01 else "DO NOT AGREE, so the arms did not do the same work"
-    return f"First-step losses of the arms {same}: {min(losses):.5f} to {max(losses):.5f}."
-
-
-def command_line(module: str, options: argparse.Namespace) -> str:
-    """The command with every setting that was in effect; paths of this machine are left out."""
-    words = [f"python -m {module}"]
-    for name, value in vars(options).items():
-        if isinstance(value, Path) or value is None or value is False:
-            continue
-        flag = "--" + name.replace("_", "-")
-        words.append(flag if value is True else f"{flag} {value}")
-    return " ".join(words)
-
-
-def common_options(module: str, description: str, pairs: int, steps: int) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
-    made = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    made.add_argument("--pairs", type=int, default=pairs, help="rounds of all arms (default: %(default)s)")
-    made.add_argument(
-        "--steps", type=int, default=steps, help="steps an arm, the first warms up (default: %(default)s)"
-    )
-    made.add_argument("--tokens", type=int, default=512)
-    made.add_argument("--rank", type=int, default=16)
-    made.add_argument("--timeout", type=int, default=1800, help="seconds an arm may take (default: %(default)s)")
-    made.add_argument("--out", type=Path, default=OUT, help="where the report goes (default: docs/benchmarks)")
-    return made
-
-
-def check_common(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with a usage message where numbers make no sense."""
-    if options.pairs < 1 or options.steps < 2:
-        made.error("--pairs must be 1 or more and --steps 2 or more: the first step only warms up")
-
-
-def write(report: Report, out: Path) -> int:
-    """Write `<name>-<date>.json` and `.md`, print the Markdown; a run of the same day is replaced.
+def save(report: Report, out: Path) -> str:
+    """Write `<name>-<date>.json`, `.md` and `.png`, each whole or not at all; a run of the same day is replaced.
 
     Returns:
-        Exit status: 1 if a ratio could not be measured.
+        The Markdown.
     """
     out.mkdir(parents=True, exist_ok=True)
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    base = out / report.stem
     machine = environment()
+    missing = draw(report.panels, base.with_name(f"{report.stem}.png"), report.title) if report.panels else None
     content = {
         "benchmark": report.name,
-        "date": date,
+        "date": report.date,
+        "complete": report.complete,
         "command": report.command,
         "environment": machine,
         "ratios": [{**dataclasses.asdict(r), "median": r.median, "verdict": r.verdict} for r in report.ratios],
+        "checks": [{**dataclasses.asdict(c), "verdict": c.verdict} for c in report.checks],
         "facts": report.facts,
+        "tables": [dataclasses.asdict(table) for table in report.tables],
         "failures": report.failures(),
         "notes": report.notes,
+        "plot": missing or f"{report.stem}.png" if report.panels else None,
         "runs": [dataclasses.asdict(run) for run in report.runs],
     }
-    base = out / f"{report.name}-{date}"
-    base.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    text = markdown(report, date, machine)
-    base.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    print(f"written: {base.with_suffix('.md')} and .json", file=sys.stderr)
-    return 1 if any(r.median is None for r in report.ratios) else 0
+    text = markdown(report, machine, missing)
+    _write_whole(base.with_name(f"{report.stem}.json"), json.dumps(content, indent=2) + "\n")
+    _write_whole(base.with_name(f"{report.stem}.md"), text)
+    return text
 
 
-def markdown(report: Report, date: str, machine: dict[str, Any]) -> str:
-    """The report for people."""
-    lines = [f"# {report.title}", "", f"{date}, `{report.command}`", ""]
-    lines += [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB RAM, {machine['system']}; "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        "",
-        "## Ratios",
-        "",
-    ]
-    rows = [
-        [r.name, _show(r.median), f"{_show(min(r.pairs))} to {_show(max(r.pairs))}" if r.pairs else "-",
-         len(r.pairs), _show(r.target), r.verdict]
-        for r in report.ratios
-    ]  # fmt: skip
-    lines += _table(["ratio", "median", "range", "pairs", "target, at most", "verdict"], rows)
-    lines += ["", *(f"- {name}: {value}" for name, value in report.facts.items())]
-    lines += ["", "## Failures", "", *(f"- {line}" for line in report.failures() or ["none"])]
-    lines += ["", "## Medians of the arms", ""]
-    keys = {
-        "s/step": "median_step_seconds",
-        "peak MiB above imports": "above_floor_mib",
-        "peak MiB": "peak_mib",
-        "imports MiB": "floor_mib",
-        "anonymous MiB at end": "end_anonymous_mib",
-        "file pages MiB at end": "end_file_mib",
-    }
-    labels = list(dict.fromkeys(run.label for run in report.runs))
-    lines += _table(
-        ["arm", *keys], [[x, *(_show(median_of(report.runs, x, k)) for k in keys.values())] for x in labels]
-    )
-    lines += ["", "## Every run", ""]
-    raw = []
-    for run in report.runs:
-        n = run.numbers or {}
-        steps = " ".join(_show(value) for value in n.get("timed_seconds", ())) or "-"
-        raw.append([run.pair + 1, run.label, run.exit_code, steps, *(_show(n.get(k)) for k in keys.values()),
-                    _show(run.load_before)])  # fmt: skip
-    lines += _table(["pair", "arm", "exit", "timed steps, s", *keys, "load before"], raw)
-    lines += ["", "The JSON file beside this one has every number.", "", "## Notes", ""]
-    lines += [f"- {note}" for note in report.notes]
-    return "\n".join(lines) + "\n"
+def write(report: Report, out: Path) -> int:
+    """Save the report and print it.
+
+    Returns:
+        Exit status: 1 if a ratio could not be measured or a claim does not hold.
+    """
+    print(save(report, out))
+    print(f"written: {out / report.stem}.md, .json and .png", file=sys.stderr)
+    return int(report.failed())
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    return ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
-
-
-def _show(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _proc_field(name: str, key: str) -> str | None:
