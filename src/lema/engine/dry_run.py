@@ -158,9 +158,9 @@ class DryRun:
         arguments = [layer_arguments(lm, unit, shape) for shape in _SMALL]
         hollow = _with_zeros(layer)
         try:
-            runs = [_LayerRun(layer, each) for each in arguments]
-            grown = _grown(runs, _SMALL, (rows, seq))
-            return grown.cost(layer)
+            with torch.random.fork_rng(devices=[]):
+                runs = [_LayerRun(layer, each) for each in arguments]
+            return _grown(runs, _SMALL, (rows, seq)).cost(layer)
         finally:
             for module, name, parameter in hollow:
                 module._parameters[name] = parameter
