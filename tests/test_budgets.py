@@ -45,8 +45,7 @@ from helpers import (
     recording_trainer,
     relative,
 )
-from lema.core import plan as plan_module
-from lema.core import probe
+from lema.core import footprint, probe
 from lema.core.gbi import GlobalBinaryIndex
 from lema.core.hardware import Hardware
 from lema.core.lora import LoRAManager
@@ -96,7 +95,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk of the tiny head is 31 of its 99 rows."""
-    monkeypatch.setattr(plan_module, "_HEAD_CHUNK_BYTES", 31 * 32 * 4)
+    monkeypatch.setattr(footprint, "HEAD_CHUNK_BYTES", 31 * 32 * 4)
 
 
 class Runs(Counter[int]):
@@ -571,7 +570,7 @@ def test_resident_without_a_budget_stays_whole(tiny: Any) -> None:
 @pytest.fixture
 def small_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny model's own bytes decide."""
-    monkeypatch.setattr(plan_module, "CPU_OVERHEAD", 0)
+    monkeypatch.setattr(footprint, "CPU_OVERHEAD", 0)
 
 
 def budget_for(folder: Path, **settings: Any) -> int:
@@ -618,6 +617,29 @@ def test_too_small_a_budget_is_refused_in_numbers(tiny: Any) -> None:
     with lema_model(folder, ram_budget=enough[1], batch_size=ROWS, max_seq_length=LENGTH) as model:
         assert model.memory.plan is not None
         lema_step(model, padded_batch(ROWS, LENGTH))
+
+
+def test_the_more_budget_the_more_is_kept(tiny: Any, small_overhead: None) -> None:
+    """From what nothing kept needs to what everything kept needs; all numbers stay those of plain PEFT."""
+    folder, batch = tiny("llama", tie_word_embeddings=False), padded_batch(ROWS, LENGTH)
+    whole = {"micro_batch_size": ROWS, "head": "resident"}
+    least = budget_for(folder, ram_layers=0, keep_activations=0, **whole)
+    most = budget_for(folder, ram_layers=LAYERS, keep_activations=LAYERS, **whole)
+    kept, expected = [], None
+    for part in range(6):
+        budget = least + (most - least) * part // 5
+        pair = pair_of(folder, ram_budget=budget, **whole)
+        plan = plan_of(pair)
+        assert plan.host_peak <= budget
+        kept.append((len(plan.from_disk) <= plan.host_slots, len(plan.in_ram) + len(plan.keep_activations)))
+        expected = expected or plain_step(pair.plain, batch)[1]
+        trainer = recording_trainer(pair.model)
+        for _ in range(2):
+            assert not differing(expected, lema_step(pair.model, batch, trainer)[1])
+        pair.close()
+    assert kept == sorted(kept)
+    assert len(set(kept)) > 2, "parts are kept too"
+    assert kept[-1] == (True, LAYERS + LAYERS - 2), "two layers never leave the two slots"
 
 
 def test_layers_that_cannot_be_kept_are_refused(tiny: Any) -> None:
@@ -682,6 +704,24 @@ def test_a_chunked_head_is_as_exact_as_plain_peft(
         assert_as_exact_as_plain(reference, plain, found)
     assert not pair.model.adapter.causal_lm().head.weight.any(), "the head is never there whole"
     pair.close()
+
+
+def test_a_chunked_head_is_read_once_a_step(llama: Llama, in_pieces: None) -> None:
+    """In the steady state a step reads the head's bytes beyond those of the layers, however many pieces there are."""
+    rows = 31
+    read = {}
+    for head in ("resident", "chunked"):
+        trainer = llama.trainer(made_plan(head=head, head_rows=rows if head == "chunked" else 99, loss_chunk_size=16))
+        each = []
+        for _ in range(4):
+            before = trainer.memory.stats.bytes_read
+            trainer.train_step(llama.batch)
+            each.append(trainer.memory.stats.bytes_read - before)
+        trainer.memory.close()
+        read[head] = each
+    assert len(set(read["resident"][1:])) == 1
+    assert read["chunked"][2] - read["resident"][2] == llama.head_bytes
+    assert len(set(read["chunked"][2:])) == 1
 
 
 def test_a_chunked_head_answers_like_one_that_stays(tiny: Any, tied: bool, in_pieces: None) -> None:

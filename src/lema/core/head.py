@@ -25,17 +25,24 @@ HEAD = -1
 class HeadChunks:
     """The head's weight by runs of vocabulary rows, in slots of its own.
 
-    Layout: chunk c is rows `ranges[c]`, in slot c modulo 2; the reads of a chunk are those of its rows alone.
+    Layout: chunk c is rows `ranges[c]`, in slot c modulo 2, or on the host in a slot of its own where it is to stay
+    there; the reads of a chunk are those of its rows alone.
 
     Args:
         source: the weight `[vocab, hidden]`, stored as it is computed with.
         rows: vocabulary rows of a chunk.
         reader: reads them.
         backend: the device the logits are computed on; None: the CPU.
+        in_ram: read once; afterwards chunks come from RAM.
     """
 
     def __init__(
-        self, source: ParameterSource, rows: int, reader: DiskReader, backend: DeviceBackend | None = None
+        self,
+        source: ParameterSource,
+        rows: int,
+        reader: DiskReader,
+        backend: DeviceBackend | None = None,
+        in_ram: bool = False,
     ) -> None:
         vocab, hidden = source.shape
         record, first = source.pieces[0].record, source.pieces[0].source
@@ -48,8 +55,9 @@ class HeadChunks:
             extents[chunk] = [Extent(record.file, offset, (end - start) * width, offset % PAGE, (record,))]
             nbytes[chunk] = align_up(offset % PAGE + (end - start) * width, PAGE)
         slots = {chunk: chunk % 2 for chunk in extents}
+        host = {chunk: chunk for chunk in extents} if in_ram else slots
         self.lane = Lane(
-            extents, nbytes, reader, slots, slots, depth=None, on_overwrite=self._raise_versions, backend=backend
+            extents, nbytes, reader, host, slots, depth=None, on_overwrite=self._raise_versions, backend=backend
         )
         self.nbytes = self.lane.host_bytes
         self.device = self.lane.buffers[0].device

@@ -16,7 +16,8 @@ from ..core.gbi import GlobalBinaryIndex
 from ..core.hardware import Hardware
 from ..core.lora import LoRAManager
 from ..core.memory import TripleBufferManager, check_device
-from ..core.plan import Choices, MemoryPlan, make_plan
+from ..core.plan import Choices, MemoryPlan
+from ..core.planner import make_plan
 from ..errors import DeviceError, UnsupportedError
 from ..models.base import LemaModelAdapter
 from ..models.transformers_adapter import TransformersAdapter

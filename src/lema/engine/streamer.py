@@ -50,7 +50,7 @@ class LayerStreamer:
         self.layers = [StreamedLayer(unit, layer, memory, self.batching) for unit, layer in enumerate(lm.layers)]
         for streamed, layer in zip(self.layers, lm.layers, strict=True):
             layer.__dict__["forward"] = streamed
-        self.heap = HeapGuard(memory.heap_limit)
+        self.heap = HeapGuard(memory.heap_limit, plan is not None and plan.keeps_idle_heap)
         for streamed in self.layers:
             streamed.heap = self.heap
         for unit in plan.keep_activations if plan is not None else ():
