@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+import lema.data
 from lema.data import ChatExample, collate, encode_chat, read_jsonl
 from lema.errors import InputError
 
@@ -31,6 +32,11 @@ def tokenizer() -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
     fast.chat_template = TEMPLATE
     return fast
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEMA_CACHE", str(tmp_path / "cache"))
 
 
 def messages(*turns: str) -> list[dict[str, str]]:
@@ -73,6 +79,6 @@ def test_refusals_name_what_is_wrong(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_rows_of_the_demo_are_different_and_complete() -> None:
-    rows = read_jsonl(Path(__file__).resolve().parents[1] / "examples" / "data" / "questions.jsonl")
+    rows = read_jsonl(Path(lema.data.__file__).with_name("questions.jsonl"))
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows) >= 32
     assert isinstance(ChatExample([1], [1]).input_ids, list)

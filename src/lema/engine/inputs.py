@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..models.causal_lm import CausalLM
 from ..models.embedding import with_host_twin
 from .loss import IGNORE_INDEX, shift_left
+from .packing import check_packing, is_packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def make_batch(
             model_inputs[name] = _same_shape(name, _as_rows(name, value), ids)
     if ids.numel() == 0:
         raise InputError(f"the batch is empty: input_ids has shape {list(ids.shape)}")
+    if is_packed(model_inputs.get("attention_mask"), model_inputs.get("position_ids")):
+        check_packing(lm)
     _check_range("input_ids", ids, lm.vocab_size)
     limit = lm.max_positions
     if limit is not None and ids.shape[1] > limit:

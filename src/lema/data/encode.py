@@ -1,0 +1,92 @@
+"""`RowEncoder`: a raw row of one kind as token ids and labels.
+
+It knows kinds of rows and the renderer; it knows nothing of lengths allowed, files or batches.
+
+With a chat template, prompts and completions become a user's and an assistant's turn. Without one (base models) they
+are laid one after the other as they are, and the end token after them; the prompt of an instruction row is followed by
+a blank line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from ..errors import InputError, UnsupportedError
+from .render import IGNORE, ChatRenderer, EncodedRow
+from .schema import Completion, Conversation, Instruction, PlainText, read_row
+
+
+class RowEncoder:
+    """Encodes rows.
+
+    Args:
+        renderer: of the model's tokenizer.
+        kind: one of `messages`, `conversations`, `prompt_completion`, `instruction`, `text`.
+        train_on_prompt: learn prompts too.
+        mask_history: learn the last answer of a conversation only.
+    """
+
+    def __init__(
+        self, renderer: ChatRenderer, kind: str, *, train_on_prompt: bool = False, mask_history: bool = False
+    ) -> None:
+        self.renderer = renderer
+        self.kind = kind
+        self._on_prompt = train_on_prompt
+        self._last_only = mask_history
+
+    def __call__(self, row: Mapping[str, Any]) -> EncodedRow:
+        """The row's ids and labels, however many.
+
+        Raises:
+            InputError: what is wrong with the row, without saying which it is.
+        """
+        content = read_row(row, self.kind)
+        if isinstance(content, PlainText):
+            return self._plain("", content.text)
+        if isinstance(content, Completion):
+            if not self.renderer.has_template:
+                separator = "\n\n" if isinstance(content, Instruction) else ""
+                return self._plain(content.prompt + separator, content.completion)
+            content = _as_conversation(content)
+        return self.renderer.training(
+            content.messages, content.tools, learned_from=content.learned_from, on_prompt=self._on_prompt,
+            last_only=self._last_only,
+        )  # fmt: skip
+
+    def _plain(self, prompt: str, completion: str) -> EncodedRow:
+        """Text with the special tokens that the tokenizer puts around it, and the end token always."""
+        tokenizer = self.renderer.tokenizer
+        end = tokenizer.eos_token_id
+        if end is None:
+            raise UnsupportedError("the tokenizer has no eos_token, so nothing could teach the model where to stop")
+        encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        if not prompt or self._on_prompt:
+            labels = list(ids)
+        else:
+            labels = [t if offset[1] > len(prompt) else IGNORE for t, offset in zip(ids, offsets, strict=True)]
+        if ids and ids[-1] == end:
+            return EncodedRow(ids, labels[:-1] + [end])
+        return EncodedRow(ids + [end], labels + [end])
+
+    @cached_property
+    def key(self) -> str:
+        """What its results depend on besides the row: tokenizer, template and settings, as a digest."""
+        tokenizer = self.renderer.tokenizer
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        for name in ("padding", "truncation"):  # of the last call, whosever it was
+            core.pop(name, None)
+        parts = (core, tokenizer.eos_token_id, self.renderer.template, self.kind, self._on_prompt, self._last_only)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _as_conversation(content: Completion) -> Conversation:
+    if not content.prompt.strip():
+        raise InputError("prompt is empty; a chat template has nothing to ask with: use rows of text instead")
+    turns = [("user", content.prompt), ("assistant", content.completion)]
+    return Conversation([{"role": role, "content": text} for role, text in turns])

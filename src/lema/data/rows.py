@@ -1,0 +1,238 @@
+"""`Rows`: raw rows of a data set by their number, wherever they are, in little memory.
+
+It knows files, rows as dicts and what identifies them; it knows nothing of what their fields mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .index import line_index
+
+Fingerprint = dict[str, Any]
+"""What identifies the rows: `name`, `bytes`, `sha256`, `rows`."""
+
+
+class Rows:
+    """Rows that can be asked for in any order. Reading a bad one is an `InputError` that says where it is."""
+
+    name: str
+    """The file's name, or what stands for it in messages."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def where(self, index: int) -> str:
+        """How a message names a row: counted from 1."""
+        return f"{self.name}, row {index + 1}"
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """int64 `[rows]`: about how long each row is, for grouping."""
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """JSON-ready; equal for equal content, whenever and wherever it is read."""
+        raise NotImplementedError
+
+
+class JsonlRows(Rows):
+    """Rows of a JSONL file, each read where its line is; the file is hashed and indexed once.
+
+    Raises:
+        InputError: the file is missing, unreadable or has no rows.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.name = str(path)
+        self._index = line_index(self.path)
+        if len(self._index.spans) == 0:
+            raise InputError(f"{self.name} has no rows: it is empty, or has blank lines only")
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - open as long as the rows are
+        self._check_unchanged()
+
+    def __len__(self) -> int:
+        return len(self._index.spans)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        offset, length = self._index.spans[index]
+        data = os.pread(self._file.fileno(), int(length), int(offset))
+        self._check_unchanged()
+        try:
+            row = json.loads(data.decode("utf-8").removeprefix("\ufeff" if index == 0 else ""))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.where(index)} is not UTF-8: {_bytes_at(data, error.start)}") from error
+        except RecursionError as error:
+            raise InputError(f"{self.where(index)} is nested too deeply to be read") from error
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{self.where(index)} is not JSON: {error.msg} (character {error.pos + 1}){_hint(data)}"
+            ) from error
+        except ValueError as error:
+            raise InputError(
+                f"{self.where(index)} is not JSON that can be read: {str(error).partition(';')[0]}"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(f"{self.where(index)} holds {_kind(row)}, not an object{_hint(data)}")
+        return row
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, line {self._index.line(index)}"
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        lengths: np.ndarray = self._index.spans[:, 1]
+        return lengths
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return {
+            "name": self.path.name, "bytes": self._index.num_bytes, "sha256": self._index.sha256, "rows": len(self),
+        }  # fmt: skip
+
+    def _check_unchanged(self) -> None:
+        stat = os.fstat(self._file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != (self._index.num_bytes, self._index.mtime_ns):
+            raise InputError(f"{self.name} was changed while it is in use: its rows are no longer where they were")
+
+
+class ListRows(Rows):
+    """Rows of a list of dicts, or of anything with a length and dicts by number, as a `datasets.Dataset` is.
+
+    Args:
+        rows: the rows; not copied.
+        name: what messages and the fingerprint call them.
+        fingerprint: of the file they came from; None: made from the rows' content.
+    """
+
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]] | Any, name: str = "dataset", fingerprint: Fingerprint | None = None
+    ) -> None:
+        if not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__") or isinstance(rows, (str, bytes, Mapping)):
+            raise InputError(
+                f"rows of type {type(rows).__name__} cannot be asked for by number: give a path, a list of dicts or a "
+                "datasets.Dataset (of a DatasetDict, one of its splits)"
+            )
+        if len(rows) == 0:
+            raise InputError(f"{name} has no rows")
+        self.name = name
+        self._rows = rows
+        self._fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        if not isinstance(row, Mapping):
+            raise InputError(f"{self.where(index)} holds {_kind(row)}, not an object")
+        return dict(row)
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([_text_bytes(row) for row in self._rows], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        if self._fingerprint is not None:
+            return {**self._fingerprint, "rows": len(self)}
+        hasher, num_bytes = hashlib.sha256(), 0
+        for row in self._rows:
+            line = json.dumps(row, sort_keys=True, default=str).encode() + b"\n"
+            hasher.update(line)
+            num_bytes += len(line)
+        return {"name": self.name, "bytes": num_bytes, "sha256": hasher.hexdigest(), "rows": len(self)}
+
+
+class SomeRows(Rows):
+    """Some of the rows of others, by their numbers; messages keep the others' words for where a row is."""
+
+    def __init__(self, rows: Rows, indices: np.ndarray) -> None:
+        self.name = rows.name
+        self._rows = rows
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._rows[int(self._indices[index])]
+
+    def where(self, index: int) -> str:
+        return self._rows.where(int(self._indices[index]))
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        lengths: np.ndarray = self._rows.byte_lengths[self._indices]
+        return lengths
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        chosen = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()
+        return {**self._rows.fingerprint, "rows": len(self), "chosen": chosen}
+
+
+def fingerprint_difference(stored: Fingerprint, found: Fingerprint) -> str | None:
+    """What a data set differs in from a stored fingerprint, in words; None where its content is the same.
+
+    Names do not count: a file may be moved.
+    """
+    if all(stored.get(key) == found.get(key) for key in ("bytes", "sha256", "rows", "chosen")):
+        return None
+    parts = [f"{stored.get('name')} then, {found.get('name')} now"] if stored.get("name") != found.get("name") else []
+    for key, unit in (("rows", "rows"), ("bytes", "bytes")):
+        if stored.get(key) != found.get(key):
+            parts.append(f"{stored.get(key)} {unit} then, {found.get(key)} now")
+    if stored.get("sha256") != found.get("sha256"):
+        parts.append(f"content {str(stored.get('sha256'))[:12]} then, {str(found.get('sha256'))[:12]} now")
+    if stored.get("chosen") != found.get("chosen"):
+        parts.append("other rows of it are held out (eval_size or the seed changed)")
+    return "; ".join(parts)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _text_bytes(value: Any) -> int:
+    """Bytes of all text inside a row."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, Mapping):
+        return sum(_text_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_text_bytes(item) for item in value)
+    return 0
+
+
+def _bytes_at(data: bytes, start: int) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "it begins like UTF-16; convert the file with `iconv -f UTF-16 -t UTF-8`"
+    return f"byte {start + 1} of the line is 0x{data[start]:02x}"
+
+
+def _hint(data: bytes) -> str:
+    """What else the file may be."""
+    start = data.lstrip()[:1]
+    if start == b"[":
+        return "; if the file is one JSON array, name it .json"
+    if data.strip() == b"{":
+        return "; an object must be on one line (`jq -c . FILE`), or the file be a JSON array named .json"
+    return ""
