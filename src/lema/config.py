@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .typed import check_types
 
 CONFIG_NAME = "lema_config.json"
 DTYPES = ("float16", "bfloat16", "float32")
@@ -152,6 +153,7 @@ class LemaConfig:
             self.lora_target_modules = list(self.lora_target_modules)
             if self.use_lora and not self.lora_target_modules:
                 raise ConfigError("lora_target_modules is empty: name modules, or say 'all-linear'")
+        check_types(self)
         for name, lowest in (
             ("ram_buffer_size", 1), ("vram_buffer_size", 1), ("lora_rank", 1), ("batch_size", 1),
             ("gradient_accumulation_steps", 1), ("max_seq_length", 1), ("num_slots", 2), ("num_readers", 1),

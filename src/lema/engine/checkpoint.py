@@ -1,4 +1,4 @@
-"""A training state on disk: adapter, optimizer, counters, random state; safetensors and JSON only.
+"""A training state on disk: adapter, optimizer, scaler, random state, counters; safetensors and JSON only.
 
 It knows how to write and read the state; it knows nothing of steps or when to save.
 """
@@ -6,8 +6,7 @@ It knows how to write and read the state; it knows nothing of steps or when to s
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..complete import problem_of
 from ..config import LemaConfig
 from ..core.lora import LoRAManager
 from ..errors import CheckpointError
-from .files import MARKER, replaced_directory
+from .files import replaced_directory
+from .randomness import random_states, restore_random_states
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 OPTIMIZER_STATE = "optimizer.json"
+SCALER_STATE = "scaler.json"
 TRAINER_STATE = "trainer_state.json"
-RANDOM_STATE = "rng_state.safetensors"
-_FORMAT = 1
+RANDOM_TENSORS = "rng_state.safetensors"
+RANDOM_STATE = "rng_state.json"
+_FORMAT = 2
 
 
 def save_checkpoint(
@@ -33,58 +36,101 @@ def save_checkpoint(
     lora: LoRAManager,
     optimizer: torch.optim.Optimizer,
     trainer_state: Mapping[str, Any],
+    engine_state: Mapping[str, Any],
     holders: Mapping[str, torch.nn.Parameter],
+    more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint, replacing one of the same name in one step.
 
     Args:
-        trainer_state: JSON-ready counters of the trainer.
+        trainer_state: JSON-ready; under Hugging Face's names.
+        engine_state: JSON-ready counters, `scaler` and `base_weights` among them.
         holders: parameters with the gradients accumulated so far, by the adapter's names.
+        more: writes further files into the directory it is given.
+
+    Raises:
+        OSError: a file could not be written; a checkpoint of the same name is as it was.
     """
     with replaced_directory(directory) as folder:
         config.save_pretrained(folder)
-        lora.save_pretrained(folder)
         tensors, state = _flatten(optimizer.state_dict())
         for name, parameter in holders.items():
             if parameter.grad is not None:
                 tensors[f"gradient.{name}"] = parameter.grad.detach().contiguous()
-        save_file(tensors, folder / OPTIMIZER_TENSORS)
-        _write_json(folder / OPTIMIZER_STATE, state)
-        _write_json(folder / TRAINER_STATE, {"format": _FORMAT, **trainer_state, "python_random": _python_random()})
-        save_file(_random_states(), folder / RANDOM_STATE)
+        random_tensors, random_rest = random_states()
+        try:
+            lora.save_pretrained(folder)
+            save_file(tensors, folder / OPTIMIZER_TENSORS)
+            _write_json(folder / OPTIMIZER_STATE, state)
+            _write_json(folder / SCALER_STATE, engine_state["scaler"])
+            own = {"format": _FORMAT, **{k: v for k, v in engine_state.items() if k != "scaler"}}
+            _write_json(folder / TRAINER_STATE, {**trainer_state, "lema": {**trainer_state.get("lema", {}), **own}})
+            _write_json(folder / RANDOM_STATE, random_rest)
+            save_file(random_tensors, folder / RANDOM_TENSORS)
+            if more is not None:
+                more(folder)
+        except SafetensorError as error:
+            raise OSError(f"{directory} could not be written: {error}") from error
 
 
 def load_checkpoint(
-    directory: Path, lora: LoRAManager, optimizer: torch.optim.Optimizer, holders: Mapping[str, torch.nn.Parameter]
+    directory: Path,
+    lora: LoRAManager,
+    optimizer: torch.optim.Optimizer,
+    base_weights: Mapping[str, Any],
+    holders: Mapping[str, torch.nn.Parameter],
 ) -> dict[str, Any]:
-    """Put a saved state back; returns the trainer's counters. Gradients go to `holders`, see `save_checkpoint`.
+    """Put a saved state back; returns the trainer's state. Gradients go to `holders`, see `save_checkpoint`.
+
+    Everything is read and compared before anything is changed.
 
     Raises:
-        CheckpointError: not a complete checkpoint, damaged, or of another adapter or optimizer.
+        CheckpointError: not a complete checkpoint, damaged, or of another base, adapter or optimizer.
     """
     folder = Path(directory)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist: give the directory of a checkpoint")
-    if not (folder / MARKER).is_file():
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint: its {MARKER} file is missing; use an earlier one"
-        )
-    lora.load_pretrained(folder)
+    if (problem := problem_of(folder)) is not None:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: {problem}; use an earlier one")
     try:
-        tensors = load_file(folder / OPTIMIZER_TENSORS)
-        state = json.loads((folder / OPTIMIZER_STATE).read_text(encoding="utf-8"))
-        trainer_state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        random_states = load_file(folder / RANDOM_STATE)
-    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder} is damaged: {error}; use an earlier checkpoint") from error
-    if trainer_state.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder} has format {trainer_state.get('format')!r}; this version reads {_FORMAT}")
+        # copies: what load_file gives is the mapped file, which may go or be cut while training goes on
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / OPTIMIZER_TENSORS).items()}
+        state, scaler, trainer_state, random_rest = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in (OPTIMIZER_STATE, SCALER_STATE, TRAINER_STATE, RANDOM_STATE)
+        )
+        random_tensors = load_file(folder / RANDOM_TENSORS)
+        own = trainer_state["lema"]
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is not a checkpoint of this version, or damaged: {error}") from error
+    if own.get("format") != _FORMAT:
+        raise CheckpointError(f"{folder} has format {own.get('format')!r}; this version reads {_FORMAT}")
+    check_base(folder, own["base_weights"], base_weights)
+    lora.load_pretrained(folder)
     for name, parameter in holders.items():
         gradient = tensors.pop(f"gradient.{name}", None)
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
     _restore_optimizer(folder, optimizer, tensors, state)
-    _restore_random(random_states, trainer_state["python_random"])
+    restore_random_states(random_tensors, random_rest)
+    own["scaler"] = scaler
     return dict(trainer_state)
+
+
+def check_base(folder: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """`CheckpointError` unless a checkpoint's base weights are those of now; says which files differ and how."""
+    if saved == here:
+        return
+    differ = []
+    for name in sorted({*saved, *here}):
+        before, now = saved.get(name), here.get(name)
+        if before is None or now is None:
+            differ.append(f"{name} is there only {'now' if before is None else 'in the checkpoint'}")
+        elif before != now:
+            what = next(key for key in ("bytes", "header", "samples") if before.get(key) != now.get(key))
+            sizes = f" ({before['bytes']} bytes then, {now['bytes']} now)" if what == "bytes" else ""
+            differ.append(f"{name} has other {'contents' if what == 'samples' else what}{sizes}")
+    raise CheckpointError(
+        f"{folder} was trained on other base weights: {'; '.join(differ)}. Give the weights it was trained on, or "
+        "start a new run in another output_dir"
+    )
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -116,27 +162,6 @@ def _restore_optimizer(
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except ValueError as error:
         raise CheckpointError(f"{folder / OPTIMIZER_STATE} belongs to another optimizer: {error}") from error
-
-
-def _random_states() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states.update({f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())})
-    return states
-
-
-def _restore_random(states: dict[str, torch.Tensor], python_random: list[Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    for i in range(torch.cuda.device_count()):
-        if (state := states.get(f"cuda.{i}")) is not None:
-            torch.cuda.set_rng_state(state, i)
-    version, internal, gauss = python_random
-    random.setstate((version, tuple(internal), gauss))
-
-
-def _python_random() -> list[Any]:
-    version, internal, gauss = random.getstate()
-    return [version, list(internal), gauss]
 
 
 def _write_json(path: Path, values: Any) -> None:

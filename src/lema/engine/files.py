@@ -14,7 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-MARKER = "COMPLETE"
+from ..complete import MARKER, write_marker
+
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -34,7 +35,7 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         yield fresh
         for path in sorted(fresh.rglob("*")):
             _flush(path)
-        (fresh / MARKER).write_text("", encoding="utf-8")
+        write_marker(fresh)
         _flush(fresh / MARKER)
         _flush(fresh)
         _swap(fresh, target)

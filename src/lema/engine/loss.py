@@ -29,6 +29,8 @@ class LossResult:
     """`[batch, seq, hidden]`, times the loss scale."""
     logits: torch.Tensor | None
     """`[batch, seq, vocab]`, only on request."""
+    correct: int | None = None
+    """Targets that are the first of the largest logits, only on request."""
 
 
 def compute_loss(
@@ -41,6 +43,7 @@ def compute_loss(
     scale: float = 1.0,
     with_gradient: bool = True,
     with_logits: bool = False,
+    with_accuracy: bool = False,
 ) -> LossResult:
     """Run head and loss.
 
@@ -53,24 +56,33 @@ def compute_loss(
     """
     hidden = hidden.detach()
     if chunk_size is None:
-        loss, gradient, everything = _piece(lm, hidden, targets.to(hidden.device), denominator, scale, with_gradient)
-        return LossResult(float(loss), gradient, everything if with_logits else None)
+        targets = targets.to(hidden.device)
+        loss, gradient, everything = _piece(lm, hidden, targets, denominator, scale, with_gradient)
+        right = _count_right(everything, targets) if with_accuracy else None
+        return LossResult(float(loss), gradient, everything if with_logits else None, right)
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat = targets.reshape(-1)
     losses: list[torch.Tensor] = []
     whole = torch.zeros_like(rows) if with_gradient else None
+    right = 0 if with_accuracy else None
     for positions in (flat != IGNORE_INDEX).nonzero().squeeze(1).split(chunk_size):
         wanted = flat[positions].unsqueeze(0).to(rows.device)
         positions = positions.to(rows.device)
         chunk = rows.index_select(0, positions).unsqueeze(0)
-        loss, gradient, _ = _piece(lm, chunk, wanted, denominator, scale, with_gradient)
+        loss, gradient, piece = _piece(lm, chunk, wanted, denominator, scale, with_gradient)
         losses.append(loss)
+        if right is not None:
+            right += _count_right(piece, wanted)
         if whole is not None and gradient is not None:
             whole.index_copy_(0, positions, gradient.squeeze(0))
     with torch.no_grad():
         logits = lm.logits(hidden) if with_logits else None
     total = sum(torch.stack(losses).tolist()) if losses else 0.0
-    return LossResult(total, None if whole is None else whole.view_as(hidden), logits)
+    return LossResult(total, None if whole is None else whole.view_as(hidden), logits, right)
+
+
+def _count_right(logits: torch.Tensor, targets: torch.Tensor) -> int:
+    return int((logits.argmax(-1) == targets).sum())
 
 
 def _piece(

@@ -1,13 +1,34 @@
-"""Where an optimizer's state lies in host memory.
+"""An optimizer's settings, and where its state lies in host memory.
 
-It knows state tensors by parameter; it knows nothing of update rules.
+It knows groups and state tensors by parameter; it knows nothing of update rules.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 
 from ..core.binding import keep_apart
+from ..core.lora import LoRAManager
+from ..errors import ConfigError
+
+
+def default_optimizer(lora: LoRAManager | None, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW over the adapters; over nothing where there are none."""
+    parameters = [nn.Parameter(torch.empty(0))] if lora is None else lora.get_trainable_parameters()
+    return torch.optim.AdamW(parameters, lr=learning_rate)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, own: Sequence[nn.Parameter]) -> None:
+    """`ConfigError` if there are adapters and the optimizer holds none of them."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if own and not any(id(p) in held for p in own):
+        raise ConfigError(
+            "the optimizer holds none of the model's LoRA parameters; make it from get_trainable_parameters() of "
+            "this model, after initialize_lora()"
+        )
 
 
 def keep_state_apart(optimizer: torch.optim.Optimizer) -> None:
@@ -20,3 +41,18 @@ def keep_state_apart(optimizer: torch.optim.Optimizer) -> None:
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.is_contiguous():
                 state[key] = keep_apart(value)
+
+
+def scale_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group's learning rate to the one it began with times a factor; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def set_adamw(
+    optimizer: torch.optim.Optimizer, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    """Give every group of an AdamW these settings."""
+    for group in optimizer.param_groups:
+        group.update(initial_lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)

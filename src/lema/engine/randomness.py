@@ -1,14 +1,17 @@
-"""Random state of the host and of one device, noted and put back.
+"""Random state: of the host and one device, noted and put back; and of all generators, for a checkpoint.
 
-It knows torch's generators; it knows nothing of layers.
+It knows torch's, Python's and numpy's generators; it knows nothing of layers or files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy
 import torch
 
 
@@ -47,3 +50,27 @@ class RandomState:
             yield
         finally:
             before.restore()
+
+
+def random_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State of every generator there is, as tensors by name and a JSON-ready rest."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors.update({f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    tensors["numpy"] = torch.from_numpy(numpy.asarray(keys, dtype=numpy.int64))
+    rest = {"python": [version, list(internal), gauss], "numpy": [str(kind), int(position), int(has_gauss), cached]}
+    return tensors, rest
+
+
+def restore_random_states(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
+    """Go on from what `random_states` noted, on the devices that are there."""
+    torch.set_rng_state(tensors["cpu"])
+    for i in range(torch.cuda.device_count()):
+        if (state := tensors.get(f"cuda.{i}")) is not None:
+            torch.cuda.set_rng_state(state, i)
+    version, internal, gauss = rest["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, position, has_gauss, cached = rest["numpy"]
+    numpy.random.set_state((kind, tensors["numpy"].numpy().astype(numpy.uint32), position, has_gauss, cached))

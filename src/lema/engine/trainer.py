@@ -6,66 +6,48 @@ It knows batches, gradients and the optimizer; it knows nothing of text, files o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import os
-import resource
-import sys
+import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from ..config import LemaConfig
-from ..core.binding import page_aligned, typed_view
 from ..core.gbi import GlobalBinaryIndex
-from ..core.head import HeadChunks, SlicedHead
-from ..core.heap import give_back_idle_heap
+from ..core.heap import give_back_idle_heap, resident_bytes
 from ..core.lora import LoRAManager
-from ..core.memory import HEAD, TripleBufferManager
-from ..errors import ConfigError, NonFiniteError, UnsupportedError
+from ..core.memory import TripleBufferManager
+from ..core.timeline import COMPUTE
+from ..errors import ConfigError, NonFiniteError
 from ..models.base import LemaModelAdapter
 from .assembly import assemble_memory
-from .checkpoint import load_checkpoint, save_checkpoint
 from .diagnosis import first_bad_activation, first_bad_gradient
 from .guards import guard_peft
+from .head_loss import HeadLoss
 from .host_optimizer import HostMasters
 from .inputs import Batch, make_batch
-from .loss import LossResult, compute_loss
-from .optimizer import keep_state_apart
+from .loss import LossResult
+from .optimizer import check_optimizer, default_optimizer
 from .randomness import RandomState
+from .resumable import Resumable
+from .step_report import StepReport, peak_bytes
 from .streamer import LayerStreamer
-from .vocabulary import check_head, vocabulary_logits, vocabulary_loss
+from .update import GradientBuffer, step_optimizer
 from .window import Window
+
+if TYPE_CHECKING:
+    from ..training.result import TrainResult
+
+__all__ = ["LemaTrainer", "StepReport"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What the last `train_step` or `eval_step` did."""
-
-    step_seconds: float
-    wait_seconds: float
-    """Seconds the computation waited for weights."""
-    bytes_read: int
-    """Bytes of weights read from disk."""
-    loads: int
-    """Units brought into slots."""
-    peak_bytes: int
-    """Most memory held so far: device memory on a GPU, else the process's resident set."""
-    num_targets: int
-    grad_norm: float | None = None
-    """Global norm before clipping; None where the optimizer did not step."""
-    skipped: bool = False
-    """Whether an fp16 overflow skipped the update and lowered the loss scale."""
-
-
-class LemaTrainer:
+class LemaTrainer(Resumable):
     """Trains LoRA adapters of a model whose layers are streamed.
 
     Args:
@@ -105,18 +87,26 @@ class LemaTrainer:
         if lora_manager is not None and streamer is None:
             guard_peft(lora_manager.peft_model, lora_manager.state_dict)
         self.layers = model_adapter.get_layer_metadata()
-        self.optimizer = optimizer or self._default_optimizer()
+        self.owns_optimizer = optimizer is None
+        """Whether the optimizer was made here, so that its settings are the config's."""
+        self.optimizer = optimizer or default_optimizer(lora_manager, config.learning_rate)
         self.global_step = 0
         self.last_step: StepReport | None = None
-        self._gradients: torch.Tensor | None = None
+        self.driven = False
+        """Whether a training loop decides when to save."""
+        self.updating = False
+        """Whether parameters are being changed, and are not of any step."""
+        self._loss = HeadLoss(self.lm, self.memory, config)
+        self._gradients = GradientBuffer(self.device)
+        self._base_weights: dict[str, Any] | None = None
         self._state_settled = False
         self._warned = False
-        self._sliceable: bool | None = None
         self._window = Window(config.gradient_accumulation_steps)
         self._scaler = torch.amp.GradScaler(
             torch.device(config.device).type, enabled=config.dtype == "float16" and lora_manager is not None
         )
-        self._check_optimizer()
+        if lora_manager is not None:
+            check_optimizer(self.optimizer, lora_manager.get_trainable_parameters())
         self._masters: HostMasters | None = None
         if self.memory.plan is not None and self.memory.plan.optimizer == "host" and lora_manager is not None:
             trained = lora_manager.get_trainable_parameters()
@@ -147,9 +137,9 @@ class LemaTrainer:
             InputError: nothing can be learned from this batch.
             NonFiniteError: loss or gradient is NaN or infinite; the optimizer was not touched.
         """
-        batch = self._batch(inputs, labels, attention_mask, position_ids)
+        batch = self.batch(inputs, labels, attention_mask, position_ids)
         if batch.targets is None:
-            return self._evaluate(batch, with_logits=True)
+            return self._forward(batch), None
         parameters = self._parameters()
         denominator = self._window.expect(batch.num_targets)
         self._place_gradients(parameters)
@@ -166,7 +156,8 @@ class LemaTrainer:
             self._window.add(batch.num_targets)
             if self._window.full:
                 self._turn()
-                outcome.update(self._update())
+                with self.memory.timeline.span(COMPUTE, "optimizer"):
+                    outcome.update(self._update())
                 self._turn()
         self._save_if_due(outcome)
         return result.logits, result.loss * denominator / batch.num_targets
@@ -180,8 +171,11 @@ class LemaTrainer:
         return_logits: bool = False,
     ) -> tuple[torch.Tensor | None, float | None]:
         """Like `train_step` without dropout, gradients or updates."""
-        batch = self._batch(inputs, labels, attention_mask, position_ids)
-        return self._evaluate(batch, with_logits=return_logits or batch.targets is None)
+        batch = self.batch(inputs, labels, attention_mask, position_ids)
+        if batch.targets is None:
+            return self._forward(batch), None
+        result = self.evaluate(batch, batch.num_targets, with_logits=return_logits)
+        return result.logits, result.loss
 
     def finish(self) -> bool:
         """Step the optimizer on a window that is not full yet; False if there is nothing to step on."""
@@ -192,7 +186,8 @@ class LemaTrainer:
         self._save_if_due(outcome)
         return True
 
-    def _batch(self, inputs: torch.Tensor | Mapping[str, Any], *rest: torch.Tensor | None) -> Batch:
+    def batch(self, inputs: torch.Tensor | Mapping[str, Any], *rest: torch.Tensor | None) -> Batch:
+        """A batch checked, where it is computed, in a form the layers can cut."""
         batch = make_batch(self.lm, inputs, *rest).on(self.device)
         plan = self.memory.plan
         if plan is not None and batch.num_tokens > plan.batch * plan.seq and not self._warned:
@@ -205,100 +200,56 @@ class LemaTrainer:
         self.streamer.prepare(len(batch.model_inputs["input_ids"]))
         return batch
 
-    def _evaluate(self, batch: Batch, with_logits: bool) -> tuple[torch.Tensor | None, float | None]:
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Logits of a batch without targets."""
+        with self._evaluating(batch):
+            return self.lm.logits(self.lm.hidden_states(**batch.model_inputs))
+
+    def evaluate(self, batch: Batch, denominator: float, **wanted: bool) -> LossResult:
+        """Loss summed over a batch's targets and divided by `denominator`; see `HeadLoss` for what may be wanted."""
+        assert batch.targets is not None
+        with self._evaluating(batch):
+            hidden = self.lm.hidden_states(**batch.model_inputs)
+            return self._loss(hidden, batch.targets, denominator, with_gradient=False, **wanted)
+
+    @contextlib.contextmanager
+    def _evaluating(self, batch: Batch) -> Iterator[None]:
         training = self.model.training
         with self._accounted(batch, training=False), torch.no_grad():
             self.model.eval()
             try:
-                hidden = self.lm.hidden_states(**batch.model_inputs)
-                if batch.targets is None:
-                    return self.lm.logits(hidden), None
-                result = self._loss(
-                    hidden, batch.targets, batch.num_targets, with_gradient=False, with_logits=with_logits
-                )
+                yield
             finally:
                 self.model.train(training)
-        return result.logits, result.loss
-
-    def _loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, *, scale: float = 1.0,
-        with_gradient: bool = True, with_logits: bool = False,
-    ) -> LossResult:  # fmt: skip
-        """Head and loss: on all logits at once, or by pieces of positions and vocabulary."""
-        chunks: HeadChunks | SlicedHead | None = self.memory.head_chunks
-        if chunks is None:
-            with self.memory.use(HEAD):
-                if self._slices_head():
-                    assert self.lm.head is not None
-                    weight: Any = self.lm.head.weight
-                    chunks = SlicedHead(weight)
-                    return self._pieces(hidden, targets, denominator, chunks, scale, with_gradient, with_logits)
-                return compute_loss(
-                    self.lm, hidden, targets, denominator, chunk_size=self._loss_chunk, scale=scale,
-                    with_gradient=with_gradient, with_logits=with_logits,
-                )  # fmt: skip
-        return self._pieces(hidden, targets, denominator, chunks, scale, with_gradient, with_logits)
-
-    def _pieces(
-        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, chunks: HeadChunks | SlicedHead,
-        scale: float, with_gradient: bool, with_logits: bool,
-    ) -> LossResult:  # fmt: skip
-        hidden = hidden.detach()
-        result = vocabulary_loss(
-            self.lm, hidden, targets.to(hidden.device), denominator, chunks,
-            positions=self._loss_chunk or targets.numel(), scale=scale, with_gradient=with_gradient,
-        )  # fmt: skip
-        logits = vocabulary_logits(self.lm, hidden, chunks) if with_logits else None
-        return dataclasses.replace(result, logits=logits)
-
-    def _slices_head(self) -> bool:
-        """Whether a chunked loss may cut the vocabulary too: not in exact mode, and where the family allows it."""
-        head = self.lm.head
-        if self._loss_chunk is None or type(head) is not nn.Linear:
-            return False
-        if self._sliceable is None:
-            try:
-                check_head(self.lm, torch.empty(0, head.in_features, dtype=head.weight.dtype, device=self.device),
-                           SlicedHead(head.weight).ranges)  # fmt: skip
-                self._sliceable = True
-            except UnsupportedError as error:
-                logger.info("the loss is cut by positions only: %s", error)
-                self._sliceable = False
-        return self._sliceable
 
     def _update(self) -> dict[str, Any]:
         """Settle, check and clip the gradients, then step the optimizer and empty them."""
         parameters = self._parameters() if self._masters is None else self._masters.masters
         self._window.settle(parameters)
-        self._scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        overflow = norm != norm or norm in (float("inf"), -float("inf"))
+        self.updating = True
+        norm = step_optimizer(self.optimizer, self._scaler, parameters, self.config.max_grad_norm)
+        overflow = not math.isfinite(norm)
         if overflow and not self._scaler.is_enabled():
-            if self._masters is not None:
-                self._masters.hand_back_gradients()
-            place = first_bad_gradient(self.streamer.layers)
-            self.discard_window()
-            raise NonFiniteError(
-                f"the gradient norm is {norm} at step {self.global_step + 1}, first seen in the backward at {place}; "
-                "the optimizer was not stepped. Lower the learning rate or look at the data of this step"
-            )
-        if self.config.max_grad_norm is not None and not overflow:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, torch.tensor(norm))
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+            self.updating = False
+            self._refuse_gradients(norm)
         self._settle_state()
         self.discard_window()
         if overflow:
             logger.warning("fp16 overflow: update skipped, loss scale now %g", self._scaler.get_scale())
         else:
             self.global_step += 1
+        self.updating = False
         return {"grad_norm": norm, "skipped": overflow}
 
-    def _settle_state(self) -> None:
-        if not self._state_settled and self.optimizer.state:
-            keep_state_apart(self.optimizer)
-            self._state_settled = True
+    def _refuse_gradients(self, norm: float) -> NoReturn:
+        if self._masters is not None:
+            self._masters.hand_back_gradients()
+        place = first_bad_gradient(self.streamer.layers)
+        self.discard_window()
+        raise NonFiniteError(
+            f"the gradient norm is {norm} at step {self.global_step + 1}, first seen in the backward at {place}; "
+            "the optimizer was not stepped. Lower the learning rate or look at the data of this step"
+        )
 
     def discard_window(self) -> None:
         """Forget the gradients accumulated since the last optimizer step."""
@@ -307,57 +258,51 @@ class LemaTrainer:
             self._masters.drop_gradients()
         self._window.reset()
 
-    # -- state -----------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def whole_windows(self) -> Iterator[None]:
+        """Inside the block each `train_step` is one optimizer step, and when to save is somebody else's decision.
 
-    def save_checkpoint(self, directory: str | os.PathLike[str]) -> Path:
-        """Write adapter, config, optimizer, counters and random state, replacing the directory in one step."""
-        if self.lora_manager is None:
-            raise ConfigError("there is nothing to save: use_lora is off")
-        state = {
-            "global_step": self.global_step,
-            "window": self._window.state(),
-            "scaler": self._scaler.state_dict(),
-        }
-        save_checkpoint(
-            Path(directory), self.config, self.lora_manager, self.optimizer, state, self._holders_of_gradients()
-        )
-        return Path(directory)
-
-    def load_checkpoint(self, directory: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint as if never stopped.
-
-        Raises:
-            CheckpointError: incomplete, damaged, or of another adapter or optimizer.
+        Layers then run `batch_size` rows at once, where neither a plan nor a setting says otherwise.
         """
-        if self.lora_manager is None:
-            raise ConfigError("there is nothing to resume: use_lora is off")
-        state = load_checkpoint(Path(directory), self.lora_manager, self.optimizer, self._holders_of_gradients())
-        if self._masters is not None:
-            self._masters.adopt()
-        self.global_step = state["global_step"]
-        self._window.restore(state["window"])
-        self._state_settled = False
-        self._settle_state()
-        if self._scaler.is_enabled() and state["scaler"]:
-            self._scaler.load_state_dict(state["scaler"])
+        if self._window.calls:
+            raise ConfigError(f"{self._window.calls} calls of train_step are waiting for their step: call finish()")
+        batching, length = self.streamer.batching, self._window.length
+        rows_at_once = batching.micro_batch_size
+        if length > 1 and self.memory.plan is None and rows_at_once is None:
+            batching.micro_batch_size = self.config.batch_size
+        self._window.length, self.driven = 1, True
+        try:
+            yield
+        finally:
+            self._window.length, self.driven = length, False
+            batching.micro_batch_size = rows_at_once
 
-    def _holders_of_gradients(self) -> dict[str, nn.Parameter]:
-        """By the adapter's names, the parameters whose gradients the optimizer sees."""
-        assert self.lora_manager is not None
-        named = self.lora_manager.named_parameters()
-        if self._masters is None:
-            return dict(named)
-        return {name: master for (name, _), master in zip(named, self._masters.masters, strict=True)}
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies the loss with; 1 elsewhere."""
+        return float(self._scaler.get_scale()) if self._scaler.is_enabled() else 1.0
+
+    # -- training --------------------------------------------------------------------------------
+
+    def train(self, dataset: Any, eval_dataset: Any = None, **options: Any) -> TrainResult:
+        """Train as `lema train` does: schedule, evaluation, samples, checkpoints, metrics, exact resume.
+
+        Args:
+            dataset: a path (see `DataConfig.train_file`), what `lema.data.load_data` returns, or any iterable of
+                batches that has `steps_per_epoch`, `state_dict()` and `load_state_dict()`.
+            eval_dataset: batches to evaluate on, where `dataset` has none of its own.
+            **options: those of `lema.engine.training.train_with`: training, data, tokenizer, callbacks, resume, plain.
+        """
+        from .training import train_with
+
+        return train_with(self, dataset, eval_dataset, **options)
+
+    # -- parts of a step ---------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
         """The model whose mode is switched: PEFT's around transformers', or the bare one."""
         return self.lora_manager.peft_model if self.lora_manager is not None else self.lm.module
-
-    @property
-    def _loss_chunk(self) -> int | None:
-        plan = self.memory.plan
-        return self.config.loss_chunk_size if plan is None else plan.loss_chunk_size
 
     def _turn(self) -> None:
         """Between two phases of a step, memory of the last one goes back to the system where memory is short."""
@@ -370,17 +315,11 @@ class LemaTrainer:
         """Let gradients of a new window gather in one buffer of their own, off the heap that layers use."""
         if self._masters is not None or self._window.calls or any(p.grad is not None for p in parameters):
             return
-        if self._gradients is None:
-            nbytes = sum(p.numel() * p.dtype.itemsize for p in parameters)
-            on_cpu = self.device.type == "cpu"
-            self._gradients = page_aligned(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8).to(self.device)
-        self._gradients.zero_()
-        offset = 0
-        for parameter in parameters:
-            parameter.grad = typed_view(self._gradients, offset, parameter.dtype, parameter.shape)
-            offset += parameter.numel() * parameter.dtype.itemsize
+        self._gradients.place(parameters)
 
     def _save_if_due(self, outcome: dict[str, Any]) -> None:
+        if self.driven:
+            return
         stepped = "grad_norm" in outcome and not outcome["skipped"]
         if stepped and self.config.save_steps > 0 and self.global_step % self.config.save_steps == 0:
             self.save_checkpoint(Path(self.config.output_dir) / f"checkpoint-{self.global_step}")
@@ -419,7 +358,9 @@ class LemaTrainer:
             wait_seconds=used.wait_seconds,
             bytes_read=used.bytes_read,
             loads=used.loads,
-            peak_bytes=_peak_bytes(self.config.device),
+            bytes_copied=used.bytes_copied,
+            peak_bytes=peak_bytes(self.config.device),
+            host_bytes=resident_bytes(),
             num_targets=batch.num_targets if batch is not None else 0,
             **outcome,
         )
@@ -428,26 +369,3 @@ class LemaTrainer:
         if self.lora_manager is None:
             raise ConfigError("labels were given but nothing can be trained: use_lora is off; use eval_step")
         return self.lora_manager.get_trainable_parameters()
-
-    def _default_optimizer(self) -> torch.optim.Optimizer:
-        if self.lora_manager is None:
-            return torch.optim.AdamW([nn.Parameter(torch.empty(0))], lr=self.config.learning_rate)
-        return torch.optim.AdamW(self.lora_manager.get_trainable_parameters(), lr=self.config.learning_rate)
-
-    def _check_optimizer(self) -> None:
-        if self.lora_manager is None:
-            return
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        own = self.lora_manager.get_trainable_parameters()
-        if own and not any(id(p) in held for p in own):
-            raise ConfigError(
-                "the optimizer holds none of the model's LoRA parameters; make it from get_trainable_parameters() of "
-                "this model, after initialize_lora()"
-            )
-
-
-def _peak_bytes(device: str) -> int:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

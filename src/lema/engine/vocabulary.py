@@ -46,6 +46,7 @@ def vocabulary_loss(
     positions: int = 512,
     scale: float = 1.0,
     with_gradient: bool = True,
+    with_accuracy: bool = False,
 ) -> LossResult:
     """Head and loss as `compute_loss` has them; each chunk of the weight is used once, in order.
 
@@ -67,12 +68,13 @@ def vocabulary_loss(
     count = where.shape[0]
     gradient = hidden.new_zeros(hidden.shape) if with_gradient else None
     if count == 0:
-        return LossResult(0.0, gradient, None)
+        return LossResult(0.0, gradient, None, 0 if with_accuracy else None)
     check_head(lm, hidden, chunks.ranges)
     wanted, order = flat[where].sort(stable=True)
     cuts = _cuts(wanted, chunks.ranges)
     blocks = [slice(start, min(start + positions, count)) for start in range(0, count, positions)]
     softmax = _OnlineSoftmax(lm, hidden.reshape(-1, hidden.shape[-1]), where[order], wanted, with_gradient)
+    softmax.keep_best = with_accuracy
     for number, (start, end) in enumerate(chunks.ranges):
         with chunks.use(number) as weight:
             assert weight.shape[0] == end - start, (weight.shape, start, end)
@@ -81,7 +83,8 @@ def vocabulary_loss(
             for block in blocks:
                 softmax.add(chunk, block)
     losses = [softmax.finish(block, scale / denominator, gradient) for block in blocks]
-    return LossResult(sum(torch.stack(losses).tolist()) / denominator, gradient, None)
+    right = softmax.right if with_accuracy else None
+    return LossResult(sum(torch.stack(losses).tolist()) / denominator, gradient, None, right)
 
 
 @torch.no_grad()
@@ -151,6 +154,11 @@ class _OnlineSoftmax:
         self._weighted = rows.new_zeros((count, width), dtype=self._dtype)
         self._target_rows: torch.Tensor | None = None
         self._target_outputs: torch.Tensor | None = None
+        self.keep_best = False
+        """Whether to note which other token has the largest logit."""
+        self.right = 0
+        """Targets whose logit is the largest, of equal ones the first; counted as blocks are finished."""
+        self._best = torch.full_like(where, -1).unsqueeze(1)
 
     def take_target_rows(self, chunk: _Chunk) -> None:
         """Keep the head rows of the chunk's targets."""
@@ -176,6 +184,8 @@ class _OnlineSoftmax:
         ours = values.data_ptr() == output.data_ptr()
         values = values.to(self._dtype, copy=not ours).view(-1, chunk.weight.shape[0])
         self._set_targets_apart(chunk, block, output.view_as(values), values)
+        if self.keep_best:
+            self._note_best(chunk, block, values)
         amount, fading = self._exponentials(values, block)
         if self._with_gradient:
             weighted = self._weighted[block].mul_(fading)
@@ -197,6 +207,11 @@ class _OnlineSoftmax:
             self._target_outputs = output.new_empty(self._sum.shape)
         self._target_outputs[first:last] = output[local].gather(1, columns)
         values[local].scatter_(1, columns, -torch.inf)
+
+    def _note_best(self, chunk: _Chunk, block: slice, values: torch.Tensor) -> None:
+        place = values.argmax(1, keepdim=True)
+        larger = values.gather(1, place) > self._maximum[block]
+        self._best[block] = torch.where(larger, place + chunk.start, self._best[block])
 
     def _exponentials(self, values: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Replaces logits by exponentials; their sums, and the factor of all there was before."""
@@ -221,6 +236,10 @@ class _OnlineSoftmax:
         with torch.set_grad_enabled(self._with_gradient):
             logits = _run(self._lm, rows, linear)
         target = logits.detach().to(self._dtype).view(-1, 1)
+        if self.keep_best:
+            first = self._wanted[block].unsqueeze(1) < self._best[block]
+            largest = self._maximum[block]
+            self.right += int(((target > largest) | ((target == largest) & first)).sum())
         distance = (self._maximum[block] - target).add_(self._sum[block].log())
         if gradient is not None:
             assert self._target_rows is not None

@@ -1,0 +1,186 @@
+"""`lema train`: one YAML file to an adapter.
+
+It knows options, what is said before and after a run, and exit statuses; the run itself is the training room's.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .settings import split_settings
+
+if TYPE_CHECKING:
+    from ..core.plan import Estimate
+    from ..training.result import TrainResult
+    from ..training.run_config import RunConfig
+    from ..training.start import Start
+    from .plan import Planned
+
+_BUDGETS = ("ram_budget", "vram_budget")
+
+
+def train(
+    file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="What `lema init` writes.", show_default=False)],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Comes before what the file says; repeatable."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|PATH|none",
+            help="auto: go on from the newest whole checkpoint of output_dir. PATH: from that one. none: begin anew, "
+            "what is there is put aside.",
+        ),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a panel.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what it will cost, and end.")
+    ] = False,
+) -> None:
+    """Train an adapter as RUN.YAML says.
+
+    Ctrl-C finishes the step, saves and says how to go on; a second one abandons the step.
+    Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted and saved.
+
+    Example: lema train run.yaml --set learning_rate=2e-4 --resume auto
+    """
+    overrides = split_settings(settings or ())
+    from ..training.checkpoints import CheckpointFolder
+    from ..training.run_config import RunConfig
+    from ..training.start import choose_start
+    from .plan import _fastest_device
+
+    defaults = {**dict.fromkeys(_BUDGETS, "auto"), "device": _fastest_device()}
+    run = RunConfig.from_yaml(file, overrides, defaults)
+    folder = CheckpointFolder(run.lema.output_dir)
+    cleared = folder.open()
+    try:
+        start = choose_start(folder, resume, look_only=dry_run)
+        result = _run(run, folder, start, cleared, plain, dry_run)
+    finally:
+        folder.close()
+    if result is None:
+        typer.echo("dry run: settings, model, data and output_dir are fine; nothing was trained")
+        return
+    _say_result(run, result)
+    if result.status != "finished":
+        again = ["lema", "train", str(file), *(part for pair in settings or () for part in ("--set", pair))]
+        typer.echo(
+            f"interrupted after step {result.global_step}. Go on with:\n  {shlex.join([*again, '--resume', 'auto'])}"
+        )
+        raise typer.Exit(130)
+
+
+def _run(
+    run: RunConfig, folder: Any, start: Start, cleared: list[str], plain: bool, dry_run: bool
+) -> TrainResult | None:
+    import dataclasses
+
+    from ..engine.training import load_tokenizer, open_data, train_run
+    from ..model import LemaModel
+    from ..training.panel import make_view
+    from .plan import make
+
+    config = _kept_budgets(run.engine_config().to_dict(), run, start)
+    tokenizer = load_tokenizer(run.lema.model_name_or_path)
+    data = open_data(run, tokenizer)
+    planned = make(config, None)
+    _say_cost(run, data, planned, start)
+    if dry_run:
+        return None
+    resolved = planned.config.replace(ram_budget=planned.ram_budget, vram_budget=planned.vram_budget)
+    start = dataclasses.replace(start, messages=[*cleared, *start.messages])
+    with LemaModel(resolved) as model:
+        return train_run(
+            model.get_trainer(), run, data, tokenizer, folder, start, make_view(plain or None)
+        )  # fmt: skip
+
+
+def _kept_budgets(config: dict[str, Any], run: RunConfig, start: Start) -> dict[str, Any]:
+    """The settings, with the sizes that automatic budgets came to in the run that is gone on with.
+
+    Free memory is another one now; another plan would cut sums elsewhere, and change their last bits.
+    """
+    if start.checkpoint is None:
+        return config
+    before: Mapping[str, Any] = start.state["lema"]["run"]["settings"]
+    saved = json.loads((start.checkpoint / "lema_config.json").read_text(encoding="utf-8"))
+    kept = {name: saved.get(name) for name in _BUDGETS if before.get(name) == getattr(run.lema, name)}
+    return {**config, **kept}
+
+
+def _say_cost(run: RunConfig, data: Any, planned: Planned, start: Start) -> None:
+    from ..core.budget import format_bytes
+    from ..training.panel import duration
+    from ..training.schedule import Schedule
+
+    schedule = Schedule.of(run.training, data.train.steps_per_epoch)
+    left = schedule.max_steps - (start.state["global_step"] if start.checkpoint is not None else 0)
+    plan = planned.plan
+    rows = data.summary["train"]["rows"]
+    evaluation = f", {data.summary['eval']['rows']} held out" if data.eval is not None else ""
+    passing = len(plan.from_disk) if len(plan.from_disk) > plan.host_slots else 0
+    streamed = f"{passing} layers from disk" if passing else "all layers in memory"
+    memory = f"host memory {format_bytes(plan.host_peak)}"
+    if plan.device != "cpu":
+        memory = f"device memory {format_bytes(plan.device_peak)}, {memory}"
+    lines = [
+        ("model", f"{run.lema.model_name_or_path}: {run.lema.dtype} on {run.lema.device}, rank {run.lema.lora_rank}"),
+        ("data", f"{rows:,} rows{evaluation}; up to {run.lema.max_seq_length} tokens a row"),
+        (
+            "run",
+            f"{schedule.max_steps:,} steps of {run.rows_per_step} rows, {left:,} to go, into {run.lema.output_dir}",
+        ),
+        ("memory", f"{memory}; {streamed}"),
+    ]
+    length, estimate = _usual_step(run, data, planned)
+    if estimate is not None:
+        step = estimate.step_seconds
+        lines.append(
+            (
+                "time",
+                f"about {duration(step * left)}: {step:.3g} s a step of {run.rows_per_step} rows of {length} tokens, "
+                f"bound by {estimate.bound_by}",
+            )
+        )
+    for label, text in lines:
+        typer.echo(f"{label:8}{text}")
+
+
+def _usual_step(run: RunConfig, data: Any, planned: Planned) -> tuple[int, Estimate | None]:
+    """Tokens of a long row of a usual step, and what that step takes; memory is planned for the longest row allowed."""
+    from .plan import make
+
+    longest = run.lema.max_seq_length
+    seen = data.summary["train"]["sample"]["length_percentiles"].get("95", longest)
+    length = longest if run.data.packing else min(seen, longest)
+    if length == longest:
+        return length, planned.plan.estimate
+    budgets = {"ram_budget": planned.ram_budget, "vram_budget": planned.vram_budget}
+    return length, make({**planned.config.to_dict(), **budgets, "max_seq_length": length}, None).plan.estimate
+
+
+def _say_result(run: RunConfig, result: TrainResult) -> None:
+    from ..training.panel import duration
+
+    metrics = result.metrics
+    parts = [f"{result.global_step} steps in {duration(metrics['train_seconds'])}"]
+    if metrics.get("train_loss") is not None:
+        parts.append(f"loss {metrics['train_loss']:.4f}")
+    if "eval_loss" in metrics:
+        parts.append(f"eval loss {metrics['eval_loss']:.4f}, token accuracy {metrics['eval_token_accuracy']:.1%}")
+    if metrics["nonfinite_steps"]:
+        parts.append(f"{metrics['nonfinite_steps']} steps skipped")
+    typer.echo(f"{result.status}: {', '.join(parts)}")
+    if result.adapter is not None:
+        typer.echo(f"adapter: {result.adapter}")
+    if result.status == "finished":
+        final, folder = shlex.quote(str(result.adapter)), shlex.quote(run.lema.output_dir)
+        typer.echo(f"next:\n  lema chat {final}\n  lema report {folder}\n  lema merge {final} merged")

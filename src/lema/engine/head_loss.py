@@ -1,0 +1,91 @@
+"""Head and loss of a step: on all logits at once, or by pieces of positions and of the vocabulary.
+
+It knows where the head is and which way of computing the loss that leaves; it knows nothing of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import LemaConfig
+from ..core.head import HeadChunks, SlicedHead
+from ..core.memory import HEAD, TripleBufferManager
+from ..core.timeline import COMPUTE
+from ..errors import UnsupportedError
+from ..models.causal_lm import CausalLM
+from .loss import LossResult, compute_loss
+from .vocabulary import check_head, vocabulary_logits, vocabulary_loss
+
+logger = logging.getLogger(__name__)
+
+
+class HeadLoss:
+    """The loss of hidden states and its gradient there, the head being where memory has it.
+
+    Args:
+        lm: the model.
+        memory: holds its head.
+        config: says how many targets are a piece, where no plan does.
+    """
+
+    def __init__(self, lm: CausalLM, memory: TripleBufferManager, config: LemaConfig) -> None:
+        self._lm = lm
+        self._memory = memory
+        self._config = config
+        self._sliceable: bool | None = None
+
+    def __call__(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, *, scale: float = 1.0,
+        with_gradient: bool = True, with_logits: bool = False, with_accuracy: bool = False,
+    ) -> LossResult:  # fmt: skip
+        """As `compute_loss`: `hidden` is `[batch, seq, hidden]`, `targets` `[batch, seq]`."""
+        wanted: dict[str, Any] = {"scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy}
+        chunks = self._memory.head_chunks
+        if chunks is not None:
+            with self._memory.timeline.span(COMPUTE, "head and loss"):
+                return self._pieces(hidden, targets, denominator, chunks, with_logits, wanted)
+        with self._memory.use(HEAD):
+            if self._slices_head():
+                assert self._lm.head is not None
+                weight: Any = self._lm.head.weight
+                return self._pieces(hidden, targets, denominator, SlicedHead(weight), with_logits, wanted)
+            return compute_loss(
+                self._lm, hidden, targets, denominator, chunk_size=self._chunk, with_logits=with_logits, **wanted
+            )
+
+    def _pieces(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, chunks: HeadChunks | SlicedHead,
+        with_logits: bool, wanted: dict[str, Any],
+    ) -> LossResult:  # fmt: skip
+        hidden = hidden.detach()
+        positions = self._chunk or targets.numel()
+        targets = targets.to(hidden.device)
+        result = vocabulary_loss(self._lm, hidden, targets, denominator, chunks, positions=positions, **wanted)
+        logits = vocabulary_logits(self._lm, hidden, chunks) if with_logits else None
+        return dataclasses.replace(result, logits=logits)
+
+    def _slices_head(self) -> bool:
+        """Whether a chunked loss may cut the vocabulary too: not in exact mode, and where the family allows it."""
+        head = self._lm.head
+        if self._chunk is None or type(head) is not nn.Linear:
+            return False
+        if self._sliceable is None:
+            device = torch.device(self._config.device)
+            nothing = torch.empty(0, head.in_features, dtype=head.weight.dtype, device=device)
+            try:
+                check_head(self._lm, nothing, SlicedHead(head.weight).ranges)
+                self._sliceable = True
+            except UnsupportedError as error:
+                logger.info("the loss is cut by positions only: %s", error)
+                self._sliceable = False
+        return self._sliceable
+
+    @property
+    def _chunk(self) -> int | None:
+        plan = self._memory.plan
+        return self._config.loss_chunk_size if plan is None else plan.loss_chunk_size

@@ -1,0 +1,44 @@
+"""What a step did, in numbers.
+
+It knows counters of the process and the device; it knows nothing of what a step computes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the last `train_step` or `eval_step` did."""
+
+    step_seconds: float
+    wait_seconds: float
+    """Seconds the computation waited for weights."""
+    bytes_read: int
+    """Bytes of weights read from disk."""
+    loads: int
+    """Units brought into slots."""
+    peak_bytes: int
+    """Most memory held so far: device memory on a GPU, else the process's resident set."""
+    num_targets: int
+    bytes_copied: int = 0
+    """Bytes of weights copied to the device."""
+    host_bytes: int = 0
+    """The process's resident set after the step."""
+    grad_norm: float | None = None
+    """Global norm before clipping; None where the optimizer did not step."""
+    skipped: bool = False
+    """Whether an fp16 overflow skipped the update and lowered the loss scale."""
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory held so far: allocated on a CUDA device, else resident in RAM."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,81 @@
+"""What a run leaves behind of itself while it runs: metrics, samples, events, and what is on the screen.
+
+It knows lines and views; it knows nothing of when there is something to tell.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .metrics import METRICS_FILE, SAMPLES_FILE, JsonLines
+from .panel import View
+
+
+class Journal:
+    """Tells the files and the view. A full disk is told once and does not end the run: files catch up when there is
+    room again."""
+
+    def __init__(self, folder: Path, view: View) -> None:
+        self.folder = folder
+        self.view = view
+        self._metrics = JsonLines(folder / METRICS_FILE)
+        self._samples = JsonLines(folder / SAMPLES_FILE)
+        self._failing = False
+        self.goes_on = self._metrics.goes_on
+        """Whether a run before wrote here."""
+
+    def step(self, line: dict[str, Any]) -> None:
+        """A step is done."""
+        self._write(self._metrics, {"type": "train", **line, "time": round(time.time(), 3)})
+        self.view.step(line)
+
+    def evaluation(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
+        """An evaluation is done."""
+        self._write(self._metrics, {"type": "eval", "step": step, "epoch": epoch, **metrics})
+        self.view.evaluated({"step": step, **metrics})
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """A prompt was answered."""
+        self._write(self._samples, {"step": step, "prompt": prompt, "text": text})
+
+    def event(self, step: int, event: str, message: str) -> None:
+        """Something happened that is not a number."""
+        line = {"type": "event", "step": step, "event": event, "message": message, "time": round(time.time(), 3)}
+        self._write(self._metrics, line)
+        self.view.event(message)
+
+    def close(self) -> None:
+        """Let go of files and screen."""
+        for file in (self._metrics, self._samples):
+            try:
+                file.close()
+            except OSError as error:
+                self.view.event(f"{file.path.name} is not complete: {error}")
+        self.view.end()
+
+    def _write(self, file: JsonLines, values: dict[str, Any]) -> None:
+        try:
+            file.write({name: _finite(value) for name, value in values.items()})
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self.view.event(f"{file.path.name} cannot be written: {error}; training goes on")
+            self._failing = True
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; what is not finite is written as text, so that it is not hidden."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,94 @@
+"""`metrics.jsonl`, and other files of a run with one JSON object a line: appended, flushed, never half read.
+
+It knows lines; it knows nothing of what they say but `step` and the event `resumed`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .machine import Batch, Report
+from .state import TrainerState
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+TIMELINE_FILE = "timeline.json"
+
+
+def train_line(state: TrainerState, batch: Batch, report: Report | None, **numbers: Any) -> dict[str, Any]:
+    """What `metrics.jsonl` says of a step: seconds, bytes and tokens of it alone; no report: it was not made."""
+    return {
+        "step": state.global_step,
+        "epoch": state.epoch,
+        **numbers,
+        "tokens": batch.tokens,
+        "targets": batch.targets,
+        "tokens_per_second": batch.tokens / max(numbers["step_seconds"], 1e-9),
+        "wait_seconds": report.wait_seconds if report else 0.0,
+        "bytes_read": report.bytes_read if report else 0,
+        "bytes_copied": report.bytes_copied if report else 0,
+        "peak_bytes": report.peak_bytes if report else 0,
+        "host_bytes": report.host_bytes if report else 0,
+    }
+
+
+class JsonLines:
+    """A file that objects are appended to, a line each, every line handed to the system at once.
+
+    What a killed process left of its last line is cut off on opening.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_half_line(path)
+        self.path = path
+        self.goes_on = path.is_file() and path.stat().st_size > 0
+        """Whether there were lines already."""
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one object."""
+        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+def _cut_half_line(path: Path) -> None:
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(end - 4096, 0)
+            file.seek(start)
+            at = file.read(end - start).rfind(b"\n")
+            if at >= 0:
+                end = start + at + 1
+                break
+            end = start
+        file.truncate(end)
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines that count: where a run was resumed after step N, what was written of later steps before
+    does not.
+
+    The last line may be half written and is then left out.
+    """
+    found: list[dict[str, Any]] = []
+    text = Path(path).read_text(encoding="utf-8")
+    for line in text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]:
+        values = json.loads(line)
+        if values.get("event") == "resumed":
+            found = [v for v in found if v.get("type") == "event" or v.get("step", 0) <= values["step"]]
+        found.append(values)
+    return found

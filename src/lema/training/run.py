@@ -1,0 +1,121 @@
+"""One run from its parts: folder, start, schedule, journal, saver, loop.
+
+It knows which part gets what; each part knows its own subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+from .checkpoints import CheckpointFolder
+from .journal import Journal, write_json
+from .loop import TrainingLoop
+from .machine import Machine, Stream
+from .panel import View
+from .progress import Progress
+from .reporters import make_reporters
+from .result import FINISHED, TrainResult
+from .resume import check_resume, numerics_changed
+from .run_config import RunConfig
+from .sampling import Sampler
+from .saving import Saver
+from .schedule import Schedule
+from .start import Start
+from .state import TrainerState
+
+SUMMARY_FILE = "data_summary.json"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Batches of a run, and what is known of them."""
+
+    train: Stream
+    eval: Any = None
+    """Batches of one pass each time it is iterated over; None: no evaluation."""
+    summary: Mapping[str, Any] | None = None
+    """Written to `data_summary.json`."""
+
+
+def run_training(
+    machine: Machine, data: RunData, config: RunConfig, folder: CheckpointFolder, start: Start, *, view: View,
+    sampler: Sampler | None = None, write_tokenizer: Callable[[str], Any] | None = None, callbacks: Sequence[Any] = (),
+    always: Mapping[str, Any] | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train from `start` to the end, or to where somebody stops it.
+
+    Args:
+        folder: opened, and `start` chosen from it.
+        write_tokenizer: writes the tokenizer's files into a folder.
+        always: what callbacks get with every event.
+
+    Raises:
+        ConfigError, CheckpointError: settings, data or base weights are not those of the checkpoint.
+        NonFiniteError: too many steps in a row were not finite.
+    """
+    training = config.training
+    if training.wants_best and data.eval is None:
+        raise ConfigError(
+            "load_best_model_at_end and early_stopping_patience need evaluation data: set eval_file or eval_size"
+        )
+    schedule = Schedule.of(training, data.train.steps_per_epoch)
+    if start.finished and start.checkpoint is not None:
+        if schedule.max_steps <= start.state["max_steps"]:
+            saved = TrainerState.from_dict(start.state)
+            return TrainResult(FINISHED, saved.global_step, start.checkpoint, saved.summary())
+        if start.state["lema"]["run"].get("holds_best"):
+            raise CheckpointError(
+                f"{start.checkpoint} holds the best adapter, not the last: resume from a checkpoint-N"
+            )
+    machine.set_optimizer((training.adam_beta1, training.adam_beta2), training.adam_epsilon, training.weight_decay)
+    state, start = _state(machine, data, config, start)
+    state.max_steps, state.num_train_epochs = schedule.max_steps, -(-schedule.max_steps // schedule.steps_per_epoch)
+    has_evaluation = data.eval is not None or bool(sampler and sampler.prompts)
+    progress = Progress(training, config.lema.save_steps, schedule, state, has_evaluation)
+    state.logging_steps, state.eval_steps, state.save_steps = (
+        training.logging_steps, progress.eval_steps, config.lema.save_steps
+    )  # fmt: skip
+    state.train_batch_size = config.lema.batch_size
+    resolved = config.resolved()
+    reporters = make_reporters(
+        training.report_to, folder.folder, training.run_name or folder.folder.absolute().name, resolved.to_dict()
+    )
+    resolved.save(folder.folder)
+    if data.summary is not None:
+        write_json(folder.folder / SUMMARY_FILE, data.summary)
+    journal = Journal(folder.folder, view)
+    saver = Saver(machine, data.train, resolved, schedule, folder, journal, write_tokenizer)
+    try:
+        if start.checkpoint is not None and start.checkpoint.parent.absolute() == folder.folder.absolute():
+            saver.last = start.checkpoint
+        loop = TrainingLoop(
+            machine, data.train, resolved, progress, saver, journal, eval_stream=data.eval, sampler=sampler,
+            callbacks=[*reporters, *callbacks], always=always,
+        )  # fmt: skip
+        return loop.run(start)
+    finally:
+        saver.close()
+        journal.close()
+
+
+def _state(machine: Machine, data: RunData, config: RunConfig, start: Start) -> tuple[TrainerState, Start]:
+    """Put machine and data where the checkpoint was; messages of what may differ in the last bits are added."""
+    if start.checkpoint is None:
+        return TrainerState(), start
+    saved: dict[str, Any] = start.state["lema"]
+    check_resume(start.checkpoint, saved["run"]["settings"], config.to_dict())
+    before, now = saved["cursor"].get("encoding"), data.train.state_dict().get("encoding")
+    data.train.load_state_dict(saved["cursor"])
+    if before != now:
+        raise CheckpointError(
+            f"{start.checkpoint} was trained with another tokenizer or chat template: rows would be read otherwise. "
+            "Give those it was trained with (they are in its folder), or start a new run in another output_dir"
+        )
+    state = TrainerState.from_dict(machine.load(Path(start.checkpoint)))
+    changed = numerics_changed(saved["run"]["numerics"], machine.numerics())
+    messages = [] if changed is None else [f"numbers may differ in the last bits from here on: {changed}"]
+    return state, Start(start.checkpoint, start.state, [*start.messages, *messages])

@@ -1,0 +1,195 @@
+"""`RunConfig`: all settings of a run in one flat file, each owned by its room.
+
+It knows whose a setting is, aliases and overrides; which values are good the three configurations say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import LemaConfig
+from ..data.config import DataConfig
+from ..errors import ConfigError, LemaError
+from ..typed import as_type, kinds_of, parse_text
+from .config import TrainingConfig
+from .yaml_file import read_yaml
+
+RUN_FILE = "run.yaml"
+ALIASES = {
+    "per_device_train_batch_size": "batch_size", "max_length": "max_seq_length", "cutoff_len": "max_seq_length",
+    "lora_r": "lora_rank", "target_modules": "lora_target_modules", "evaluation_strategy": "eval_strategy",
+    "lr_scheduler": "lr_scheduler_type", "num_epochs": "num_train_epochs", "base_model": "model_name_or_path",
+    "warmup_ratio": "warmup_steps",
+}  # fmt: skip
+_ELSEWHERE = {"bf16": "dtype: bfloat16", "fp16": "dtype: float16"}
+_OWNERS: tuple[tuple[str, type], ...] = (("lema", LemaConfig), ("data", DataConfig), ("training", TrainingConfig))
+_PATHS = ("model_name_or_path", "gbi_path", "train_file", "eval_file", "chat_template")
+
+
+@dataclass
+class RunConfig:
+    """The settings of a run: the engine's, the data's and the training's."""
+
+    lema: LemaConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The settings of a flat mapping, aliases included.
+
+        Raises:
+            ConfigError: an unknown name (with a suggestion), one given twice, or a bad value.
+        """
+        return cls._of(_by_name(values))
+
+    @classmethod
+    def from_yaml(
+        cls,
+        path: str | os.PathLike[str],
+        overrides: Mapping[str, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> RunConfig:
+        """Read a flat YAML file.
+
+        Args:
+            overrides: texts by name, as typed; they come before what the file says.
+            defaults: values for what neither says.
+
+        Raises:
+            ConfigError: as `from_dict`; says the line where it is one of the file.
+        """
+        raw, lines = read_yaml(path)
+        typed = parse_overrides(overrides or {})
+        try:
+            values = {**(defaults or {}), **_by_name(raw), **typed}
+            return cls._of(values)
+        except LemaError as error:
+            word = re.match(r"(?:unknown setting )?'?(\w+)", str(error))
+            name = word[1] if word else ""
+            line = next((n for key, n in lines.items() if name in (key, ALIASES.get(key))), None)
+            if line is None or name in typed:
+                raise
+            raise type(error)(f"{path}, line {line}: {error}") from error
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any]) -> RunConfig:
+        if "model_name_or_path" not in values:
+            raise ConfigError("model_name_or_path is missing: give a hub id, a directory or a .safetensors file")
+        parts: dict[str, Any] = {}
+        for part, owner in _OWNERS:
+            kinds = kinds_of(owner)
+            parts[part] = owner(**{n: as_type(n, v, kinds[n]) for n, v in values.items() if n in kinds})
+        return cls(**parts)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A copy with some settings changed, checked like a new one."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, flat and JSON-ready."""
+        values = self.lema.to_dict()
+        for part in (self.data, self.training):
+            values |= dataclasses.asdict(part)
+        return values
+
+    def resolved(self) -> RunConfig:
+        """A copy whose paths of existing files are absolute, so that it means the same from anywhere."""
+        values = self.to_dict()
+        for name in (*_PATHS, "output_dir"):
+            value = values.get(name)
+            if isinstance(value, str) and (name == "output_dir" or Path(value).exists()):
+                values[name] = str(Path(value).absolute())
+        return self.from_dict(values)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `run.yaml` into a folder, made if missing; returns the file's path."""
+        path = Path(folder) / RUN_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(aside, path)
+        return path
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows an optimizer step is made of."""
+        return self.lema.batch_size * self.lema.gradient_accumulation_steps
+
+    def engine_config(self) -> LemaConfig:
+        """What the engine is built with: a whole accumulation window is one batch, so the base is read once a step.
+
+        Layers run `batch_size` rows at once as without accumulation; under a budget the plan decides.
+        """
+        config = self.lema
+        planned = config.ram_budget is not None or config.vram_budget is not None
+        micro = config.micro_batch_size
+        if micro is None and not planned and config.gradient_accumulation_steps > 1:
+            micro = config.batch_size
+        return config.replace(batch_size=self.rows_per_step, gradient_accumulation_steps=1, micro_batch_size=micro)
+
+
+def owner_of(name: str) -> type | None:
+    """The configuration class that has a setting of this name."""
+    return next((owner for _, owner in _OWNERS if name in kinds_of(owner)), None)
+
+
+def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Values by name of texts as someone types them.
+
+    Raises:
+        ConfigError: an unknown name, or a text that is none of the setting's.
+    """
+    found: dict[str, Any] = {}
+    for name, text in _by_name(overrides).items():
+        owner = owner_of(name)
+        assert owner is not None
+        kinds = kinds_of(owner)[name]
+        if list[str] in kinds and text.startswith("["):
+            found[name] = _json_list(name, text)
+        elif name == "sample_prompts":  # a prompt may have commas
+            found[name] = [text] if text else []
+        else:
+            found[name] = parse_text(name, text, kinds)
+    return found
+
+
+def _json_list(name: str, text: str) -> list[Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}={text!r} is not a JSON list: {error}") from error
+    return list(values)
+
+
+def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Aliases resolved; an unknown name is refused."""
+    found: dict[str, Any] = {}
+    for given, value in values.items():
+        name = ALIASES.get(given, given)
+        if owner_of(name) is None:
+            raise ConfigError(f"unknown setting {given!r}{_suggestion(given)}")
+        if name in found:
+            raise ConfigError(f"{given} and {name} are the same setting, and both are given")
+        if given == "warmup_ratio" and isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ConfigError(f"warmup_ratio={value} must be 0 or more and less than 1; warmup_steps takes steps")
+        found[name] = value
+    return found
+
+
+def _suggestion(name: str) -> str:
+    if name in _ELSEWHERE:
+        return f"; here it is {_ELSEWHERE[name]}"
+    known: Sequence[str] = [n for _, owner in _OWNERS for n in kinds_of(owner)]
+    close = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; `lema init MODEL DATA` writes a file with those there are"

@@ -1,0 +1,45 @@
+"""Answers to fixed prompts, to be compared over the run.
+
+It knows prompts, ids and a tokenizer; it knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .machine import Machine
+
+_GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Greedy answers, one prompt after the other.
+
+    Args:
+        tokenizer: decodes, and knows the token that ends an answer.
+        ask: ids of a prompt as the user's turn, as `lema chat` writes it.
+    """
+
+    tokenizer: Any
+    ask: Callable[[str], Sequence[int]]
+    prompts: Sequence[str]
+    max_new_tokens: int
+
+    def answers(self, machine: Machine) -> Iterator[tuple[str, str]]:
+        """Prompt and answer; the random state is left as it was."""
+        before = machine.random_state()
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        try:
+            for prompt in self.prompts:
+                ids = torch.tensor([list(self.ask(prompt))])
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                found = machine.generate(inputs, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **_GREEDY)
+                yield prompt, self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        finally:
+            before.restore()

@@ -1,0 +1,108 @@
+"""Saves of a run: what is in a checkpoint besides the engine's state, and what happens when one cannot be written.
+
+It knows files and the folder of checkpoints; it knows nothing of steps or of when to save.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .checkpoints import CheckpointFolder
+from .journal import Journal
+from .machine import Machine, Stream
+from .run_config import RunConfig
+from .schedule import Schedule
+from .state import TrainerState
+
+
+class Saver:
+    """Writes checkpoints of one run.
+
+    Args:
+        write_tokenizer: writes the tokenizer's files into a folder; asked once, the files are copied from then on.
+    """
+
+    def __init__(
+        self, machine: Machine, stream: Stream, config: RunConfig, schedule: Schedule, folder: CheckpointFolder,
+        journal: Journal, write_tokenizer: Callable[[str], Any] | None,
+    ) -> None:  # fmt: skip
+        self._machine = machine
+        self._stream = stream
+        self._config = config
+        self._schedule = schedule
+        self._journal = journal
+        self.folder = folder
+        self.last: Path | None = None
+        """The newest whole checkpoint."""
+        self._tokenizer = tempfile.TemporaryDirectory(prefix="lema-tokenizer-")
+        if write_tokenizer is not None:
+            write_tokenizer(self._tokenizer.name)
+
+    def save(self, state: TrainerState) -> bool:
+        """Write the checkpoint of this step; False if it could not be written and that is to be lived with.
+
+        Raises:
+            CheckpointError: it could not be written, and `on_save_error` is stop.
+        """
+        path = self.folder.path(state.global_step)
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(path)
+        try:
+            self._write(path, state, finished=False)
+        except OSError as error:
+            if state.best_model_checkpoint == str(path):
+                state.best_model_checkpoint = None
+            self._failed(path, state, error, stop=self._config.training.on_save_error == "stop")
+            return False
+        self.last = path
+        self._journal.event(state.global_step, "saved", f"saved {path}")
+        for removed in self.folder.rotate(self._config.training.save_total_limit, state.best_model_checkpoint):
+            self._journal.event(state.global_step, "removed", f"removed {removed}, beyond save_total_limit")
+        return True
+
+    def save_final(self, state: TrainerState, holds_best: bool) -> Path:
+        """Write `final/`, the last save; `CheckpointError` if that fails."""
+        path = self.folder.final
+        try:
+            self._write(path, state, finished=True, holds_best=holds_best)
+        except OSError as error:
+            self._failed(path, state, error, stop=True)
+        self._journal.event(state.global_step, "saved", f"saved {path}")
+        return path
+
+    def close(self) -> None:
+        """Remove the tokenizer's copy."""
+        self._tokenizer.cleanup()
+
+    def _write(self, path: Path, state: TrainerState, **facts: bool) -> None:
+        values = state.to_dict()
+        values["lema"] |= {
+            "run": {
+                "settings": self._config.to_dict(),
+                "numerics": self._machine.numerics(),
+                "schedule": self._schedule.to_dict(state.global_step),
+                **facts,
+            },
+            "cursor": self._stream.state_dict(),
+        }
+        self._machine.save(path, values, self._write_more)
+
+    def _write_more(self, folder: Path) -> None:
+        shutil.copytree(self._tokenizer.name, folder, dirs_exist_ok=True)
+        self._config.save(folder)
+        state: Mapping[str, Any] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        schedule = json.dumps(state["lema"]["run"]["schedule"], indent=2)
+        (folder / "scheduler.json").write_text(schedule + "\n", encoding="utf-8")
+
+    def _failed(self, path: Path, state: TrainerState, error: OSError, stop: bool) -> None:
+        kept = f"the one before, {self.last}, stays" if self.last else "there is none before it"
+        message = f"{path} could not be written: {error}; {kept}"
+        self._journal.event(state.global_step, "save_failed", message)
+        if stop:
+            raise CheckpointError(f"{message}. Make room and go on with --resume auto") from error

@@ -1,0 +1,52 @@
+"""How a run is stopped from outside: SIGINT and SIGTERM.
+
+It knows signals; what is done about them the loop decides.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+
+class StepAbandoned(BaseException):
+    """A second signal came in the middle of a step. Not an `Exception`: nobody in between is to handle it."""
+
+
+class StopSignals:
+    """Inside the block the first signal is noted, and a second one abandons what is under way if that may be.
+
+    Outside of the main thread, where Python takes no handlers, nothing is changed and nothing noted.
+
+    Args:
+        may_abandon: asked at a second signal whether the step may be left where it is.
+    """
+
+    def __init__(self, may_abandon: Callable[[], bool]) -> None:
+        self.requested: str | None = None
+        """Name of the signal that came."""
+        self._may_abandon = may_abandon
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = signal.Signals(number).name
+            # Not through sys.stderr or a console: what they buffer may be in the middle of a write.
+            os.write(2, f"\n{self.requested}: this step is finished and saved; again: it is abandoned\n".encode())
+        elif self._may_abandon():
+            raise StepAbandoned

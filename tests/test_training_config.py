@@ -1,0 +1,181 @@
+"""One flat YAML: names, types, lines, aliases, overrides, and everything that is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lema import LemaConfig
+from lema.data import DataConfig
+from lema.errors import ConfigError, LemaError, UnsupportedError
+from lema.training.config import TrainingConfig
+from lema.training.run_config import ALIASES, RunConfig, owner_of
+from lema.typed import kinds_of
+
+MODEL = "model_name_or_path: somewhere\n"
+
+
+def read(tmp_path: Path, text: str | bytes, **options: Any) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return RunConfig.from_yaml(path, **options)
+
+
+def test_every_setting_has_one_owner() -> None:
+    owners = [set(kinds_of(owner)) for owner in (LemaConfig, DataConfig, TrainingConfig)]
+    assert sum(map(len, owners)) == len(set.union(*owners))
+    assert all(owner_of(name) for name in ALIASES.values())
+    assert not set(ALIASES) & set.union(*owners)
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    run = RunConfig.from_dict({
+        "model_name_or_path": "m", "dtype": "bf16", "strategy": "Resident", "sample_prompts": ["a: b", "- ü\n"],
+        "report_to": ["wandb", "tensorboard"], "learning_rate": "1e-4", "train_file": "x.jsonl", "warmup_steps": 0.1,
+    })  # fmt: skip
+    assert RunConfig.from_yaml(run.save(tmp_path)) == run
+    assert run.lema.learning_rate == 1e-4
+    assert list(tmp_path.iterdir()) == [tmp_path / "run.yaml"]
+
+
+def test_spellings_of_values(tmp_path: Path) -> None:
+    text = MODEL + "learning_rate: 1e-4\nmax_steps: 1e3\nlora_alpha: 8\npacking: yes\nsave_total_limit: null\n"
+    run = read(tmp_path, text + "sample_prompts: Hello, you\nlora_target_modules: [q_proj, v_proj]\neval_size: 0.1\n")
+    assert run.lema.learning_rate == 1e-4
+    assert (run.training.max_steps, type(run.training.max_steps)) == (1000, int)
+    assert type(run.lema.lora_alpha) is float
+    assert run.data.packing is True
+    assert run.training.save_total_limit is None
+    assert run.training.sample_prompts == ["Hello, you"]
+    assert run.lema.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_aliases_and_overrides(tmp_path: Path) -> None:
+    text = MODEL + "per_device_train_batch_size: 3\ncutoff_len: 77\nwarmup_ratio: 0.1\nlr_scheduler: cosine\n"
+    overrides = {"max_length": "88", "learning_rate": "3e-4", "sample_prompts": "Hi, you", "report_to": "none"}
+    run = read(tmp_path, text, overrides=overrides, defaults={"ram_budget": "auto", "batch_size": 9})
+    assert (run.lema.batch_size, run.lema.max_seq_length, run.lema.ram_budget) == (3, 88, "auto")
+    assert run.training.warmup_steps == 0.1
+    assert run.training.sample_prompts == ["Hi, you"]
+    run = read(tmp_path, text, overrides={"sample_prompts": '["a, b", "c"]', "max_grad_norm": "none"})
+    assert run.training.sample_prompts == ["a, b", "c"]
+    assert run.lema.max_grad_norm is None
+    assert read(tmp_path, MODEL + "lr_scheduler_type: constant_with_warmup").training.lr_scheduler_type == "constant"
+
+
+def test_the_engine_gets_whole_windows() -> None:
+    run = RunConfig.from_dict({"model_name_or_path": "m", "batch_size": 2, "gradient_accumulation_steps": 4})
+    config = run.engine_config()
+    assert (config.batch_size, config.gradient_accumulation_steps, config.micro_batch_size) == (8, 1, 2)
+    assert run.replace(ram_budget="2GB").engine_config().micro_batch_size is None, "the plan's own"
+
+
+HOSTILE: list[tuple[str | bytes, str]] = [
+    ("", "is empty"),
+    ("# nothing\n", "is empty"),
+    ("- a\n- b\n", "one setting a line"),
+    ("just words\n", "one setting a line"),
+    (b"\xff\xfe\x00", "not UTF-8|not valid YAML"),
+    (MODEL + "a: [1, 2\n", r"line \d.*not valid YAML"),
+    (MODEL + "\tdtype: float32\n", "line 2.*not valid YAML"),
+    ("learning_rate: 1e-4\n", "model_name_or_path is missing"),
+    (MODEL + "learning_rat: 1\n", "line 2: unknown setting 'learning_rat'; did you mean 'learning_rate'"),
+    (MODEL + "bf16: true\n", "line 2.*dtype: bfloat16"),
+    (MODEL + "zzzzqqq: 1\n", "unknown setting 'zzzzqqq'"),
+    (MODEL + "seed: 1\nseed: 2\n", "line 3: seed is set twice, first on line 2"),
+    (MODEL + "max_length: 1\nmax_seq_length: 2\n", "the same setting"),
+    (MODEL + "learning_rate: fast\n", "line 2: learning_rate='fast' must be a number"),
+    (MODEL + "learning_rate: .nan\n", "line 2: learning_rate=nan must be a finite"),
+    (MODEL + "weight_decay: .inf\n", "weight_decay=inf must be a finite"),
+    (MODEL + "learning_rate: -1\n", "line 2: learning_rate=-1"),
+    (MODEL + "seed: 1.5\n", "seed=1.5 must be a whole number"),
+    (MODEL + "seed: true\n", "seed=True must be a whole number"),
+    (MODEL + "batch_size:\n", "line 2: batch_size must be a whole number, and is empty"),
+    (MODEL + "packing: maybe\n", "packing='maybe' must be true or false"),
+    (MODEL + "packing: 1\n", "packing=1 must be true or false"),
+    (MODEL + "train_file: [a, b]\n", "train_file=.*must be text"),
+    (MODEL + "train_file: 2024-01-01\n", "train_file=.*must be text"),
+    (MODEL + "report_to: [1]\n", "report_to=.*must be a list of texts"),
+    (MODEL + "report_to: wandbb\n", "did you mean 'wandb'"),
+    (MODEL + "lora: {r: 3}\n", "line 2: lora must be a single value"),
+    (MODEL + "sample_prompts: [[a]]\n", "not nested"),
+    (MODEL + "1: 2\n", "line 2: the name of a setting"),
+    (MODEL + "dtype: !!python/object/apply:os.system ['true']\n", "line 2: dtype has no plain value"),
+    (MODEL + "run_name: !!timestamp nonsense\n", "run_name has no plain value"),
+    (MODEL + "label_smoothing_factor: 0.1\n", "line 2: label_smoothing_factor=0.1.*set it to 0"),
+    (MODEL + "warmup_ratio: 3\n", "warmup_ratio=3 must be"),
+    (MODEL + "num_train_epochs: 0\n", "num_train_epochs=0.0 must be more than 0"),
+    (MODEL + "adam_beta2: 1\n", "adam_beta2=1.0 must be 0 or more and less than 1"),
+    (MODEL + "eval_strategy: epochs\n", "did you mean 'epoch'"),
+    (MODEL + "eval_strategy: no\n", "eval_strategy=False must be text"),
+    (MODEL + "load_best_model_at_end: true\neval_strategy: 'no'\n", "needs evaluations"),
+    (MODEL + "save_total_limit: 0\n", "save_total_limit=0 must be 1 or more"),
+    (MODEL + "on_save_error: ignore\n", "on_save_error='ignore' is unknown"),
+    (MODEL + "seed: " + "9" * 5000 + "\n", "seed"),
+    (MODEL + "run_name: " + "x" * (1 << 20), "too many"),
+    ("a: &a [x]\nb: &b [*a, *a]\n" + MODEL, "not nested|unknown setting"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "said"), HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_files(tmp_path: Path, text: str | bytes, said: str) -> None:
+    with pytest.raises(LemaError, match=said) as caught:
+        read(tmp_path, text)
+    assert len(str(caught.value)) < 400
+
+
+def test_hostile_places(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="lema init"):
+            RunConfig.from_yaml(path)
+
+
+def test_a_bad_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^learning_rate=-1.0") as caught:
+        read(tmp_path, MODEL + "learning_rate: 1\n", overrides={"learning_rate": "-1"})
+    assert "line" not in str(caught.value)
+    for overrides in ({"nosuch": "1"}, {"sample_prompts": "[1"}, {"packing": "2"}, {"learning_rate": "x"}):
+        with pytest.raises(ConfigError):
+            read(tmp_path, MODEL, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: LemaConfig("m", learning_rate="x"), "learning_rate='x' must be a number"),  # type: ignore[arg-type]
+        (lambda: LemaConfig("m", use_lora=1), "use_lora=1 must be true or false"),  # type: ignore[arg-type]
+        (lambda: LemaConfig("m", lora_dropout=None), "lora_dropout must be a number, and is empty"),  # type: ignore[arg-type]
+        (lambda: LemaConfig("m", max_grad_norm=[1]), "max_grad_norm"),  # type: ignore[arg-type]
+        (lambda: TrainingConfig(max_steps="many"), "max_steps='many' must be a whole number"),  # type: ignore[arg-type]
+        (lambda: TrainingConfig(sample_prompts=[1]), "sample_prompts"),  # type: ignore[list-item]
+        (lambda: DataConfig(packing="no"), "packing"),  # type: ignore[arg-type]
+    ],
+)
+def test_types_are_checked_in_python_too(make: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_texts_that_are_numbers_become_numbers() -> None:
+    assert LemaConfig("m", learning_rate="1e-4", lora_rank="8").learning_rate == 1e-4  # type: ignore[arg-type]
+    assert LemaConfig("m", lora_rank="8").lora_rank == 8  # type: ignore[arg-type]
+
+
+def test_smoothing_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="label_smoothing_factor"):
+        TrainingConfig(label_smoothing_factor=0.1)
+
+
+def test_resolved_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    run = RunConfig.from_dict({"model_name_or_path": "m", "train_file": "none.jsonl", "output_dir": "o"}).resolved()
+    assert run.lema.model_name_or_path == str(tmp_path / "m")
+    assert run.lema.output_dir == str(tmp_path / "o")
+    assert run.data.train_file == "none.jsonl", "not there, so perhaps not a path"
+    hub = RunConfig.from_dict({"model_name_or_path": "org/name"}).resolved()
+    assert hub.lema.model_name_or_path == "org/name"
+    assert yaml.safe_load((hub.save(tmp_path)).read_text())["model_name_or_path"] == "org/name"
