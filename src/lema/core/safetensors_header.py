@@ -163,7 +163,7 @@ def read_json_object(file: Path) -> dict[str, object]:
     """
     with open_weights(file) as stream:
         try:
-            raw = stream.read(MAX_HEADER_BYTES + 1)
+            raw = stream.read(min(os.fstat(stream.fileno()).st_size, MAX_HEADER_BYTES) + 1)
         except OSError as error:
             raise WeightsError(f"{file}: reading it failed: {error.strerror}. {_AGAIN}") from error
     if len(raw) > MAX_HEADER_BYTES:

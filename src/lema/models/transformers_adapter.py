@@ -21,6 +21,7 @@ from .base import LemaModelAdapter, bind_flat_buffer
 from .causal_lm import TransformersCausalLM
 from .checkpoint import CheckpointMap, map_checkpoint
 from .embedding import gather_rows
+from .quantised import refuse_codes, refuse_quantised
 from .skeleton import build_skeleton, find_layers
 from .stages import EmbeddingStage, HeadStage, layer_arguments, split_rest
 
@@ -46,6 +47,7 @@ class TransformersAdapter(LemaModelAdapter):
             if not model_type:
                 raise UnsupportedError("the model's configuration has no model_type: say which family it is")
             self.config = AutoConfig.for_model(model_type, **values)
+        refuse_quantised(self.config.to_dict(), self.config.name_or_path or self.config.model_type)
         stored = getattr(self.config, "dtype", None)
         self.dtype = stored if isinstance(stored, torch.dtype) else torch.float32
         self._attn: str | None = None
@@ -119,6 +121,7 @@ class TransformersAdapter(LemaModelAdapter):
         """Sources of every parameter in this index; see `map_checkpoint` for what it raises."""
         if self._map is None or self._map[0] is not gbi:
             self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype))
+            refuse_codes(self._map[1].sources.values(), gbi.path)
         return self._map[1]
 
     def _unit_names(self, unit: int) -> list[str]:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import secrets
 import shutil
-from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,12 @@ def _open(source: Path) -> Any:
 
     try:
         return GGUFReader(source)
-    except (ValueError, IndexError, KeyError) as error:  # numpy's and gguf's own, on a file cut short
+    except (ValueError, IndexError, KeyError, OverflowError) as error:  # numpy's and gguf's own, on a file cut short
+        if "GGMLQuantizationType" in str(error):
+            raise UnsupportedError(
+                f"{source}: has a tensor of a type that the installed gguf package does not know: {error}."
+                " Install a newer one, or take another quantisation of the model."
+            ) from error
         raise WeightsFormatError(f"{source}: a damaged GGUF file: {error}. Download or install it again.") from error
 
 
@@ -141,42 +146,73 @@ def _read_config(source: Path) -> PretrainedConfig:
 
 
 def _write_weights(source: Path, reader: Any, model: Any, output: Path, dtype: torch.dtype) -> None:
-    """Dequantise tensor by tensor; what several tensors of the file make up is written when all are in."""
-    from gguf import dequantize
+    """Dequantise tensor by tensor."""
+    tensors = GgufTensors(source, reader, model)
+    with SafetensorsWriter(output, [(name, dtype, shape) for name, shape in tensors.shapes.items()]) as writer:
+        for name in tensors.shapes:
+            writer.write(name, tensors.read(name).to(dtype))
 
-    architecture = str(reader.fields["general.architecture"].contents())
-    settings = load_gguf_checkpoint(source)["config"]
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=settings)
-    names = get_gguf_hf_weights_map(model, processor)
-    target_of = {tensor.name: _target(tensor.name, names) for tensor in reader.tensors}
-    _check_all_used(source, reader.tensors, target_of)
-    awaited = Counter(name for name in target_of.values() if name is not None)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check_all_there(source, model, shapes, awaited)
 
-    made: dict[str, Any] = {}  # where processors put what they assemble themselves
-    with SafetensorsWriter(output, [(name, dtype, shapes[name]) for name in awaited]) as writer:
+class GgufTensors:
+    """A model's parameters as a GGUF file has them, made when asked for.
+
+    Args:
+        source: the file, for messages.
+        reader: gguf's reader of it.
+        model: transformers' model for its configuration, on the meta device.
+
+    Raises:
+        UnsupportedError: tensors that transformers has no place for, or of a type gguf cannot dequantise.
+        MissingTensorError: tensors of the model that the file lacks.
+    """
+
+    def __init__(self, source: Path, reader: Any, model: Any) -> None:
+        architecture = str(reader.fields["general.architecture"].contents())
+        settings = load_gguf_checkpoint(source)["config"]
+        self._source = source
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=settings)
+        self._names = get_gguf_hf_weights_map(model, self._processor)
+        target_of = {tensor.name: _target(tensor.name, self._names) for tensor in reader.tensors}
+        _check_all_used(source, reader.tensors, target_of)
+        _check_types(source, reader.tensors)
+        self._parts: dict[str, list[Any]] = {}
         for tensor in reader.tensors:
             name = target_of[tensor.name]
-            if name is None:
-                continue
-            result = processor.process(
+            if name is not None:
+                self._parts.setdefault(name, []).append(tensor)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        _check_all_there(source, model, shapes, self._parts)
+        self.shapes: dict[str, tuple[int, ...]] = {name: shapes[name] for name in self._parts}
+        """Of every parameter the file gives, by transformers' name, in the file's order."""
+        self.types = {tensor.tensor_type.name for tensor in reader.tensors}
+        """gguf's names of the types in the file: F32, F16, BF16, Q4_K …"""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter in float32, put together from all tensors of the file that make it up.
+
+        Raises:
+            ShapeMismatchError: it has another shape than the configuration in the file asks for.
+        """
+        from gguf import dequantize
+
+        made: dict[str, Any] = {}  # where processors put what they assemble themselves
+        for tensor in self._parts[name]:
+            result = self._processor.process(
                 weights=dequantize(tensor.data, tensor.tensor_type),
                 name=tensor.name,
-                tensor_key_mapping=names,
+                tensor_key_mapping=self._names,
                 parsed_parameters={"tensors": made},
             )
-            awaited[name] -= 1
             if result.name is not None:
                 made[name] = torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
-            if awaited[name] == 0:
-                values = made.pop(name)
-                if tuple(values.shape) != shapes[name]:
-                    raise ShapeMismatchError(
-                        f"{source}: {show(name)} has shape {tuple(values.shape)}, where the configuration"
-                        f" in the file asks for {shapes[name]}."
-                    )
-                writer.write(name, values.to(dtype))
+            del result
+        values: torch.Tensor = made[name]
+        if tuple(values.shape) != self.shapes[name]:
+            raise ShapeMismatchError(
+                f"{self._source}: {show(name)} has shape {tuple(values.shape)}, where the configuration"
+                f" in the file asks for {self.shapes[name]}."
+            )
+        return values
 
 
 def _target(name: str, names: dict[str, str]) -> str | None:
@@ -194,12 +230,25 @@ def _check_all_used(source: Path, tensors: list[Any], target_of: dict[str, str |
         )
 
 
+def _check_types(source: Path, tensors: list[Any]) -> None:
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    for kind, name in {tensor.tensor_type: tensor.name for tensor in tensors}.items():
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except (NotImplementedError, KeyError) as error:
+            raise UnsupportedError(
+                f"{source}: tensor {show(name)} is of type {kind.name}, which the gguf package cannot dequantise."
+                " Take another quantisation of the model, or its safetensors files."
+            ) from error
+
+
 def _is_neutral(tensor: Any) -> bool:
     """Frequency factors of 1 change nothing."""
     return tensor.name == "rope_freqs.weight" and bool((np.asarray(tensor.data) == 1).all())
 
 
-def _check_all_there(source: Path, model: Any, shapes: dict[str, Any], found: Counter[str]) -> None:
+def _check_all_there(source: Path, model: Any, shapes: dict[str, Any], found: Container[str]) -> None:
     needed = [name for name in shapes if name not in model.all_tied_weights_keys]
     if missing := [name for name in needed if name not in found]:
         raise MissingTensorError(

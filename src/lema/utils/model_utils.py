@@ -21,7 +21,7 @@ from ..core.gbi import GlobalBinaryIndex
 from ..errors import ConfigError, DeviceError, WeightsNotFoundError
 from .safetensors_writer import SafetensorsWriter
 
-__all__ = ["break_shared_weights", "parse_dtype", "prepare_monolithic_safetensors"]
+__all__ = ["break_shared_weights", "converted", "parse_dtype", "prepare_monolithic_safetensors", "target_type"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 _PIECE_ITEMS = 16 * 2**20  # items converted at a time
 
 
@@ -71,7 +72,7 @@ def prepare_monolithic_safetensors(
     with GlobalBinaryIndex(_local_source(model_name_or_path)) as index:
         if len(index.files) > 1 and any(_same_file(output, file) for file in index.files):
             raise ConfigError(f"{output}: is one of the {len(index.files)} files read. Write to another file.")
-        types = {name: _target_type(index.record(name).dtype, target) for name in index.keys}
+        types = {name: target_type(index.record(name).dtype, target) for name in index.keys}
         declared = [(name, types[name], index.record(name).shape) for name in types]
         overflowed: dict[str, int] = {}
         with SafetensorsWriter(output, declared, {**index.metadata, "format": "pt"}) as writer:
@@ -80,7 +81,7 @@ def prepare_monolithic_safetensors(
                 if tensor.dtype == wanted:
                     writer.write(name, tensor)
                 else:
-                    writer.write_parts(name, _converted(name, tensor, wanted, place, overflowed))
+                    writer.write_parts(name, converted(name, tensor, wanted, place, overflowed))
                 del tensor  # before the next one is read
             index.check_unchanged()
     if overflowed:
@@ -123,12 +124,16 @@ def break_shared_weights(model: nn.Module) -> list[str]:
 
 
 def parse_dtype(value: torch.dtype | str) -> torch.dtype:
-    """A floating-point type from itself or its name, with or without `torch.` before it.
+    """A floating-point type from itself or its name, with or without `torch.` before it; 'bf16' and the like will do.
 
     Raises:
         ConfigError: another value; those accepted are listed.
     """
-    dtype = _DTYPES.get(value.removeprefix("torch.").lower()) if isinstance(value, str) else value
+    if isinstance(value, str):
+        name = value.removeprefix("torch.").lower()
+        dtype = _DTYPES.get(_ALIASES.get(name, name))
+    else:
+        dtype = value
     if dtype is None or dtype not in _DTYPES.values():
         raise ConfigError(f"dtype: {value!r} is none of {', '.join(_DTYPES)}.")
     return dtype
@@ -156,7 +161,7 @@ def _local_source(source: str | os.PathLike[str]) -> Path:
     return Path(folder)
 
 
-def _converted(
+def converted(
     name: str,
     tensor: torch.Tensor,
     dtype: torch.dtype,
@@ -167,12 +172,14 @@ def _converted(
     for piece in tensor.reshape(-1).split(_PIECE_ITEMS):
         source = piece.to(device)
         result = source.to(dtype)
-        if lost := int((result.isinf() & ~source.isinf()).sum()):
+        infinite = int(result.isinf().count_nonzero())
+        if infinite and (lost := infinite - int(source.isinf().count_nonzero())):  # infinite ones stay so
             overflowed[name] = overflowed.get(name, 0) + lost
         yield result
 
 
-def _target_type(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype:
+def target_type(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype:
+    """The type a stored tensor is written in: codes, integers and booleans stay as they are."""
     return target if target is not None and stored in _DTYPES.values() else stored
 
 

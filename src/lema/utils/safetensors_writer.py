@@ -19,7 +19,7 @@ import torch
 from ..core.safetensors_header import DTYPES, TensorRecord, show
 from ..errors import ShapeMismatchError, WeightsError, WeightsFormatError
 
-__all__ = ["SafetensorsWriter", "sync_directory"]
+__all__ = ["SafetensorsWriter", "plan_file", "sync_directory"]
 
 _DATA_ALIGNMENT = 4096  # bytes; lets direct reads begin at the first tensor
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -55,7 +55,7 @@ class SafetensorsWriter:
     ) -> None:
         self.path = Path(path)
         """The file that appears on success."""
-        self._records, header = _plan(self.path, list(tensors), {"format": "pt"} if metadata is None else metadata)
+        self._records, header = plan_file(self.path, tensors, {"format": "pt"} if metadata is None else metadata)
         self.total_bytes = len(header) + sum(record.nbytes for record in self._records.values())
         """Size of the whole file in bytes."""
         self._unwritten = dict.fromkeys(self._records)
@@ -171,10 +171,15 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def _plan(
-    path: Path, tensors: list[tuple[str, torch.dtype, Iterable[int]]], metadata: Mapping[str, str]
+def plan_file(
+    path: Path, tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], metadata: Mapping[str, str]
 ) -> tuple[dict[str, TensorRecord], bytes]:
-    """Every tensor's place, and the padded header with its length in front."""
+    """Where every tensor goes in a file, and the file's first bytes: the padded header with its length in front.
+
+    Raises:
+        WeightsFormatError: a name twice, a reserved name, or a type the format cannot hold.
+    """
+    tensors = list(tensors)
     for name, dtype, _ in tensors:
         if name == "__metadata__":
             raise WeightsFormatError(f"{path}: no tensor may be named __metadata__; the format reserves it.")

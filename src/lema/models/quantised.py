@@ -1,0 +1,80 @@
+"""Quantised checkpoints, refused by name: their files hold codes, and codes read as weights are wrong numbers.
+
+It knows how configurations and types give them away; it knows nothing of how codes become weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..core.layout import ParameterSource
+from ..errors import UnsupportedError
+
+_DEQUANTISE = (
+    "or load it once with transformers, call model.dequantize() and then save_pretrained(), where there is memory for "
+    "it"
+)
+_ON_LOADING = (
+    "or load it once with transformers and quantization_config={}(dequantize=True), then call save_pretrained(), "
+    "where there is memory for it"
+)
+_ADVICE = {
+    "bitsandbytes": _DEQUANTISE,
+    "bitsandbytes_4bit": _DEQUANTISE,
+    "bitsandbytes_8bit": _DEQUANTISE,
+    "fp8": _ON_LOADING.format("FineGrainedFP8Config"),
+    "mxfp4": _ON_LOADING.format("Mxfp4Config"),
+}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def quantisation_of(config: Mapping[str, Any]) -> str | None:
+    """The method a model's configuration names ("gptq", "bitsandbytes" …); None for plain weights."""
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        settings = part.get("quantization_config") or part.get("compression_config")
+        if settings is None:
+            continue
+        if not isinstance(settings, Mapping):
+            settings = vars(settings)
+        in_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+        method = settings.get("quant_method") or ("bitsandbytes" if in_bits else "an unnamed method")
+        return str(getattr(method, "value", method))
+    return None
+
+
+def refuse_quantised(config: Mapping[str, Any], where: object) -> None:
+    """Raise `UnsupportedError` if the configuration says that the weights are quantised.
+
+    Args:
+        config: the model's config.json as a dict.
+        where: what to name in the message: a path or a hub id.
+    """
+    method = quantisation_of(config)
+    if method is None:
+        return
+    others = f", {_ADVICE[method]}" if method in _ADVICE else ""
+    raise UnsupportedError(
+        f"{where}: its weights are quantised with {method} (quantization_config in config.json). LEMA trains over "
+        f"plain float16, bfloat16 or float32 weights: take the model it was made from{others}"
+    )
+
+
+def refuse_codes(sources: Iterable[ParameterSource], where: object) -> None:
+    """Raise `UnsupportedError` if a floating parameter would be filled from integers or 8-bit floats."""
+    found = [
+        f"{source.name} from {piece.record.name} ({piece.record.dtype})"
+        for source in sources
+        if source.dtype.is_floating_point
+        for piece in source.pieces[:1]
+        if piece.record.dtype not in _FLOATS
+    ]
+    if found:
+        raise UnsupportedError(
+            f"{where}: {len(found)} parameters are stored as codes of a quantised model: {', '.join(found[:3])}"
+            f"{', …' if len(found) > 3 else ''}. Take the model it was made from, in float16, bfloat16 or float32"
+        )

@@ -1,0 +1,85 @@
+"""A GGUF file as a source: dequantised tensor by tensor, with configuration and tokenizer out of the same file.
+
+It knows which type keeps a file's values; what GGUF is, `lema.utils.gguf` knows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from ..core.gbi import TensorRecord
+from ..errors import WeightsFormatError
+from ..utils.gguf import GgufTensors, _check_source, _open, _read_config
+from .source import PIECE_BYTES
+
+
+class GgufSource:
+    """Parameters of a causal language model in a GGUF file, by transformers' names, float32.
+
+    Args:
+        path: the file.
+        config: a folder whose config.json says what model it is; None: the file does.
+
+    Raises:
+        WeightsNotFoundError, WeightsFormatError: no such file, no GGUF file, or a damaged one.
+        UnsupportedError: an architecture or a type that cannot be read.
+        MissingTensorError: the file lacks tensors of the model.
+    """
+
+    def __init__(self, path: Path, config: Path | None = None) -> None:
+        _check_source(path)
+        self.path, self.files = path, [path]
+        self.metadata: dict[str, str] = {}
+        reader = _open(path)
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(config) if config else _read_config(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        model.tie_weights()
+        self.config.architectures = [type(model).__name__]
+        self._gguf = GgufTensors(path, reader, model)
+        self.tensors = {
+            name: TensorRecord(name, path, 0, 4 * math.prod(shape), torch.float32, shape)
+            for name, shape in self._gguf.shapes.items()
+        }
+
+    def config_values(self) -> dict[str, Any]:
+        """config.json as transformers would write it."""
+        values: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=True))
+        return {name: value for name, value in values.items() if name != "_name_or_path"}
+
+    @property
+    def natural_dtype(self) -> torch.dtype:
+        """The smallest type that keeps the file's precision: its own, and float16 for what is quantised to 8 bits or
+        less, whose scales are float16."""
+        types = self._gguf.types
+        if not types <= {"F32", "F16", "BF16"}:
+            return torch.float16
+        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(max(types - {"F32"}, default=""), torch.float32)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The dequantised tensor, whole in memory while its pieces are taken."""
+        return iter(self._gguf.read(name).reshape(-1).split(PIECE_BYTES // 4))
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the file's tokenizer and chat template as transformers does.
+
+        Raises:
+            WeightsFormatError: the file has no tokenizer that transformers can read.
+        """
+        try:
+            AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+        except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+            raise WeightsFormatError(
+                f"{self.path}: transformers cannot read the tokenizer in it: {type(error).__name__}: {error}. Give the "
+                "model's own folder with --config"
+            ) from error
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,131 @@
+"""What a checkpoint offers to be copied: tensors by name, given in small pieces; and safetensors as one.
+
+It knows files and tensors; it knows nothing of models, output files or journals.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..core.gbi import GlobalBinaryIndex, TensorRecord
+from ..core.safetensors_header import show
+from ..errors import ReadError, WeightsError
+
+PIECE_BYTES = 4 << 20
+"""Of a tensor's stored bytes held at a time."""
+
+
+class Source(Protocol):
+    """A checkpoint that can be read tensor by tensor."""
+
+    path: Path
+    """What to name in messages."""
+    files: list[Path]
+    """All files with weights."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        """By name, in the order in which they are best read. Offsets mean something to the source alone."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Strings to keep in the output's header."""
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor's elements in row-major order, in its type, as one-dimensional tensors that follow each other.
+
+        Raises:
+            ReadError: the file ended early or the disk refused.
+        """
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+class FileWatch:
+    """Sizes and modification times of files, to notice that one changed while it was read."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.states = {str(file): _state(file) for file in files}
+        """By path: bytes and nanoseconds."""
+
+    def check(self) -> None:
+        """Raise `WeightsError` if a file is another one now."""
+        for file, (size, time) in self.states.items():
+            now = _state(Path(file))
+            if now != (size, time):
+                raise WeightsError(
+                    f"{file}: changed while it was read: {size} bytes before, {now[0]} now. Start again when nothing "
+                    "writes to it"
+                )
+
+
+def _state(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise WeightsError(f"{file}: cannot be read: {error.strerror}. Put it back and start again.") from error
+    return status.st_size, status.st_mtime_ns
+
+
+class SafetensorsSource:
+    """A safetensors checkpoint, single or sharded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._index = GlobalBinaryIndex(path)
+        self.files = self._index.files
+        self.tensors: dict[str, TensorRecord] = {name: self._index.record(name) for name in self._index.keys}
+        self.metadata = self._index.metadata
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor's pieces, read without a mapping."""
+        record = self.tensors[name]
+        return read_pieces(record.file, record.offset, record.nbytes, record.dtype, f"{record.file}: {show(name)}")
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._index.close()
+
+
+def read_pieces(file: Path, offset: int, nbytes: int, dtype: torch.dtype, where: str) -> Iterator[torch.Tensor]:
+    """A run of a file's bytes as one-dimensional tensors of at most `PIECE_BYTES`; each is valid until the next.
+
+    Raises:
+        ReadError: the file ends early or the disk refuses; names `where`.
+    """
+    size = min(nbytes, PIECE_BYTES)
+    buffer = torch.empty(size // dtype.itemsize, dtype=dtype)
+    view = memoryview(buffer.view(torch.uint8).numpy().data).cast("B") if size else memoryview(b"")
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise ReadError(f"{where}: cannot be opened: {error.strerror}.") from error
+    try:
+        done = 0
+        while done < nbytes:
+            wanted = min(size, nbytes - done)
+            _read_fully(descriptor, view[:wanted], offset + done, where)
+            yield buffer[: wanted // dtype.itemsize]
+            done += wanted
+    finally:
+        os.close(descriptor)
+
+
+def _read_fully(descriptor: int, target: memoryview, offset: int, where: str) -> None:
+    done = 0
+    while done < len(target):
+        try:
+            count = os.preadv(descriptor, [target[done:]], offset + done)
+        except OSError as error:
+            raise ReadError(f"{where}: reading at byte {offset + done} failed: {error.strerror}.") from error
+        if count == 0:
+            raise ReadError(
+                f"{where}: the file ends at byte {offset + done}, {len(target) - done} bytes short. Download it again."
+            )
+        done += count
