@@ -1,0 +1,111 @@
+"""`lema merge`: an adapter merged into its base, as a model that any library loads.
+
+It knows options and what is said meanwhile; merging is the export room's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import LemaError
+
+if TYPE_CHECKING:
+    from ..export.merge import MergeResult
+    from ..export.shards import Shard
+
+
+def merge(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A checkpoint of a run, or any PEFT adapter's directory.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to make.", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The base model: directory, .safetensors file or hub id. Default: as the checkpoint says.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="float32, float16 or bfloat16. Default: as the base is stored.")
+    ] = None,
+    single_file: Annotated[bool, typer.Option("--single-file", help="One model.safetensors.")] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Cut anew into files of at most this, as in 5GB. Default: the base's cut."),
+    ] = None,
+    upload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Send each file to this repository of the hub as it is made, and remove it here."
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Compare the merged model's logits with those of base and adapter; streams both. Not with --upload."
+        ),
+    ] = True,
+) -> None:
+    """Merge an adapter into its base, file by file, in the memory of about one layer.
+
+    Stopped, it goes on where it was when called again. OUTPUT appears when everything is done.
+
+    Example: lema merge runs/mine/final merged --max-shard-size 2GB
+    """
+    from ..core.budget import parse_bytes
+    from ..export.merge import merge as run
+
+    size = None if max_shard_size is None else parse_bytes(max_shard_size, "max_shard_size")
+    try:
+        result = run(
+            checkpoint,
+            output,
+            base=base,
+            dtype=dtype,
+            single_file=single_file,
+            max_shard_size=size,
+            upload=upload,
+            verify=verify,
+            progress=_tell,
+        )
+    except (KeyboardInterrupt, LemaError, OSError):
+        kept = output.absolute().with_name(f".{output.absolute().name}.partial")
+        if any(kept.glob("*.safetensors")):
+            typer.echo(f"Finished files are kept in {kept}; the same command goes on from there.", err=True)
+        raise
+    show(result)
+
+
+def _tell(shard: Shard, number: int, total: int, state: str) -> None:
+    from ..core.budget import format_bytes
+
+    typer.echo(f"{number}/{total}  {shard.name}  {format_bytes(shard.data_bytes)}  {state}")
+
+
+def show(result: MergeResult) -> None:
+    """What was made, and how far it is from base and adapter."""
+    from ..core.budget import format_bytes
+
+    found = result.comparison
+    if result.repo is not None:
+        typer.echo(f"{format_bytes(result.nbytes)} are at {result.repo}, each file confirmed by its sha256.")
+        typer.echo(
+            f"{result.output} has the rest and a list of them. Logits were not compared: the files are not here."
+        )
+        return
+    typer.echo(f"{result.output}: {format_bytes(result.nbytes)}, {result.changed} tensors changed.")
+    if found is None:
+        typer.echo("Not verified.")
+    else:
+        typer.echo(
+            f"Verified on {found.tokens} tokens: logits are off base and adapter by {found.error:.1e} of their norm "
+            f"({found.allowed:.0e} would be rounding; the adapter itself changes them by {found.effect:.1e}), "
+            f"the most likely token is the same at {found.same_choice:.0%}."
+        )

@@ -1,0 +1,190 @@
+"""`merge`: an adapter into its base, file by file, into a directory that any library loads.
+
+It knows the order of the work: plan, room on the disk, files, what is around them, verification, and only
+then the name. What the files hold is made elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils.sha import sha_fileobj
+
+from ..core.budget import format_bytes
+from ..core.gbi import GlobalBinaryIndex
+from ..core.heap import apart_from_heap
+from ..core.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..errors import ConfigError, WeightsError
+from ..utils.model_utils import parse_dtype
+from ..utils.safetensors_writer import SafetensorsWriter
+from .checkpoint import Checkpoint
+from .hub import HubUpload
+from .shards import INDEX, Shard, index_of, plan_shards
+from .staging import Staging, staged
+from .surroundings import write_surroundings
+from .verify import Comparison, compare
+from .weights import MergedWeights
+
+UPLOADED = "uploaded.json"
+Progress = Callable[[Shard, int, int, str], None]
+"""Called with a shard, its number from 1, how many there are, and 'merged', 'kept', 'uploaded' or 'uploaded before'."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge made."""
+
+    output: Path
+    shards: list[str]
+    nbytes: int
+    """Of all weights files' tensors."""
+    changed: int
+    """Stored tensors that the adapter changed."""
+    comparison: Comparison | None
+    """None: not verified."""
+    repo: str | None
+    """Where the weights files are, if not in `output`."""
+
+
+def merge(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    single_file: bool = False,
+    max_shard_size: int | None = None,
+    upload: str | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge an adapter into its base model, in the memory of a few blocks of one tensor.
+
+    The work is done in `.OUTPUT.partial` beside the output, which appears complete or not at all. A run that was
+    stopped goes on where it was when called again with the same arguments. Verification streams both models and
+    takes the memory of that.
+
+    Args:
+        checkpoint: a directory with a PEFT adapter, such as training writes.
+        output: the directory to make.
+        base: the base model, where the checkpoint's own note is not right any more.
+        dtype: of the merged weights; None: each tensor keeps the base's.
+        single_file: one `model.safetensors`; otherwise the base's own cut, unless `max_shard_size` is given.
+        max_shard_size: bytes of tensors in a file.
+        upload: a repository on the hub: each file goes there as it is made and is then removed here.
+        verify: compare logits with base and adapter; not possible with `upload`, as the files are gone then.
+        progress: told of every file.
+
+    Raises:
+        CheckpointError, UnsupportedError: the adapter is damaged, does not fit, or is of a kind that cannot be merged.
+        ConfigError: the output exists, or options contradict each other.
+        WeightsError: the base is damaged, too little room on the disk, or the result failed verification.
+        HubError: the hub refused a file; it is still here.
+    """
+    if single_file and max_shard_size is not None:
+        raise ConfigError("single_file and max_shard_size contradict each other: give one of them")
+    target = None if dtype is None else parse_dtype(dtype)
+    source = Checkpoint.open(checkpoint, base)
+    with apart_from_heap(), source.base_weights() as weights, source.tensors() as saved:
+        made = MergedWeights(source, weights, saved)
+        shards = plan_shards(weights, made.second_copies, target, single_file, max_shard_size)
+        with staged(Path(output), _made_from(source, weights, shards, upload)) as staging:
+            hub = HubUpload(upload) if upload is not None else None
+            todo = [shard for shard in shards if not staging.has(shard.name)]
+            _check_room(staging, todo, at_once=hub is None)
+            for number, shard in enumerate(shards, 1):
+                state = _make(shard, made, staging, hub, todo)
+                if progress is not None:
+                    progress(shard, number, len(shards), state)
+            weights.check_unchanged()
+            _write_around(source, staging, shards, target)
+            comparison = None
+            if verify and hub is None:
+                comparison = compare(source, staging.folder, target or _changed_type(made, weights))
+                _accept(comparison, staging)
+            if hub is not None:
+                hub.put_rest(staging.folder)
+                _write_json(staging.folder / UPLOADED, {"repo": upload, "files": staging.elsewhere})
+            placed = staging.publish()
+    return MergeResult(
+        placed, [s.name for s in shards], sum(s.data_bytes for s in shards), len(made.changed), comparison, upload
+    )
+
+
+def _make(shard: Shard, made: MergedWeights, staging: Staging, hub: HubUpload | None, todo: list[Shard]) -> str:
+    """Finish one file, unless an earlier run did; returns what was done."""
+    path, state = staging.folder / shard.name, "kept"
+    if shard.name in staging.elsewhere:
+        path.unlink(missing_ok=True)
+        return "uploaded before"
+    if shard in todo:
+        declared = [(name, dtype, record.shape) for name, (record, dtype) in shard.tensors.items()]
+        with SafetensorsWriter(path, declared) as writer:
+            for name, (record, dtype) in shard.tensors.items():
+                writer.write_parts(name, made.parts(record, dtype))
+        state = "merged"
+    if hub is not None:
+        staging.note(shard.name, hub.put(path))
+        path.unlink()
+        state = "uploaded"
+    return state
+
+
+def _made_from(
+    source: Checkpoint, weights: GlobalBinaryIndex, shards: list[Shard], upload: str | None
+) -> dict[str, Any]:
+    """Everything the files' bytes follow from."""
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files]
+    adapter = [_sha256(source.folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    cut = [[shard.name, sorted((name, str(dtype)) for name, (_, dtype) in shard.tensors.items())] for shard in shards]
+    return {"format": 1, "base": files, "adapter": adapter, "shards": cut, "upload": upload}
+
+
+def _check_room(staging: Staging, todo: list[Shard], at_once: bool) -> None:
+    sizes = [shard.nbytes for shard in todo]
+    needed = sum(sizes) if at_once else max(sizes, default=0)
+    free = shutil.disk_usage(staging.folder).free
+    if needed > free:
+        count = "together" if at_once else "each at most"
+        how = "free some space, choose another disk"
+        how += ", or send each file away as it is made with --upload" if at_once else ", or cut by --max-shard-size"
+        raise WeightsError(
+            f"{staging.target}: {len(todo)} files of {format_bytes(needed)} {count} are to be written, and the "
+            f"disk has {format_bytes(free)} free: {how}"
+        )
+
+
+def _changed_type(made: MergedWeights, weights: GlobalBinaryIndex) -> torch.dtype:
+    """The coarsest type among the tensors the adapter changed."""
+    return max((weights.record(name).dtype for name in made.changed), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _write_around(source: Checkpoint, staging: Staging, shards: list[Shard], dtype: torch.dtype | None) -> None:
+    if len(shards) > 1:
+        _write_json(staging.folder / INDEX, index_of(shards))
+    write_surroundings(source, staging.folder, None if dtype is None else str(dtype).removeprefix("torch."))
+
+
+def _accept(comparison: Comparison, staging: Staging) -> None:
+    if not comparison.good:
+        raise WeightsError(
+            f"{staging.target}: was not made: the merged model's logits are {comparison.error:.2g} of their norm from "
+            f"those of base and adapter, {comparison.allowed:.2g} would be rounding. The files are in "
+            f"{staging.folder}; a wider --dtype rounds less, and --no-verify takes them as they are"
+        )
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return sha_fileobj(stream).hex()

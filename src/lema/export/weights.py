@@ -1,0 +1,141 @@
+"""The merged model's tensors, made a run at a time from the base's and the adapter's.
+
+It knows which stored tensors the adapter changes, and where in them; it knows nothing of folders or hubs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ..core.gbi import GlobalBinaryIndex, TensorRecord
+from ..core.layout import ParameterSource, Piece
+from ..errors import NonFiniteError, UnsupportedError
+from ..models.transformers_adapter import TransformersAdapter
+from .checkpoint import Checkpoint
+from .elements import read_parameter, runs
+from .lora_layers import Target, copies_of_base, find_targets
+
+_MERGEABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class MergedWeights:
+    """Every tensor of the base under its stored name, with the adapter in those it changes.
+
+    Args:
+        checkpoint: the adapter.
+        base: its model's weights.
+        saved: its tensors.
+
+    Raises:
+        MissingTensorError, ShapeMismatchError: the weights are not the model's.
+        UnsupportedError: an adapter that cannot be merged.
+        CheckpointError: the adapter does not fit the model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, base: GlobalBinaryIndex, saved: GlobalBinaryIndex) -> None:
+        model: TransformersAdapter = checkpoint.base_model()
+        found = model.checkpoint_map(base)
+        self._sources = found.sources
+        self.targets = find_targets(checkpoint, model, saved)
+        self._changes: dict[str, list[tuple[Target, Piece]]] = {}
+        for target in self.targets.values():
+            for piece in self._sources[target.name].pieces:
+                self._changes.setdefault(piece.record.name, []).append((target, piece))
+        self._refuse_shared(checkpoint)
+        self._refuse_other_values(checkpoint, saved)
+        self.second_copies = _second_copies(found.tied, found.sources)
+        """Stored tensors that transformers ties to another one of the same values."""
+
+    @property
+    def changed(self) -> list[str]:
+        """Stored tensors the adapter changes."""
+        return list(self._changes)
+
+    def parts(self, record: TensorRecord, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """One stored tensor in runs, in row-major order, merged in float32 where the adapter changes it.
+
+        Raises:
+            NonFiniteError: merged values that are not finite, or not so in `dtype`.
+        """
+        cursor = 0
+        for target, piece in sorted(self._changes.get(record.name, ()), key=lambda change: change[1].source):
+            yield from (run.to(dtype) for run in runs(record, cursor, piece.source))
+            for merged in self._merged(target, piece):
+                cast = merged.to(dtype)
+                if not _finite(cast):
+                    raise NonFiniteError(_not_finite(record.name, merged, dtype))
+                yield cast
+            cursor = piece.source + piece.count
+        yield from (run.to(dtype) for run in runs(record, cursor, math.prod(record.shape)))
+
+    def _merged(self, target: Target, piece: Piece) -> Iterator[torch.Tensor]:
+        source = self._sources[target.name]
+        width = max(1, math.prod(target.shape[1:]))
+        cursor, end = piece.target, piece.target + piece.count
+        for first, last in target.blocks(cursor // width, -(-end // width)):
+            block = read_parameter(source, first * width, last * width).view(last - first, *target.shape[1:])
+            merged = target.merge(block, first).reshape(-1)
+            stop = min(end, last * width)
+            yield merged[cursor - first * width : stop - first * width]
+            cursor = stop
+
+    def _refuse_shared(self, checkpoint: Checkpoint) -> None:
+        for target in self.targets.values():
+            for piece in self._sources[target.name].pieces:
+                if piece.record.dtype not in _MERGEABLE:
+                    raise UnsupportedError(
+                        f"{piece.record.file}: {piece.record.name} is stored as {piece.record.dtype}, which nothing "
+                        "can be merged into. Give the unquantised model with --base"
+                    )
+        for name, source in self._sources.items():
+            for piece in source.pieces:
+                changes = self._changes.get(piece.record.name, ())
+                if shared := [t.name for t, changed in changes if t.name != name and _overlap(piece, changed)]:
+                    raise UnsupportedError(
+                        f"{checkpoint.folder} changes {shared[0]}, which {checkpoint.base} ties to {name}: a merge "
+                        "would change both. Keep the adapter apart, or train it without this module"
+                    )
+
+    def _refuse_other_values(self, checkpoint: Checkpoint, saved: GlobalBinaryIndex) -> None:
+        """PEFT loads the adapter's own copy of a base's parameter over the base's; here they must be the same."""
+        for key, name in copies_of_base(saved).items():
+            source, record = self._sources.get(name), saved.record(key)
+            same = source is not None and source.shape == record.shape
+            cursor = 0
+            for run in runs(record, 0, math.prod(record.shape)) if same else ():
+                assert source is not None
+                same = same and torch.equal(run.float(), read_parameter(source, cursor, cursor + len(run)))
+                cursor += len(run)
+            if not same:
+                raise UnsupportedError(
+                    f"{checkpoint.folder} holds {name} itself, and not as {checkpoint.base} has it: it was trained or "
+                    "resized as a whole. Merge this adapter with PEFT's own merge_and_unload"
+                )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """One pass, no temporary; a NaN is its own least and greatest."""
+    return all(math.isfinite(float(value)) for value in torch.aminmax(tensor))
+
+
+def _not_finite(name: str, merged: torch.Tensor, dtype: torch.dtype) -> str:
+    if not _finite(merged):
+        return f"{name}: merged values are not finite; the adapter or the base is damaged. Use an earlier checkpoint"
+    return (
+        f"{name}: merged values reach {merged.abs().max():.3g}, beyond {dtype}. "
+        "Use --dtype bfloat16, which has the range of float32"
+    )
+
+
+def _overlap(a: Piece, b: Piece) -> bool:
+    return a.source < b.source + b.count and b.source < a.source + a.count
+
+
+def _second_copies(tied: dict[str, str], sources: dict[str, ParameterSource]) -> frozenset[str]:
+    copies: set[str] = set()
+    for name, partner in tied.items():
+        copies |= {p.record.name for p in sources[name].pieces} - {p.record.name for p in sources[partner].pieces}
+    return frozenset(copies)
