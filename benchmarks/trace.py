@@ -1,6 +1,6 @@
 """A timeline of one training step for Perfetto or Chrome: reads, copies, computation and waits, a lane each.
 
-It knows where the engine can be listened to and what torch's profiler writes; it knows nothing of what a step
+It knows the engine's own recorder and what torch's profiler writes; it knows nothing of what a step
 computes. Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
@@ -10,17 +10,17 @@ import contextlib
 import gzip
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lema.core.timeline import COMPUTE, COPY, DISK, LANES, WAIT, rows
+
 from .counters import Device
 
 STEP = "training step"
-DISK, COPY, COMPUTE, WAIT = "disk", "copy", "compute", "wait"
 _COPIES = {"gpu_memcpy", "gpu_memset"}
 
 
@@ -37,35 +37,15 @@ class Span:
 
 @contextlib.contextmanager
 def listening(memory: Any) -> Iterator[list[Span]]:
-    """Collect what a memory manager reads, waits for and holds in use while the block runs."""
+    """Record what a memory manager reads, copies, computes and waits for while the block runs; known after it."""
     spans: list[Span] = []
-    reader = memory._reader
-    read, acquire, release = reader._read, memory.acquire, memory.release
-    begun: dict[int, float] = {}
-
-    def timed_read(piece: Any) -> None:
-        started = time.perf_counter()
-        read(piece)
-        name = f"{piece.end - piece.start} bytes at {piece.start}"
-        spans.append(Span(DISK, threading.current_thread().name, name, started, time.perf_counter()))
-
-    def timed_acquire(unit: int, *rest: Any) -> None:
-        started = time.perf_counter()
-        acquire(unit, *rest)
-        begun[unit] = time.perf_counter()
-        spans.append(Span(WAIT, "for weights", f"unit {unit}", started, begun[unit]))
-
-    def timed_release(unit: int) -> None:
-        spans.append(
-            Span(COMPUTE, "units in use, as the host sees it", f"unit {unit}", begun[unit], time.perf_counter())
-        )
-        release(unit)
-
-    reader._read, memory.acquire, memory.release = timed_read, timed_acquire, timed_release
-    try:
+    with memory.timeline.recording() as seen:
         yield spans
-    finally:
-        del reader._read, memory.acquire, memory.release  # the class's own are there again
+    for kind in LANES:
+        own = [span for span in seen.spans if span.lane == kind]
+        for span, row in zip(own, rows((span.start, span.end) for span in own), strict=True):
+            name = f"{span.nbytes} bytes of {span.name}" if span.nbytes else span.name
+            spans.append(Span(kind, f"{kind} {row + 1}", name, seen.started + span.start, seen.started + span.end))
 
 
 def record(step: Callable[[], float], memory: Any, device: Device, path: Path) -> dict[str, Any]:
@@ -93,7 +73,7 @@ def record(step: Callable[[], float], memory: Any, device: Device, path: Path) -
     with gzip.open(path, "wt", encoding="utf-8") as file:
         json.dump({"traceEvents": list(_events(every, started)), "displayTimeUnit": "ms"}, file)
     lanes = {kind: [span for span in every if span.kind == kind] for kind in (DISK, COPY, WAIT)}
-    lanes[COMPUTE] = [span for span in seen or spans if span.kind == COMPUTE]  # beside a device the host only enqueues
+    lanes[COMPUTE] = [span for span in seen or spans if span.kind == COMPUTE]  # the device's kernels where it has any
     return {
         "file": path.name,
         "step_seconds": round(ended - started, 4),
@@ -133,17 +113,16 @@ def _of_device(profiled: Any, started: float) -> list[Span]:
 
 def _events(spans: Iterable[Span], started: float) -> Iterator[dict[str, Any]]:
     """Trace events: a process for every kind of lane, a thread for every row."""
-    rows: dict[tuple[str, str], int] = {}
+    threads: dict[tuple[str, str], int] = {}
     kinds = [STEP, WAIT, COMPUTE, COPY, DISK]
     for span in spans:
         process = kinds.index(span.kind) + 1
-        if (span.kind, span.row) not in rows:
-            rows[span.kind, span.row] = len(rows) + 1
+        if (span.kind, span.row) not in threads:
+            threads[span.kind, span.row] = len(threads) + 1
             for name, value in (("process_name", span.kind), ("thread_name", span.row)):
-                yield {
-                    "ph": "M", "name": name, "pid": process, "tid": rows[span.kind, span.row], "args": {"name": value}
-                }  # fmt: skip
+                thread = threads[span.kind, span.row]
+                yield {"ph": "M", "name": name, "pid": process, "tid": thread, "args": {"name": value}}
         yield {
-            "ph": "X", "name": span.name, "cat": span.kind, "pid": process, "tid": rows[span.kind, span.row],
+            "ph": "X", "name": span.name, "cat": span.kind, "pid": process, "tid": threads[span.kind, span.row],
             "ts": round((span.start - started) * 1e6, 3), "dur": round((span.end - span.start) * 1e6, 3),
         }  # fmt: skip

@@ -128,6 +128,10 @@ class DeviceEvent(torch.Event):
                 )
             time.sleep(_POLL_SECONDS)
 
+    def seconds_after(self, earlier: DeviceEvent) -> float:
+        """Seconds from another event to this one; both have timing and have been reached."""
+        return float(earlier.elapsed_time(self)) / 1000
+
 
 class HostPins:
     """Host memory registered with CUDA's or ROCm's driver, in place and exactly as large as it is.
@@ -242,6 +246,10 @@ class AcceleratorBackend:
     def event(self) -> DeviceEvent:
         """A new event, without timing."""
         return DeviceEvent(self.device, enable_timing=False)
+
+    def timing_event(self) -> DeviceEvent:
+        """A new event, with timing."""
+        return DeviceEvent(self.device, enable_timing=True)
 
     def copy_stream(self, name: str = "weights") -> torch.Stream:
         """The stream of this name; the same name gives the same stream."""

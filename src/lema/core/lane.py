@@ -13,6 +13,7 @@ from .layout import Extent
 from .reader import DiskReader, ReadJob
 from .ring import Load, Ring
 from .schedule import Phase, Schedule
+from .timeline import DISK, WAIT, Timeline
 from .transport import DeviceBackend, DeviceTier
 
 
@@ -50,6 +51,8 @@ class Lane:
         self._extents = extents
         self._reader = reader
         self._poison = poison
+        self._timeline = Timeline(backend)
+        self._names: Callable[[int], str] = "unit {}".format
         self._host_buffers = [page_aligned(size) for size in _slot_sizes(host, nbytes)]
         fill = _weakly(self._start_read)
         self._tier: DeviceTier | None = None
@@ -66,6 +69,12 @@ class Lane:
             self.ring, self.buffers = self._tier.ring, self._tier.buffers
         self.ring.on_overwrite = _weakly(on_overwrite) if hasattr(on_overwrite, "__self__") else on_overwrite
         self.buffer_of = {unit: self.buffers[slot] for unit, slot in self.ring.slot_of.items()}
+
+    def observe(self, timeline: Timeline, names: Callable[[int], str]) -> None:
+        """Tell a timeline of reads, copies and waits; `names` is what it calls a unit."""
+        self._timeline, self._names = timeline, names
+        if self._tier is not None:
+            self._tier.timeline, self._tier.names = timeline, names
 
     @property
     def host_bytes(self) -> int:
@@ -84,10 +93,11 @@ class Lane:
 
     def acquire(self, unit: int, phase: Phase = Phase.FORWARD) -> None:
         """Wait until the unit's bytes are where they are computed with; see `Ring.acquire`."""
-        if self._tier is None:
-            self.ring.acquire(unit, phase)
-        else:
-            self._tier.acquire(unit, phase)
+        with self._timeline.span(WAIT, self._names(unit)):
+            if self._tier is None:
+                self.ring.acquire(unit, phase)
+            else:
+                self._tier.acquire(unit, phase)
 
     def release(self, unit: int) -> None:
         """Say that a use of the unit is spent."""
@@ -115,12 +125,20 @@ class Lane:
         buffer, ring = self._host_buffers[load.slot], self._host
         if self._poison:
             buffer.fill_(0xFF)
+        extents = self._extents[load.unit]
+        reading = self._timeline.transfer(DISK, self._names(load.unit), sum(extent.nbytes for extent in extents))
+
+        def done(error: BaseException | None) -> None:
+            reading.end(whole=error is None and not load.cancelled)
+            ring.finished(load, error)
+
         self._reader.submit(
             ReadJob(
-                extents=self._extents[load.unit],
+                extents=extents,
                 buffer=memoryview(buffer.numpy()),  # type: ignore[arg-type]
                 cancelled=lambda: load.cancelled,
-                done=lambda error: ring.finished(load, error),
+                done=done,
+                begun=reading.begin,
             )
         )
 

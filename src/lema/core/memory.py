@@ -26,6 +26,7 @@ from .plan import MemoryPlan
 from .reader import DiskReader
 from .ring import Load
 from .schedule import Phase, Schedule
+from .timeline import COMPUTE, Timeline
 from .transport import DeviceBackend
 from .units import BoundUnit, StreamableAdapter, bind_to_files, bind_to_slot
 
@@ -147,6 +148,9 @@ class TripleBufferManager:
             backend=backend,
             poison=poison,
         )
+        self.timeline = Timeline(backend)
+        """Told of reads, copies, waits and uses; records them while asked to."""
+        self._lane.observe(self.timeline, "layer {}".format)
         self._scratch = self._make_scratch()
         for unit in self.streamed:
             buffer = self._lane.buffer_of[unit]
@@ -181,11 +185,13 @@ class TripleBufferManager:
         if source is None or (plan is None and not head_should_stream(source.nbytes, a_step)):
             return
         if plan is not None and chunked:
-            self._head = HeadChunks(source, plan.head_rows, self._reader, self.backend)
+            self._head = HeadChunks(source, plan.head_rows, self._reader, self.backend, plan.head_in_ram)
+            self._head.lane.observe(self.timeline, "head, piece {}".format)
             nothing = torch.zeros((), dtype=source.dtype, device=self._head.device)
             self.adapter.bind_head(nothing.expand(source.shape))
         else:
             self._head = HeadSlot(source, self._reader, stays=plan is not None and plan.head == "resident")
+            self._head.lane.observe(self.timeline, lambda _: "head")
             self.adapter.bind_head(self._head.view)
         ahead = 2 + self._head.nbytes // max(max(layout.nbytes for layout in self._layouts.values()), 1)
         self._head_prefetch_at = max(self.num_units - ahead, 0)
@@ -222,7 +228,8 @@ class TripleBufferManager:
         """
         self.acquire(unit, phase)
         try:
-            yield
+            with self.timeline.span(COMPUTE, "head and loss" if unit == HEAD else f"layer {unit} {phase.value}"):
+                yield
         finally:
             self.release(unit)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from ..cache import cache_folder, write_whole
 from ..config import DTYPES
 from ..errors import ConfigError, DeviceError, WeightsNotFoundError
 from .binding import page_aligned
@@ -79,10 +80,7 @@ def profile(device: str = "cuda", path: str | os.PathLike[str] | None = None, re
     measured = measure(device, path)
     logger.info("measured %s", measured)
     if cache is not None:
-        try:
-            _write(cache, measured.to_json())
-        except OSError as error:
-            logger.warning("%s cannot be written, the machine will be measured again next time: %s", cache, error)
+        write_whole(cache, lambda file: file.write(measured.to_json().encode()))
     return measured
 
 
@@ -344,28 +342,16 @@ def _processor() -> str:
 
 def _place(path: str | os.PathLike[str] | None) -> Path:
     if path is None:
-        folder = _cache_folder()
+        folder = cache_folder()
         return folder if folder is not None else Path(tempfile.gettempdir())
     if not os.path.exists(path):
         raise WeightsNotFoundError(f"{os.fspath(path)} does not exist: give the model's file or directory")
     return Path(path)
 
 
-def _cache_folder() -> Path | None:
-    """`$LEMA_CACHE`, `$XDG_CACHE_HOME/lema` or `~/.cache/lema`, made if missing; None where it cannot be written."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        folder = Path(os.environ.get("LEMA_CACHE") or Path(base if os.path.isabs(base) else "~/.cache") / "lema")
-        folder = folder.expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
 def _cache_file(device: str, path: str | os.PathLike[str] | None) -> Path | None:
     where = _place(path)
-    folder = _cache_folder()
+    folder = cache_folder()
     if folder is None:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -378,15 +364,3 @@ def _cache_file(device: str, path: str | os.PathLike[str] | None) -> Path | None
 def _file_system(path: Path) -> int:
     """A number for the file system; the file system's own where it has one, for device numbers change at boot."""
     return (os.statvfs(path).f_fsid if hasattr(os, "statvfs") else 0) or path.stat().st_dev
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    descriptor, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

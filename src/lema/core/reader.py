@@ -35,6 +35,8 @@ class ReadJob:
     buffer: memoryview
     cancelled: Callable[[], bool]
     done: Callable[[BaseException | None], None]
+    begun: Callable[[], None] = lambda: None
+    """Called once, from a reader thread, when the first piece is taken up."""
     pieces_left: int = 0
     error: BaseException | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -46,6 +48,10 @@ class _Piece:
     extent: Extent
     start: int
     end: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.extent is self.job.extents[0] and self.start == self.extent.offset
 
 
 class DiskReader:
@@ -116,6 +122,8 @@ class DiskReader:
         job = piece.job
         error: BaseException | None = None
         if piece.end > piece.start and job.error is None and not job.cancelled():
+            if piece.is_first:
+                job.begun()
             try:
                 self._read(piece)
             except ReadError as caught:

@@ -32,6 +32,14 @@ class SimulatedEvent:
 
     def __init__(self) -> None:
         self.last: threading.Event | None = None
+        self.reached_at = 0.0
+
+    def reach(self, flag: threading.Event) -> None:
+        self.reached_at = time.perf_counter()
+        flag.set()
+
+    def seconds_after(self, earlier: SimulatedEvent) -> float:
+        return self.reached_at - earlier.reached_at
 
     def synchronize(self) -> None:
         if self.last is not None and not self.last.wait(_LONGEST_WAIT):
@@ -62,7 +70,7 @@ class SimulatedStream:
     def record_event(self, event: SimulatedEvent) -> None:
         flag = threading.Event()
         event.last = flag
-        self.enqueue(flag.set)
+        self.enqueue(lambda: event.reach(flag))
 
     def drain(self) -> None:
         event = SimulatedEvent()
@@ -131,6 +139,9 @@ class SimulatedDevice:
         return buffer
 
     def event(self) -> SimulatedEvent:
+        return SimulatedEvent()
+
+    def timing_event(self) -> SimulatedEvent:
         return SimulatedEvent()
 
     def copy_stream(self, name: str = "weights") -> SimulatedStream:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from ..errors import LemaError
 from .ring import Load, Ring
 from .schedule import Phase, Schedule
+from .timeline import COPY, Timeline, TimingEvent
 
 
 class Event(Protocol):
@@ -46,6 +48,9 @@ class DeviceBackend(Protocol):
 
     def event(self) -> Event:
         """A new event."""
+
+    def timing_event(self) -> TimingEvent:
+        """A new event that knows when it was reached."""
 
     def copy_stream(self, name: str = "weights") -> Stream:
         """The stream for these transfers; the same name gives the same stream, and each has its own."""
@@ -107,6 +112,9 @@ class DeviceTier:
         sizes = [max(nbytes[u] for u, slot in slot_of.items() if slot == number) for number in range(num_slots)]
         self.buffers = [backend.device_buffer(size) for size in sizes]
         self.copied_bytes = 0
+        self.timeline = Timeline(backend)
+        self.names: Callable[[int], str] = "unit {}".format
+        """What the timeline calls a unit."""
         self._backend = backend
         self._host = host
         self._host_buffers = host_buffers
@@ -159,7 +167,8 @@ class DeviceTier:
             target, source = self.buffers[load.slot][:nbytes], self._host_buffers[host_slot][:nbytes]
             try:
                 self._stream.wait_event(self._free[load.slot])
-                self._backend.copy(target, source, self._stream)
+                with self.timeline.span(COPY, self.names(load.unit), nbytes, self._stream):
+                    self._backend.copy(target, source, self._stream)
                 self._stream.record_event(self._ready[load.slot])
             except RuntimeError as error:  # torch's, when the device failed
                 self._host.release(load.unit)
