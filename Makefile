@@ -34,7 +34,7 @@ $(MODEL_INSTALLED): $(INSTALLED) Makefile
 	@touch $@
 
 demo: $(MODEL_INSTALLED) ## fine-tune a real 135M model on this machine
-	@$(BIN)/python examples/demo_lema.py
+	@$(BIN)/lema demo
 
 lint: $(INSTALLED) ## ruff, mypy and the import arrows
 	@$(BIN)/ruff check -q .

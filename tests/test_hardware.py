@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lema.cache import cache_folder
 from lema.core import budget, probe
 from lema.core.budget import (
     format_bytes,
@@ -706,11 +707,11 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LEMA_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
-    assert probe._cache_folder() == tmp_path / ".cache" / "lema"
+    assert cache_folder() == tmp_path / ".cache" / "lema"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert probe._cache_folder() == tmp_path / "xdg" / "lema"
+    assert cache_folder() == tmp_path / "xdg" / "lema"
     monkeypatch.setenv("LEMA_CACHE", "~/own")
-    assert probe._cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
 
 
 @pytest.mark.accelerator

@@ -65,3 +65,11 @@ class DeviceError(LemaError, RuntimeError):
 
 class CheckpointError(LemaError):
     """A training checkpoint is incomplete, damaged, or belongs to another run."""
+
+
+class HubError(LemaError, OSError):
+    """The hub refused something, or could not be reached."""
+
+
+class ReportError(LemaError):
+    """A folder that no report can be made of."""

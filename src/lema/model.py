@@ -19,10 +19,11 @@ from .core.gbi import GlobalBinaryIndex
 from .core.lora import ADAPTER_CONFIG, LoRAManager
 from .core.memory import TripleBufferManager
 from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
+from .engine.generation import generate
 from .engine.guards import guard_peft
 from .engine.streamer import LayerStreamer
 from .engine.trainer import LemaTrainer
-from .errors import ConfigError, DeviceError, UnsupportedError, WeightsNotFoundError
+from .errors import ConfigError, DeviceError, WeightsNotFoundError
 from .models.base import LemaModelAdapter
 from .models.registry import get_adapter
 
@@ -114,24 +115,7 @@ class LemaModel:
             Ids `[batch, seq + new]`, or what `return_dict_in_generate` asks for.
         """
         self.initialize_lora()
-        module: Any = self.adapter.causal_lm().module
-        if not hasattr(module, "generate"):
-            raise UnsupportedError(
-                f"{type(self.adapter).__name__} has no generate of its own; only transformers models do"
-            )
-        given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
-        given = {name: value.to(self.config.device) for name, value in given.items()}
-        kwargs.setdefault("use_cache", True)
-        training = self.hf_model.training
-        self.hf_model.eval()
-        try:
-            with torch.no_grad():
-                return module.generate(**given, **kwargs)
-        except BaseException:
-            self.memory.abort()
-            raise
-        finally:
-            self.hf_model.train(training)
+        return generate(self.adapter.causal_lm(), self.hf_model, self.memory, inputs, **kwargs)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `lema_config.json` and PEFT's `adapter_config.json` and `adapter_model.safetensors`."""

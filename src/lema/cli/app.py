@@ -14,7 +14,20 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import LemaError
+from .adapter import adapter
+from .chat import chat
+from .data import data
+from .demo import demo
+from .doctor import doctor
+from .eval import evaluate
+from .export import export
+from .generate import generate
+from .init import init
+from .merge import merge
 from .plan import plan
+from .prepare import prepare
+from .report import report
+from .train import train
 
 
 class Verbs(TyperGroup):
@@ -37,7 +50,20 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(name="lema", cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command("init")(init)
 app.command("plan")(plan)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("merge")(merge)
+app.command("export")(export)
+app.add_typer(adapter, name="adapter")
+app.add_typer(data, name="data")
+app.command("report")(report)
+app.command("demo")(demo)
+app.command("prepare")(prepare)
+app.command("doctor")(doctor)
 
 
 def _show_version(wanted: bool) -> None:

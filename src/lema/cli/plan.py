@@ -86,7 +86,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="Measure this machine anew.")] = False,
 ) -> None:
-    """Show what would be kept where for MODEL, with predicted memory and time. No weights are loaded."""
+    """Show what would be kept where for MODEL, with predicted memory and time. No weights are loaded.
+
+    Example: lema plan path/to/model --max-seq-length 512 --ram-budget 3GB
+    """
     if probe and hardware is not None:
         raise typer.BadParameter("measures this machine, and --hardware describes another one", param_hint="--probe")
     values: dict[str, Any] = {

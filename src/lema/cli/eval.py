@@ -1,0 +1,130 @@
+"""`lema eval`: how well a checkpoint predicts held-out data, beside the model it began from.
+
+It knows options and the table; sums are the training room's, batches the data room's.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .speaking import Base, Settings, Template, Where, open_speaker
+
+if TYPE_CHECKING:
+    from ..data.config import DataConfig
+    from ..data.stream import BatchStream
+    from ..reply import Speaker
+    from ..training.run_config import RunConfig
+
+_LOSS_CHUNK = 256
+_ROWS = (("eval_loss", "loss", ".4f"), ("eval_perplexity", "perplexity", ".3f"),
+         ("eval_token_accuracy", "token accuracy", ".2%"), ("seconds", "seconds", ".1f"))  # fmt: skip
+
+
+def evaluate(
+    checkpoint: Where,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Rows to evaluate on. Default: what the run held out, or its eval_file."),
+    ] = None,
+    data_format: Annotated[
+        str | None, typer.Option("--format", help="Of FILE; default: the run's, or detected.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 4,
+    max_seq_length: Annotated[int | None, typer.Option(help="Tokens a row; default: the run's.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Leave the base model out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    base: Base = None,
+    chat_template: Template = None,
+    settings: Settings = None,
+) -> None:
+    """Loss, perplexity and token accuracy of CHECKPOINT and of its base model, on the same rows.
+
+    Example: lema eval output/final --data held_out.jsonl
+    """
+    run = _run_of(Path(checkpoint))
+    chosen = _data_config(run, data, data_format)
+    asked = [f"batch_size={batch_size}", *(settings or ())]
+    if not any(pair.partition("=")[0].strip() == "loss_chunk_size" for pair in asked):
+        asked.append(f"loss_chunk_size={_LOSS_CHUNK}")
+    template = chat_template or (Path(chosen.chat_template) if chosen.chat_template else None)
+    with open_speaker(checkpoint, base, False, template, asked) as speaker:
+        length = max_seq_length or speaker.model.config.max_seq_length
+        rows = _rows(chosen, speaker, length, batch_size, run)
+        results = _results(speaker, rows, alone)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    _show(results)
+
+
+def _run_of(checkpoint: Path) -> RunConfig | None:
+    """The configuration stored with the run that a checkpoint is of."""
+    from ..training.run_config import RUN_FILE, RunConfig
+
+    found = next((path for path in (checkpoint / RUN_FILE, checkpoint.parent / RUN_FILE) if path.is_file()), None)
+    return RunConfig.from_yaml(found) if found is not None else None
+
+
+def _data_config(run: RunConfig | None, file: Path | None, data_format: str | None) -> DataConfig:
+    import dataclasses
+
+    from ..data.config import DataConfig
+
+    chosen = run.data if run is not None else DataConfig()
+    if file is not None:
+        chosen = dataclasses.replace(chosen, eval_file=str(file), data_format=data_format or "auto")
+    elif run is None or (chosen.eval_file is None and not chosen.eval_size):
+        raise ConfigError("nothing says what to evaluate on: give --data FILE (the run held out no rows)")
+    # rows are taken one after the other, each for itself
+    return dataclasses.replace(chosen, packing=False, group_by_length=False, shuffle=False)
+
+
+def _rows(chosen: DataConfig, speaker: Speaker, length: int, batch_size: int, run: RunConfig | None) -> BatchStream:
+    import dataclasses
+
+    from ..data import load_data
+
+    if chosen.eval_file is not None:  # the data trained on need not be there any more
+        chosen = dataclasses.replace(chosen, train_file=chosen.eval_file, eval_size=0)
+    seed = run.lema.seed if run is not None else speaker.model.config.seed
+    loaded = load_data(chosen, speaker.tokenizer, max_seq_length=length, rows_per_step=batch_size, seed=seed)
+    assert loaded.eval is not None
+    return loaded.eval
+
+
+def _results(speaker: Speaker, rows: BatchStream, alone: bool) -> dict[str, dict[str, Any]]:
+    from ..engine.machine import evaluate_batch
+    from ..training.evaluation import evaluate_with
+
+    trainer = speaker.model.get_trainer()
+    adapted = speaker.model.lora_manager is not None
+    arms = (
+        [("model", False)] if not adapted else [("adapter", False)] if alone else [("base", True), ("adapter", False)]
+    )
+    results = {}
+    for name, bare in arms:
+        model: Any = speaker.model.hf_model
+        with model.disable_adapter() if bare else nullcontext():
+            results[name] = evaluate_with(lambda inputs: evaluate_batch(trainer, inputs), rows)
+    return results
+
+
+def _show(results: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    for key, label, form in _ROWS:
+        table.add_row(label, *(format(values[key], form) for values in results.values()))
+    targets = next(iter(results.values()))["eval_targets"]
+    table.add_row("targets", *(f"{targets:,}" for _ in results))
+    Console().print(table)

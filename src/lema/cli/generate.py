@@ -1,0 +1,96 @@
+"""`lema generate`: answers to prompts, one after the other.
+
+It knows options, where prompts come from and how answers are written out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .speaking import (
+    Base,
+    NoAdapter,
+    Seed,
+    Settings,
+    Stop,
+    Temperature,
+    Template,
+    Tokens,
+    TopP,
+    Where,
+    open_speaker,
+    seed_all,
+)
+
+
+def generate(
+    checkpoint: Where,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="A prompt a line, or JSONL with `prompt`; - reads stdin."),
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Continue the prompt as it is, without chat template.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    max_new_tokens: Tokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
+    seed: Seed = None,
+    base: Base = None,
+    no_adapter: NoAdapter = False,
+    chat_template: Template = None,
+    settings: Settings = None,
+) -> None:
+    """Answer prompts with CHECKPOINT.
+
+    Example: lema generate output/final -p "What is the capital of Norway?"
+    """
+    from ..reply import Sampling
+
+    prompts = [*(prompt or ()), *(_prompts_in(file) if file is not None else ())]
+    if not prompts:
+        raise typer.BadParameter("give --prompt or --file", param_hint="--prompt")
+    sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
+    with open_speaker(checkpoint, base, no_adapter, chat_template, settings) as speaker:
+        seed_all(seed)
+        for text in prompts:
+            if as_json:
+                reply = speaker.reply(text, sampling, plain=plain)
+                line = {"prompt": text, "text": reply.text, "ended_by": reply.ended_by, "tokens": reply.num_tokens}
+                typer.echo(json.dumps(line, ensure_ascii=False))
+                continue
+            if len(prompts) > 1:
+                typer.secho(f"> {text}", bold=True)
+            speaker.reply(text, sampling, lambda piece: typer.echo(piece, nl=False), plain=plain)
+            typer.echo()
+
+
+def _prompts_in(file: Path) -> Iterator[str]:
+    raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    try:
+        lines = raw.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if file.suffix not in (".jsonl", ".json"):
+            yield line
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise InputError(f"{file}, line {number} has no text named prompt")
+        yield row["prompt"]

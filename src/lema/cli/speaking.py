@@ -1,0 +1,74 @@
+"""Options that verbs which let a model answer have in common.
+
+It knows how a command line names them; what they mean is the reply room's business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .plan import _fastest_device
+from .settings import parse_settings
+
+if TYPE_CHECKING:
+    from ..reply import Speaker
+
+Where = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A checkpoint of a run (its final, say), a PEFT adapter, a merged model, or any model or hub id.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The adapter's model, where it is not where the adapter says.")
+]
+NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")]
+Template = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A Jinja chat template instead of the tokenizer's.")
+]
+Tokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Share of probability that is drawn from.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer at this text; repeatable.")]
+Seed = Annotated[int | None, typer.Option(help="Of the draws; the same seed gives the same answers.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of LemaConfig; repeatable.")
+]
+
+
+def open_speaker(
+    where: str, base: str | None, no_adapter: bool, template: Path | None, settings: list[str] | None
+) -> Speaker:
+    """The model that answers, on the fastest device, its weights in RAM unless said otherwise.
+
+    A token needs every layer once, so streaming from disk is as slow as the disk: `--set strategy=streaming` where
+    the model is larger than memory.
+    """
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    from ..reply import Speaker
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    overrides: dict[str, Any] = {"strategy": "resident", "device": _fastest_device(), **parse_settings(settings or ())}
+    if overrides["device"] != "cpu":
+        overrides.setdefault("vram_budget", "auto")
+    return Speaker.open(
+        where, base=base, adapter=not no_adapter, template=None if template is None else str(template), **overrides
+    )
+
+
+def seed_all(seed: int | None) -> None:
+    """Make draws repeatable, if a seed was given."""
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)

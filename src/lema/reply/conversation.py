@@ -1,0 +1,67 @@
+"""`Conversation`: turns that are really in the prompt, within the model's window.
+
+It knows messages and a speaker; it knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import InputError
+from .sampling import Sampling
+from .speaker import Reply, Speaker
+
+
+class Conversation:
+    """Questions and answers in turn.
+
+    Without a chat template each question is answered for itself: nothing says how turns would be written.
+
+    Args:
+        system: what comes before all turns; None: whatever the template does by itself.
+    """
+
+    def __init__(self, speaker: Speaker, system: str | None = None) -> None:
+        self.speaker = speaker
+        self._first = [{"role": "system", "content": system}] if system is not None else []
+        self.turns: list[dict[str, str]] = []
+        """Messages of user and assistant so far, without the system's."""
+        self.dropped = 0
+        """Turns that no longer fitted into the window at the last question."""
+
+    def clear(self) -> None:
+        """Forget all turns."""
+        self.turns = []
+        self.dropped = 0
+
+    def prompt(self, question: str, room: int = 1) -> str:
+        """The text the model would see, the oldest turns left out where `room` tokens for the answer demand it.
+
+        Raises:
+            InputError: not even the question alone fits.
+        """
+        asked = {"role": "user", "content": question}
+        renderer, context = self.speaker.renderer, self.speaker.context
+        if not renderer.has_template:
+            return question
+        for start in range(0, len(self.turns) + 2, 2):
+            text = renderer.prompt([*self._first, *self.turns[start:], asked])
+            if context is None or len(renderer.ids(text)) + room <= context:
+                self.dropped = start
+                return text
+            if start >= len(self.turns):
+                break
+        raise InputError(
+            f"the question has {len(renderer.ids(text))} tokens with its template, and the model takes {context}, "
+            f"{room} of them for the answer: shorten the question or max_new_tokens"
+        )
+
+    def ask(self, question: str, sampling: Sampling, tell: Callable[[str], None] | None = None) -> Reply:
+        """Ask, and remember question and answer; a turn that is interrupted is not remembered."""
+        context = self.speaker.context
+        room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, max(context // 2, 1))
+        text = self.prompt(question, room)
+        ids = self.speaker.renderer.ids(text) if self.speaker.renderer.has_template else self.speaker.renderer.ask(text)
+        reply = self.speaker.continue_from(ids, sampling, tell)
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply.text.strip()}]
+        return reply

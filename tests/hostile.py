@@ -1,0 +1,264 @@
+"""Bad rows, files, tokenizers, models and checkpoints, and what the command line says of each: the table in docs.
+
+`python tests/hostile.py` writes docs/errors.md anew; tests/test_hostile.py checks that it still says the truth.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from data_helpers import CHATML, VOCABULARY, make_tokenizer, write_jsonl
+from families import save_tiny
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
+GOOD = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
+HEAD = """# What goes wrong, and what one sees
+
+Every message below was printed by the command beside it, with paths shortened; the status was 1 unless said otherwise.
+`python tests/hostile.py` writes this page, and a test compares it with what the commands say now.
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that is wrong."""
+
+    group: str
+    what: str
+    words: list[str]
+    """The command line, without `lema`."""
+    status: int = 1
+
+
+class Workshop:
+    """A good model, data file and configuration, and bad ones made of them.
+
+    Args:
+        folder: an empty one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        save_tiny("llama", self.model, vocab_size=VOCABULARY)
+        make_tokenizer(CHATML).save_pretrained(self.model)
+        self.data = write_jsonl(folder / "good.jsonl", [GOOD] * 8)
+
+    def rows(self, name: str, *rows: Any) -> Path:
+        """A data file; texts and bytes are lines as they are."""
+        path = self.folder / f"{name}.jsonl"
+        lines = [
+            r if isinstance(r, bytes) else r.encode() if isinstance(r, str) else json.dumps(r).encode() for r in rows
+        ]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return path
+
+    def yaml(self, name: str, text: str = "", **changes: Any) -> Path:
+        """A configuration; values of None are left out, `text` comes after."""
+        values: dict[str, Any] = {
+            "model_name_or_path": str(self.model), "train_file": str(self.data),
+            "output_dir": str(self.folder / f"out-{name}"),
+            "device": "cpu", "dtype": "float32", "lora_target_modules": "all-linear", "max_seq_length": 64,
+            "lora_rank": 4, "ram_budget": "2GB", "max_steps": 2,
+        }  # fmt: skip
+        path = self.folder / f"{name}.yaml"
+        lines = [f"{key}: {json.dumps(value)}" for key, value in {**values, **changes}.items() if value is not None]
+        path.write_text("\n".join([*lines, text]) + "\n", encoding="utf-8")
+        return path
+
+    def copy_of_model(self, name: str) -> Path:
+        """A model to spoil."""
+        return Path(shutil.copytree(self.model, self.folder / name))
+
+    def checkpoint(self, name: str) -> tuple[Path, Path]:
+        """A run of two steps that may be spoilt: its configuration and `checkpoint-1`."""
+        config = self.yaml(name, save_steps=1)
+        done = run(["train", str(config)])
+        assert done[0] == 0, done[1]
+        folder = self.folder / f"out-{name}"
+        shutil.rmtree(folder / "final")
+        shutil.rmtree(folder / "checkpoint-2")
+        return config, folder / "checkpoint-1"
+
+
+def run(words: list[str]) -> tuple[int, str]:
+    """Exit status and everything printed."""
+    from lema.cli.app import app
+
+    result = CliRunner().invoke(app, words)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def cases(shop: Workshop) -> Iterator[Case]:
+    """Everything that is wrong, one after the other."""
+    yield from _rows(shop)
+    yield from _yaml(shop)
+    yield from _models(shop)
+    yield from _checkpoints(shop)
+
+
+def _rows(shop: Workshop) -> Iterator[Case]:
+    def case(what: str, name: str, *rows: Any, form: str | None = None) -> Case:
+        path = shop.rows(name, *rows)
+        more = [] if form is None else ["--format", form]
+        return Case("Data", what, ["data", "check", str(path), "--model", str(shop.model), *more])
+
+    say = {"role": "assistant", "content": "Hello."}
+    ask = {"role": "user", "content": "Hello?"}
+    yield case("a line that is not JSON", "not-json", GOOD, "{'role': 1}")
+    yield case("a line that is not an object", "list", GOOD, [1, 2])
+    yield case("a line that is not UTF-8", "latin1", GOOD, b'{"messages": "caf\xe9"}')
+    yield case("no rows", "empty")
+    yield case("fields that are of no known form", "unknown", {"foo": 1, "bar": 2})
+    yield case("a row without its field", "missing-field", GOOD, {"text": "x"})
+    yield case("messages that are no list", "no-list", GOOD, {"messages": "hello"})
+    yield case("no messages", "no-messages", GOOD, {"messages": []})
+    yield case("an unknown role", "role", GOOD, {"messages": [{"role": "robot", "content": "x"}, say]})
+    yield case("content that is no text", "content", GOOD, {"messages": [{"role": "user", "content": 3}, say]})
+    yield case("nobody answers", "no-answer", GOOD, {"messages": [ask]})
+    yield case("the assistant begins", "begins", GOOD, {"messages": [say, ask, say]})
+    yield case(
+        "a completion that is no text",
+        "completion",
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": None},
+    )
+    yield case("a file in another form than was said", "other-form", GOOD, form="text")
+    yield Case("Data", "no such file", ["data", "check", str(shop.folder / "none.jsonl"), "--model", str(shop.model)])
+    long = {"messages": [{"role": "user", "content": "Hello? " * 200}, say]}
+    config = shop.yaml("long", train_file=str(shop.rows("long", *[long] * 3)), too_long="error")
+    yield Case("Data", "a row that is too long, where that is to be an error", ["train", str(config), "--dry-run"])
+    config = shop.yaml("dropped", train_file=str(shop.rows("dropped", *[long] * 3, GOOD)), too_long="drop")
+    yield Case("Data", "most rows are too long and dropped", ["data", "check", str(config)])
+
+
+def _yaml(shop: Workshop) -> Iterator[Case]:
+    def case(what: str, name: str, text: str = "", **changes: Any) -> Case:
+        return Case("Configuration", what, ["train", str(shop.yaml(name, text, **changes)), "--dry-run"])
+
+    yield case("a key that is misspelt", "misspelt", "learning_rte: 0.1")
+    yield case("a key twice", "twice", "max_steps: 3")
+    yield case("two names of one setting", "alias", "cutoff_len: 12")
+    yield case("a number that is none", "number", learning_rate="fast")
+    yield case("a value that is not possible", "value", lora_rank=0)
+    yield case("a word that is not among the choices", "choice", lr_scheduler_type="cosin")
+    yield case("not YAML", "broken", "a: [1, 2")
+    yield case("no model", "no-model", model_name_or_path=None)
+    yield case("no data", "no-data", train_file=None)
+    yield case("a budget nothing fits into", "budget", ram_budget="20MB")
+    yield Case("Configuration", "no such file", ["train", str(shop.folder / "none.yaml")])
+    yield Case("Configuration", "an option that is not there", ["train", "run.yaml", "--resme", "auto"], 2)
+
+
+def _models(shop: Workshop) -> Iterator[Case]:
+    def case(what: str, name: str, spoil: Callable[[Path], Any]) -> Case:
+        model = shop.copy_of_model(name)
+        spoil(model)
+        return Case(
+            "Model and tokenizer", what, ["train", str(shop.yaml(f"run-{name}", model_name_or_path=str(model)))]
+        )
+
+    def config(**changes: Any) -> Callable[[Path], Any]:
+        def spoil(model: Path) -> None:
+            path = model / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+        return spoil
+
+    def weights(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+        return lambda model: (model / "model.safetensors").write_bytes(
+            change((model / "model.safetensors").read_bytes())
+        )
+
+    yield Case(
+        "Model and tokenizer",
+        "no such model",
+        ["train", str(shop.yaml("nowhere", model_name_or_path=str(shop.folder / "nowhere")))],
+    )
+    yield case("no config.json", "no-config", lambda m: (m / "config.json").unlink())
+    yield case("no weights", "no-weights", lambda m: (m / "model.safetensors").unlink())
+    yield case("weights that were cut off", "cut", weights(lambda b: b[:-1000]))
+    yield case("a header that lies about its length", "header", weights(lambda b: struct.pack("<Q", 1 << 40) + b[8:]))
+    yield case("a tensor that is missing", "missing", config(num_hidden_layers=5))
+    yield case("a tensor of another shape", "shape", config(intermediate_size=64))
+    yield case("quantised weights", "quantised", config(quantization_config={"quant_method": "gptq", "bits": 4}))
+    yield case("no tokenizer", "no-tokenizer", lambda m: [p.unlink() for p in m.glob("tokenizer*")])
+    yield case(
+        "messages, and a tokenizer without chat template",
+        "no-template",
+        lambda m: [p.unlink() for p in m.glob("*.jinja")],
+    )
+    yield case(
+        "a chat template that is not Jinja",
+        "bad-template",
+        lambda m: (m / "chat_template.jinja").write_text("{% for %}"),
+    )
+
+
+def _checkpoints(shop: Workshop) -> Iterator[Case]:
+    def case(what: str, name: str, spoil: Callable[[Path], Any], resume: str | None = None, **changes: Any) -> Case:
+        config, folder = shop.checkpoint(name)
+        spoil(folder)
+        if changes:
+            config = shop.yaml(name, save_steps=1, **changes)
+        return Case("Checkpoints", what, ["train", str(config), "--resume", resume or str(folder)])
+
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-20])
+
+    config, _ = shop.checkpoint("again")
+    yield Case("Checkpoints", "a run that was there before", ["train", str(config)])
+    yield case("its marker is missing: it was never whole", "marker", lambda f: (f / "COMPLETE").unlink())
+    yield case("tensors that were cut off", "cut-state", lambda f: cut(f / "optimizer.safetensors"))
+    yield case("a state that is not JSON", "state", lambda f: (f / "trainer_state.json").write_text("{"))
+    other = shop.copy_of_model("other-base")
+    save_tiny("llama", other, seed=5, vocab_size=VOCABULARY)
+    yield case("other base weights", "other-weights", lambda f: None, model_name_or_path=str(other))
+    rows = shop.rows("other-data", *[GOOD] * 9)
+    yield case("other data", "changed-data", lambda f: None, train_file=str(rows))
+    yield case("another learning rate", "changed-rate", lambda f: None, learning_rate=0.5)
+    yield case("another rank", "changed-rank", lambda f: None, lora_rank=8)
+    yield Case("Checkpoints", "chat with a folder that holds nothing", ["chat", str(shop.folder / "out-nothing")])
+
+
+def table(folder: Path) -> str:
+    """The page, from running every case."""
+    shop = Workshop(folder)
+    parts, group = [HEAD], ""
+    for case in cases(shop):
+        status, output = run(case.words)
+        assert status == case.status, f"{case.what}: status {status}, not {case.status}\n{output}"
+        if case.group != group:
+            group = case.group
+            parts.append(f"\n## {group}\n\n| what is wrong | command | what one sees |\n|---|---|---|")
+        words = " ".join(["lema", *case.words]).replace(f"{folder}/", "")
+        said = f"status {status}: " if status != 1 else ""
+        parts.append(f"| {case.what} | `{words}` | {said}{_essence(output, folder)} |")
+    return "\n".join(parts) + "\n"
+
+
+def _essence(output: str, folder: Path) -> str:
+    """The message in what was printed: an error, the bad rows, what is in a box, or else the last line."""
+    lines = [line for line in output.replace(f"{folder}/", "").splitlines() if line.strip()]
+    starts = [i for i, line in enumerate(lines) if line.startswith("error:") or re.match(r"bad +\S+, line", line)]
+    boxed = [line.strip("│ ") for line in lines if line.startswith("│")]
+    chosen = lines[starts[0] :] if starts else boxed or lines[-1:]
+    text = re.sub(r"saved with \d+", "saved with N", " ".join(" ".join(chosen).split()))  # paths are in that file
+    return text.removeprefix("error: ").removeprefix("bad ").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        DOCUMENT.write_text(table(Path(name)), encoding="utf-8")
