@@ -100,6 +100,39 @@ def test_rotation_keeps_the_newest_whole_one_and_the_best(tmp_path: Path) -> Non
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def _state(step: int) -> dict[str, Any]:
+    return {"global_step": step, "lema": {"run": {}}}
+
+
+def test_the_last_save_gives_way_to_a_later_checkpoint(tmp_path: Path) -> None:
+    """A run that was finished, made longer and stopped again goes on from where it was stopped."""
+    folder = CheckpointFolder(tmp_path)
+    made(tmp_path, "final", _state(100))
+    made(tmp_path, "checkpoint-90", _state(90))
+    assert choose_start(folder, "auto").checkpoint == folder.final
+    made(tmp_path, "checkpoint-150", _state(150))
+    assert choose_start(folder, "auto").checkpoint == folder.path(150)
+
+
+def test_going_back_puts_aside_what_came_after(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (50, 100, 150):
+        made(tmp_path, f"checkpoint-{step}", _state(step))
+    made(tmp_path, "final", _state(160))
+    assert choose_start(folder, folder.path(50), look_only=True).messages == []
+    start = choose_start(folder, folder.path(50))
+    assert start.checkpoint == folder.path(50)
+    assert "checkpoint-150, checkpoint-100, final came after checkpoint-50" in start.messages[0]
+    assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == [
+        "checkpoint-100", "checkpoint-150", "final",
+    ]  # fmt: skip
+    assert [path.name for path in folder.all()] == ["checkpoint-50"]
+    made(tmp_path, "checkpoint-60", _state(60))
+    assert folder.rotate(1, None, folder.path(60)) == [folder.path(50)]
+    made(tmp_path, "checkpoint-70", _state(70))
+    assert folder.rotate(1, None, folder.path(60)) == [folder.path(70)], "the one just written stays"
+
+
 def test_leftovers_of_killed_saves(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-3.abc.tmp").mkdir()
     made(tmp_path, ".final.xyz.tmp")

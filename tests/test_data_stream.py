@@ -196,6 +196,11 @@ def test_lost_rows_are_counted_and_said(packing: bool, caplog: pytest.LogCapture
     assert all(b.inputs["input_ids"].shape[1] <= 10 for b in batches)
 
 
+def test_rows_lost_before_packing_count_against_all_rows() -> None:
+    source = BatchStream(lossy(400, 30), 4, packing=True, max_dropped=0.1)
+    assert sum(batch.rows for batch in take(source, source.steps_per_epoch)) == 370
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_too_many_lost_rows_stop_the_run_with_numbers_and_a_way_out(packing: bool) -> None:
     with pytest.raises(

@@ -400,8 +400,20 @@ def test_on_a_device_a_head_stays_or_comes_in_chunks() -> None:
         held = {"resident": model().head, "chunked": 2 * plan.head_rows * model().head // model().vocab}[plan.head]
         assert plan.device_bytes["rest of the model"] == model().rest + held
     assert plan.head == "chunked"
-    asked = plan_for(None, 20 * GB, head="streamed")
-    assert asked.device_bytes["rest of the model"] == model().rest + model().head, "it stays there all the same"
+    with pytest.raises(ConfigError, match="beside a device the head is 'resident' or 'chunked'"):
+        plan_for(None, 20 * GB, head="streamed")
+
+
+def test_a_head_in_chunks_comes_from_ram_where_there_is_room() -> None:
+    rest: dict[str, Any] = {"machine": gpu(disk=GB // 10, link=2 * GB), "head": "chunked"}
+    roomy, tight = plan_for(20 * GB, 420 * MB, **rest), plan_for(400 * MB, 420 * MB, **rest)
+    assert roomy.head_in_ram
+    assert roomy.host_bytes["head"] == model().head
+    assert not tight.head_in_ram
+    assert tight.host_bytes["head"] < model().head
+    assert roomy.estimate is not None
+    assert tight.estimate is not None
+    assert tight.estimate.disk_seconds - roomy.estimate.disk_seconds >= model().head / (GB // 10) * 0.99
 
 
 @pytest.mark.parametrize("budget", [None, 50 * GB, 2 * GB, GB, 700 * MB])

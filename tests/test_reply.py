@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -163,6 +164,35 @@ def test_a_plain_adapter_of_peft_opens_too(base: Path, checkpoint: Path, tmp_pat
         Speaker.open(tmp_path, device="cpu")
 
 
+def test_scaling_of_a_plain_adapter_is_its_own(base: Path, tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(3)
+    settings = LoraConfig(r=4, lora_alpha=32, use_rslora=True, target_modules="all-linear", alpha_pattern={"q_proj": 8})
+    adapted = get_peft_model(plain, settings)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    adapted.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with Speaker.open(tmp_path, base=str(base), device="cpu", dtype="float32") as made, torch.no_grad():
+        found = made.model.hf_model(input_ids=ids).logits
+        torch.testing.assert_close(found, adapted.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(base: Path, tmp_path: Path) -> None:
+    """Templates may end turns with another token than the model's own end."""
+    other = CHATML.replace("<|im_end|>", "<|pad|>")
+    tokenizer = make_tokenizer(other)
+    end = tokenizer.convert_tokens_to_ids("<|pad|>")
+    renderer = ChatRenderer(tokenizer)
+    assert renderer.end_tokens == sorted({tokenizer.eos_token_id, end})
+    assert ChatRenderer(make_tokenizer(None)).end_tokens == [tokenizer.eos_token_id]
+    with Speaker.open(base, device="cpu", dtype="float32") as made:
+        speaker = Speaker(made.model, renderer)
+        assert end in speaker._end_tokens()
+
+
 # -- verbs -----------------------------------------------------------------------------------------
 
 
@@ -194,6 +224,13 @@ def test_eval_shows_base_and_adapter(checkpoint: Path, tmp_path: Path) -> None:
     plain = CliRunner().invoke(app, ["eval", str(checkpoint), "--data", str(data), "--alone"])
     assert re.search(r"token accuracy +100\.00%", plain.stdout)
     assert "base" not in plain.stdout
+    run = tmp_path / "run" / "final"
+    shutil.copytree(checkpoint, run)
+    (run / "run.yaml").write_text(
+        f"model_name_or_path: {checkpoint}\ntrain_file: nowhere.jsonl\neval_size: 0.1\nchat_template: gone.jinja\n"
+    )
+    again = CliRunner().invoke(app, ["eval", str(run), "--data", str(data), "--alone", "--json"])
+    assert json.loads(again.stdout)["adapter"]["eval_loss"] == found["adapter"]["eval_loss"], again.output
     nothing = CliRunner().invoke(app, ["eval", str(checkpoint)])
     assert nothing.exit_code == 1
     assert "give --data FILE" in nothing.output

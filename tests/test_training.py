@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -357,6 +358,10 @@ def test_patience_and_the_best_adapter(model: Path, rows: Path, tmp_path: Path) 
     assert min(evaluations, key=lambda step: evaluations[step]) == best
     assert adapter_bytes(tmp_path / "final") == adapter_bytes(tmp_path / f"checkpoint-{best}")
     assert train(settings, resume="auto").global_step == result.global_step, "it stays stopped"
+    with pytest.raises(CheckpointError, match=r"learning_rate was 1\.0 and is 0\.5"):
+        train({**settings, "learning_rate": 0.5}, resume="auto")
+    shutil.rmtree(tmp_path / "final")  # as if killed between the last evaluation's save and the end
+    assert train({**settings, "save_steps": 1}, resume="auto").global_step <= result.global_step
     with pytest.raises(ConfigError, match="need evaluation data"):
         train({**settings, "eval_size": 0, "output_dir": str(tmp_path / "none")})
 

@@ -86,7 +86,7 @@ def _talk(conversation: Conversation, sampling: Sampling) -> None:
 def _answer(conversation: Conversation, question: str, sampling: Sampling, debug: bool) -> None:
     try:
         if debug:
-            typer.secho(repr(conversation.prompt(question)), dim=True)
+            typer.secho(repr(conversation.prompt(question, conversation.room(sampling))), dim=True)
         reply = conversation.ask(question, sampling, _say)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)

@@ -52,8 +52,7 @@ def evaluate(
     asked = [f"batch_size={batch_size}", *(settings or ())]
     if not any(pair.partition("=")[0].strip() == "loss_chunk_size" for pair in asked):
         asked.append(f"loss_chunk_size={_LOSS_CHUNK}")
-    template = chat_template or (Path(chosen.chat_template) if chosen.chat_template else None)
-    with open_speaker(checkpoint, base, False, template, asked) as speaker:
+    with open_speaker(checkpoint, base, False, chat_template, asked) as speaker:
         length = max_seq_length or speaker.model.config.max_seq_length
         rows = _rows(chosen, speaker, length, batch_size, run)
         results = _results(speaker, rows, alone)
@@ -78,11 +77,12 @@ def _data_config(run: RunConfig | None, file: Path | None, data_format: str | No
 
     chosen = run.data if run is not None else DataConfig()
     if file is not None:
-        chosen = dataclasses.replace(chosen, eval_file=str(file), data_format=data_format or "auto")
+        kind = data_format or (chosen.data_format if run is not None else "auto")
+        chosen = dataclasses.replace(chosen, eval_file=str(file), eval_size=0, data_format=kind)
     elif run is None or (chosen.eval_file is None and not chosen.eval_size):
         raise ConfigError("nothing says what to evaluate on: give --data FILE (the run held out no rows)")
-    # rows are taken one after the other, each for itself
-    return dataclasses.replace(chosen, packing=False, group_by_length=False, shuffle=False)
+    # rows are taken one after the other, each for itself; the template is in the checkpoint's tokenizer
+    return dataclasses.replace(chosen, packing=False, group_by_length=False, shuffle=False, chat_template=None)
 
 
 def _rows(chosen: DataConfig, speaker: Speaker, length: int, batch_size: int, run: RunConfig | None) -> BatchStream:

@@ -78,7 +78,7 @@ def generate(
 def _prompts_in(file: Path) -> Iterator[str]:
     raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     try:
-        lines = raw.decode("utf-8").splitlines()
+        lines = raw.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):

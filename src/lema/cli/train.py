@@ -88,7 +88,7 @@ def _run(
     from ..training.panel import make_view
     from .plan import make
 
-    config = _kept_budgets(run.engine_config().to_dict(), run, start)
+    config = _kept_budgets(run.resolved().engine_config().to_dict(), run, start)
     tokenizer = load_tokenizer(run.lema.model_name_or_path)
     data = open_data(run, tokenizer)
     planned = make(config, None)

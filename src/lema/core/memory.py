@@ -126,8 +126,10 @@ class TripleBufferManager:
         self._scratch_unit: int | None = None
         self._decodes = 0
         self.plan = plan
-        self.heap_limit = None if plan is None else resident_bytes() + plan.host_peak - plan.transient // 4
-        """Resident set between layers from which on idle heap is given back; None: no plan, no limit."""
+        self.heap_limit = (
+            None if plan is None or backend is not None else resident_bytes() + plan.host_peak - plan.transient // 4
+        )
+        """Resident set between layers from which on idle heap is given back; None: no plan, or not on this heap."""
         self._reader = DiskReader(num_readers, direct_io)
         self.backend = backend
         self._layouts = {unit: SlotLayout(units[unit], adapter.packs_units) for unit in self.streamed}

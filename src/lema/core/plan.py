@@ -105,7 +105,7 @@ class MemoryPlan:
     micro_batch_size: int
     loss_chunk_size: int | None
     head: str
-    """'resident'; 'streamed': whole, once a step; 'chunked': by runs of vocabulary rows, once a step."""
+    """'resident'; 'streamed' (CPU): whole, once a step; 'chunked': by runs of vocabulary rows, once a step."""
     head_rows: int
     """Vocabulary rows of a chunk; all of them unless chunked."""
     boundaries: str

@@ -206,6 +206,11 @@ class _Planner:
     # -- refusal ---------------------------------------------------------------------------------
 
     def _check_head(self) -> None:
+        if self.choices.head == "streamed" and not self.on_cpu:
+            raise ConfigError(
+                "head='streamed' is for the CPU: beside a device the head is 'resident' or 'chunked'. Set one of "
+                "these, or leave it unset"
+            )
         if self.choices.head not in (None, "resident") and not self.sizes.head_streams:
             raise ConfigError(
                 f"head={self.choices.head!r} is not possible: this model's head is not a plain linear layer stored in "
@@ -309,6 +314,7 @@ def _preference(plan: MemoryPlan) -> tuple[int, int, int, int]:
     """Of equally fast plans the lowest is taken: by rows at once, then by what goes somewhere else and back although it
     need not, then by size."""
     detours = (plan.optimizer == "host") + (plan.boundaries == "host") + (plan.head != "resident")
+    detours += plan.head == "chunked" and plan.device != "cpu" and not plan.head_in_ram
     return (-plan.micro_batch_size, detours, plan.device_peak, plan.host_peak)
 
 

@@ -43,19 +43,20 @@ def estimate(plan: MemoryPlan, footprint: Footprint, hardware: Hardware, dtype: 
     passing = max(1 - slots / len(shared), 0.0) if shared else 0.0
     disk = sum(sizes.units[u] for u in plan.from_disk) * passing / hardware.disk_bytes_per_s
     disk_head = (sizes.head if plan.head != "resident" and not plan.head_in_ram else 0) / hardware.disk_bytes_per_s
-    link = optimizer = 0.0
+    at_loss = plan.head == "chunked"  # two slots hold little of it: the rest is read, and crosses, during the loss
+    link = link_head = optimizer = 0.0
     if not on_cpu:
         carried = sum(sizes.units[u] for u in shared) * passing
         carried += recomputed * work.boundary if plan.boundaries == "host" else 0
         link = carried / hardware.link_bytes_per_s
-        if plan.head != "resident":
-            head = max(head, sizes.head / hardware.link_bytes_per_s)
+        link_head = sizes.head / hardware.link_bytes_per_s if at_loss else 0.0
         if plan.optimizer == "host":
             optimizer = sizes.lora * (_OPTIMIZER_BYTES / _HOST_BYTES_PER_S + 8 / hardware.link_bytes_per_s)
     phases = [
-        {"compute": forward, "disk": disk + disk_head, "link": link},
-        {"compute": head + optimizer},
+        {"compute": forward, "disk": disk + (0.0 if at_loss else disk_head), "link": link},
+        {"compute": head, "disk": disk_head if at_loss else 0.0, "link": link_head},
         {"compute": backward, "disk": disk, "link": link},
+        {"compute": optimizer},
     ]
     step = sum(max(phase.values()) for phase in phases)
     bound: dict[str, float] = {}
@@ -66,7 +67,7 @@ def estimate(plan: MemoryPlan, footprint: Footprint, hardware: Hardware, dtype: 
         step_seconds=step,
         compute_seconds=forward + head + optimizer + backward,
         disk_seconds=2 * disk + disk_head,
-        link_seconds=2 * link,
+        link_seconds=2 * link + link_head,
         tokens_per_second=total / step if step else 0.0,
         bound_by=max(bound, key=lambda name: bound[name]),
     )

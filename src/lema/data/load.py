@@ -72,6 +72,8 @@ def load_data(
     source = train_rows if train_rows is not None else config.train_file
     if source is None:
         raise ConfigError("train_file is missing: give a JSONL, JSON, CSV or Parquet file")
+    if eval_rows is not None and config.eval_size:
+        raise ConfigError("eval_size and rows to evaluate on are both given: take them from one place")
     renderer = ChatRenderer.from_file(tokenizer, config.chat_template)
     rows = open_rows(source)
     kind = config.data_format if config.data_format != "auto" else detect_format(rows)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,27 @@ class ChatRenderer:
         """Token ids of a prompt given as one text: a user's turn where there is a template, else the text itself."""
         if self.has_template:
             return self.prompt_ids([{"role": "user", "content": text}])
+        return self.plain(text)
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's end token, and what the template writes after a turn."""
+        ends = {self.tokenizer.eos_token_id} - {None}
+        if self.has_template:
+            word = "Xyzzy"
+            try:
+                text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": word}], None)
+            except InputError:  # of a template that wants something else, the rows will tell
+                return sorted(ends)
+            special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+            after = self.ids(text.rpartition(word)[2])
+            ends |= set([token for token in after if token in special][:1])
+        return sorted(ends)
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text to be continued as it is, begun as texts are in training."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def ids(self, text: str) -> list[int]:
         """Token ids of rendered text, which has its special tokens written out."""

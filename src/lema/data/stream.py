@@ -131,7 +131,7 @@ class BatchStream:
         chosen = self._order[self._step * self.rows_per_step : (self._step + 1) * self.rows_per_step]
         batch = self._batch(chosen)
         if self._step == self.steps_per_epoch:
-            self._report()
+            self.report()
         return batch
 
     def _begin(self, epoch: int) -> None:
@@ -186,6 +186,8 @@ class BatchStream:
 
     def _check_dropped(self) -> None:
         """Stop as soon as it is beyond doubt that too many rows are dropped, exactly at the end of the epoch."""
+        if self._packs is not None:
+            return  # decided exactly when the packs were made
         seen = self.counts["rows"]
         # Three standard deviations of chance, until all rows are seen.
         slack = 0.0 if self._step == self.steps_per_epoch else 3 * (self._max_dropped * seen) ** 0.5
@@ -204,8 +206,8 @@ class BatchStream:
             "`lema data check`" + ("" if nothing_left else ", or raise max_dropped")
         )
 
-    def _report(self) -> None:
-        """Say loudly what an epoch left out; of evaluation, whose epochs are all the same, once."""
+    def report(self) -> None:
+        """Say loudly what the epoch so far left out; of evaluation, whose epochs are all the same, once."""
         dropped, truncated, seen = _dropped(self.counts), self.counts["truncated"], self.counts["rows"]
         if self._reported or not (dropped or truncated):
             return

@@ -37,11 +37,19 @@ def replaced_directory(target: Path) -> Iterator[Path]:
             _flush(path)
         write_marker(fresh)
         _flush(fresh / MARKER)
+        os.chmod(fresh, 0o777 & ~_umask())
         _flush(fresh)
         _swap(fresh, target)
         _flush(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _swap(fresh: Path, target: Path) -> None:

@@ -58,6 +58,11 @@ class TrainerMachine:
         return self.trainer.updating
 
     @property
+    def updates(self) -> int:
+        """Updates so far: a step that was left after its update cannot be taken back."""
+        return self.trainer.updates
+
+    @property
     def loss_scale(self) -> float:
         """What fp16 multiplies the loss with; 1 elsewhere."""
         return self.trainer.loss_scale

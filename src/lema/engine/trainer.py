@@ -96,19 +96,24 @@ class LemaTrainer(Resumable):
         """Whether a training loop decides when to save."""
         self.updating = False
         """Whether parameters are being changed, and are not of any step."""
+        self.updates = 0
+        """Times the optimizer has been asked to step."""
         self._loss = HeadLoss(self.lm, self.memory, config)
         self._gradients = GradientBuffer(self.device)
         self._base_weights: dict[str, Any] | None = None
         self._state_settled = False
         self._warned = False
         self._window = Window(config.gradient_accumulation_steps)
+        hosted = lora_manager is not None and self.memory.plan is not None and self.memory.plan.optimizer == "host"
+        # where the masters are: a scale on the card would reach them by copies nobody waits for
+        self._scale_device = torch.device("cpu") if hosted else self.device
         self._scaler = torch.amp.GradScaler(
-            torch.device(config.device).type, enabled=config.dtype == "float16" and lora_manager is not None
+            self._scale_device.type, enabled=config.dtype == "float16" and lora_manager is not None
         )
         if lora_manager is not None:
             check_optimizer(self.optimizer, lora_manager.get_trainable_parameters())
         self._masters: HostMasters | None = None
-        if self.memory.plan is not None and self.memory.plan.optimizer == "host" and lora_manager is not None:
+        if hosted and lora_manager is not None:
             trained = lora_manager.get_trainable_parameters()
             self._masters = HostMasters(trained, self.optimizer, self.memory.backend)
 
@@ -227,10 +232,12 @@ class LemaTrainer(Resumable):
         parameters = self._parameters() if self._masters is None else self._masters.masters
         self._window.settle(parameters)
         self.updating = True
+        self.updates += 1
         norm = step_optimizer(self.optimizer, self._scaler, parameters, self.config.max_grad_norm)
         overflow = not math.isfinite(norm)
         if overflow and not self._scaler.is_enabled():
             self.updating = False
+            self.updates -= 1
             self._refuse_gradients(norm)
         self._settle_state()
         self.discard_window()
@@ -327,7 +334,7 @@ class LemaTrainer(Resumable):
     def _loss_scale(self) -> float:
         if not self._scaler.is_enabled():
             return 1.0
-        return float(self._scaler.scale(torch.ones((), device=self.config.device)))
+        return float(self._scaler.scale(torch.ones((), device=self._scale_device)))
 
     def _check_loss(self, result: LossResult, batch: Batch, random_state: RandomState) -> None:
         if result.loss == result.loss and abs(result.loss) != float("inf"):

@@ -60,8 +60,9 @@ def train_with(
     try:
         start = choose_start(folder, resume)
         start = Start(start.checkpoint, start.state, [*cleared, *start.messages])
-        needs_tokenizer = isinstance(dataset, (str, os.PathLike, list)) or bool(run.training.sample_prompts)
-        if tokenizer is None and needs_tokenizer:
+        if tokenizer is None and isinstance(dataset, Data):
+            tokenizer = dataset.renderer.tokenizer
+        if tokenizer is None and (not _has_batches(dataset) or run.training.sample_prompts):
             tokenizer = load_tokenizer(trainer.config.model_name_or_path)
         loaded = open_data(run, tokenizer, dataset, eval_dataset)
         return train_run(trainer, run, loaded, tokenizer, folder, start, make_view(plain), callbacks)
@@ -79,7 +80,13 @@ def train_run(
     if run.training.sample_prompts:
         if ask is None:
             raise ConfigError("sample_prompts need a tokenizer: give train(..., tokenizer=...)")
-        sampler = Sampler(tokenizer, ask, run.training.sample_prompts, run.training.sample_max_new_tokens)
+        ends = data.renderer.end_tokens if isinstance(data, Data) else ()
+        sampler = Sampler(tokenizer, ask, run.training.sample_prompts, run.training.sample_max_new_tokens, ends)
+    limit = trainer.lm.max_positions
+    if limit is not None and run.lema.max_seq_length > limit and isinstance(data, Data):
+        raise ConfigError(
+            f"max_seq_length={run.lema.max_seq_length} is more than the model's {limit} positions; lower it"
+        )
     if start.checkpoint is None:
         _seed(run.lema.seed)
     with trainer.whole_windows():

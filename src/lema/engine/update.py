@@ -30,7 +30,10 @@ def step_optimizer(
     finite = math.isfinite(norm)
     if not finite and not scaler.is_enabled():
         return norm
-    if max_grad_norm is not None and finite:
+    if not finite:  # the sum of squares may overflow although no gradient does
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        return norm
+    if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(norm))
     scaler.step(optimizer)
     scaler.update()

@@ -50,9 +50,7 @@ class Staging:
     def publish(self) -> Path:
         """Make the directory the target. It is complete; everything in it is on disk."""
         for path in self.folder.iterdir():
-            if path.name in (_STATE, _LOCK):
-                path.unlink()
-            else:
+            if path.name not in (_STATE, _LOCK):
                 _flush(path)
         sync_directory(self.folder)
         try:
@@ -61,6 +59,9 @@ class Staging:
             raise WeightsError(
                 f"{self.target}: cannot be put in place: {error.strerror}. See {self.folder}."
             ) from error
+        for name in (_STATE, _LOCK):  # only now: until the rename they are what a later run goes on from
+            (self.target / name).unlink(missing_ok=True)
+        sync_directory(self.target)
         sync_directory(self.target.parent)
         return self.target
 

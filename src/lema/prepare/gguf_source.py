@@ -61,7 +61,9 @@ class GgufSource:
         types = self._gguf.types
         if not types <= {"F32", "F16", "BF16"}:
             return torch.float16
-        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(max(types - {"F32"}, default=""), torch.float32)
+        halves = types - {"F32"}
+        one = halves.pop() if len(halves) == 1 else ""  # no 16-bit type holds both
+        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(one, torch.float32)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The dequantised tensor, whole in memory while its pieces are taken."""

@@ -56,11 +56,14 @@ class Conversation:
             f"{room} of them for the answer: shorten the question or max_new_tokens"
         )
 
+    def room(self, sampling: Sampling) -> int:
+        """Tokens kept for an answer: what it may have, at most half of the window."""
+        context = self.speaker.context
+        return sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, max(context // 2, 1))
+
     def ask(self, question: str, sampling: Sampling, tell: Callable[[str], None] | None = None) -> Reply:
         """Ask, and remember question and answer; a turn that is interrupted is not remembered."""
-        context = self.speaker.context
-        room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, max(context // 2, 1))
-        text = self.prompt(question, room)
+        text = self.prompt(question, self.room(sampling))
         ids = self.speaker.renderer.ids(text) if self.speaker.renderer.has_template else self.speaker.renderer.ask(text)
         reply = self.speaker.continue_from(ids, sampling, tell)
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply.text.strip()}]

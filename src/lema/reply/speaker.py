@@ -16,7 +16,7 @@ import torch
 from transformers.generation.streamers import TextStreamer
 
 from ..config import CONFIG_NAME, LemaConfig
-from ..core.lora import ADAPTER_CONFIG
+from ..core.lora import ADAPTER_CONFIG, LoRAManager
 from ..data.render import ChatRenderer
 from ..engine.training import load_tokenizer
 from ..errors import ConfigError, InputError
@@ -77,6 +77,8 @@ class Speaker:
         tokenizer = load_tokenizer(folder if (folder / _TOKENIZER).is_file() else config.model_name_or_path)
         renderer = ChatRenderer.from_file(tokenizer, template)
         model = LemaModel(config)
+        if model.lora_manager is not None and not (folder / CONFIG_NAME).is_file():  # patterns, rsLoRA
+            model.lora_manager = LoRAManager(LoRAManager.settings_from(folder), device=config.device, seed=config.seed)
         if model.lora_manager is not None:
             model.initialize_lora()
             model.lora_manager.load_pretrained(folder)
@@ -97,7 +99,7 @@ class Speaker:
             tell: told each piece of the answer as it comes, special tokens and stop texts left out.
             plain: take the prompt as it is, without template.
         """
-        ids = self.renderer.ids(prompt) if plain else self.renderer.ask(prompt)
+        ids = self.renderer.plain(prompt) if plain else self.renderer.ask(prompt)
         return self.continue_from(ids, sampling, tell)
 
     def continue_from(
@@ -118,8 +120,9 @@ class Speaker:
         stops = {"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}
         streamer = _Teller(self.tokenizer, tell, sampling.stop) if tell is not None else None
         made = self.model.generate(
-            torch.tensor([list(ids)]), streamer=streamer, pad_token_id=self._padding(), **settings, **stops
-        )
+            torch.tensor([list(ids)]), streamer=streamer, pad_token_id=self._padding(),
+            eos_token_id=sorted(self._end_tokens()), **settings, **stops,
+        )  # fmt: skip
         new = made[0, len(ids) :].tolist()
         raw = self.tokenizer.decode(new)
         text = self.tokenizer.decode(new, skip_special_tokens=True)
@@ -143,7 +146,7 @@ class Speaker:
         module: Any = self.model.adapter.causal_lm().module
         ends = module.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends]
-        return {token for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
+        return {token for token in (*listed, *self.renderer.end_tokens) if token is not None}
 
     def _padding(self) -> int:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -154,7 +157,7 @@ def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, 
     """Settings for what lies in a folder."""
     if (folder / CONFIG_NAME).is_file():
         config = LemaConfig.from_pretrained(folder)
-        named = {"model_name_or_path": base} if base is not None else {}
+        named = {"model_name_or_path": base, "gbi_path": None} if base is not None else {}
         # budgets and decisions were for training steps
         planned = dict.fromkeys(
             ("ram_budget", "vram_budget", "ram_layers", "device_layers", "keep_activations", "head", "boundaries",

@@ -93,15 +93,18 @@ class CheckpointFolder:
             passed_over.append(f"{path.name}: {problem}")
         return Found(None, passed_over)
 
-    def rotate(self, limit: int | None, best: str | None) -> list[Path]:
+    def rotate(self, limit: int | None, best: str | None, newest: Path | None = None) -> list[Path]:
         """Remove the oldest beyond `limit`, never the newest whole one nor the best; returns what was removed.
+
+        `newest` is the one just written, where that need not be the one of the highest step.
 
         Folders that are not whole count for nothing and stay, for whoever wants to look into them.
         """
         if limit is None:
             return []
         whole = [path for path in self.all() if problem_of(path, read=False) is None]
-        kept: Collection[str] = {path.name for path in whole[:1]} | ({Path(best).name} if best else set())
+        first = [newest] if newest is not None else whole[:1]
+        kept: Collection[str] = {path.name for path in first} | ({Path(best).name} if best else set())
         room = limit - len([path for path in whole if path.name in kept])
         removed = []
         for path in whole:

@@ -64,6 +64,7 @@ class TrainingLoop:
         self._data_seconds = 0.0
         self._saved_step = -1
         self._timeline_step = 0
+        self._updates = 0
         self._good: tuple[TrainerState, dict[str, Any], Restorable] | None = None
         self._tell("on_init_end")
 
@@ -83,7 +84,7 @@ class TrainingLoop:
                 self._go_back()
             except (CheckpointError, NonFiniteError):
                 raise
-            except (LemaError, OSError, RuntimeError):
+            except (LemaError, OSError, RuntimeError, MemoryError):
                 self._rescue()
                 raise
             return self._interrupted() if self._is_interrupted else self._finish()
@@ -101,7 +102,12 @@ class TrainingLoop:
                 self.journal.event(step, "resumed", "the run before left no checkpoint: begun anew")
             self._sample()
             return
-        self._saved_step = step
+        here = start.checkpoint.absolute() in (
+            self.saver.folder.path(step).absolute(),
+            self.saver.folder.final.absolute(),
+        )
+        self._saved_step = step if here else -1
+        self._learning_rate = self.machine.set_learning_rate(self.schedule.factor(max(step, 1)))
         self.journal.event(step, "resumed", f"resumed from {start.checkpoint} after step {step}")
         evaluated = self.state.evaluated_step
         self._log()  # what the run before would have done next
@@ -109,6 +115,8 @@ class TrainingLoop:
         if self.state.evaluated_step != evaluated:
             self._saved_step = -1  # that checkpoint does not know of the evaluation
         self._save()
+        if self.progress.patience_is_over:  # stopped between that evaluation and the end
+            self.control.should_training_stop = True
 
     def _batches(self) -> Iterator[Batch]:
         batches = iter(self.stream)
@@ -188,13 +196,15 @@ class TrainingLoop:
     # -- the end ---------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
+        if not self.schedule.ends_epoch(self.state.global_step):
+            self.stream.report()
         if self.control.should_training_stop and not self.progress.at_end:
             self.control.should_log = self.state.logged_step != self.state.global_step
             self._log()
         best, holds_best = self.state.best_model_checkpoint, False
         if self.config.training.load_best_model_at_end and self.state.best_global_step != self.state.global_step:
             path = None if best is None else self.saver.folder.folder / Path(best).name
-            if path is None or not path.is_dir():
+            if path is None or path.name != f"checkpoint-{self.state.best_global_step}" or not path.is_dir():
                 message = "the best checkpoint could not be kept: final/ holds the last adapter"
                 self.journal.event(self.state.global_step, "best_missing", message)
             else:
@@ -260,6 +270,7 @@ class TrainingLoop:
         state = copy.copy(self.state)
         state.log_history = list(self.state.log_history)
         self._good = state, self.stream.state_dict(), self.machine.random_state()
+        self._updates = self.machine.updates
 
     def _go_back(self) -> None:
         """To the end of the last whole step, after the one under way was left."""
@@ -272,11 +283,11 @@ class TrainingLoop:
 
     def _rescue(self) -> None:
         """Save the last whole step before an error ends the run, if the state still is that step's."""
-        if self._good is None or self.machine.torn:
+        if self._good is None or self._is_past_update:
             return
         self._go_back()
         if self.state.global_step not in (0, self._saved_step):
-            with contextlib.suppress(LemaError):  # the error under way comes first; the journal has this one
+            with contextlib.suppress(LemaError, OSError):  # the error under way comes first; the journal has this one
                 self.saver.save(self.state)
 
     # -- signals and callbacks -------------------------------------------------------------------
@@ -286,7 +297,12 @@ class TrainingLoop:
         return self.signals.requested is not None
 
     def _may_leave(self) -> bool:
-        return self._leavable and not self.machine.torn
+        return self._leavable and not self._is_past_update
+
+    @property
+    def _is_past_update(self) -> bool:
+        """Whether parameters are no longer those of the step that can be gone back to."""
+        return self.machine.torn or self.machine.updates != self._updates
 
     @contextlib.contextmanager
     def _may_be_left(self) -> Iterator[None]:

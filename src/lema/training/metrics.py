@@ -26,6 +26,8 @@ def train_line(state: TrainerState, batch: Batch, report: Report | None, **numbe
         **numbers,
         "tokens": batch.tokens,
         "targets": batch.targets,
+        "rows_dropped": getattr(batch, "dropped", 0),
+        "rows_truncated": getattr(batch, "truncated", 0),
         "tokens_per_second": batch.tokens / max(numbers["step_seconds"], 1e-9),
         "wait_seconds": report.wait_seconds if report else 0.0,
         "bytes_read": report.bytes_read if report else 0,
@@ -86,7 +88,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     text = Path(path).read_text(encoding="utf-8")
-    for line in text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]:
+    for line in text.split("\n")[:-1]:
         values = json.loads(line)
         if values.get("event") == "resumed":
             found = [v for v in found if v.get("type") == "event" or v.get("step", 0) <= values["step"]]

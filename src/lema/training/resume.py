@@ -19,7 +19,7 @@ _FREE = {
     "ram_buffer_size", "vram_buffer_size", "ram_budget", "vram_budget", "ram_layers", "device_layers",
     "keep_activations", "boundaries", "optimizer_place", "gradient_checkpointing", "save_steps", "num_slots",
     "num_readers", "prefetch_depth", "max_nonfinite_steps", "logging_steps", "report_to", "run_name", "eval_strategy",
-    "eval_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
+    "eval_steps", "load_best_model_at_end", "early_stopping_patience",
     "sample_prompts", "sample_max_new_tokens", "save_total_limit", "on_save_error", "max_dropped",
 }  # fmt: skip
 _LENGTH = ("max_steps", "num_train_epochs")

@@ -65,6 +65,7 @@ def run_training(
     schedule = Schedule.of(training, data.train.steps_per_epoch)
     if start.finished and start.checkpoint is not None:
         if schedule.max_steps <= start.state["max_steps"]:
+            check_resume(start.checkpoint, start.state["lema"]["run"]["settings"], config.to_dict())
             saved = TrainerState.from_dict(start.state)
             return TrainResult(FINISHED, saved.global_step, start.checkpoint, saved.summary())
         if start.state["lema"]["run"].get("holds_best"):

@@ -181,10 +181,17 @@ def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"unknown setting {given!r}{_suggestion(given)}")
         if name in found:
             raise ConfigError(f"{given} and {name} are the same setting, and both are given")
-        if given == "warmup_ratio" and isinstance(value, (int, float)) and not 0 <= value < 1:
+        if given == "warmup_ratio" and not _is_share(value):
             raise ConfigError(f"warmup_ratio={value} must be 0 or more and less than 1; warmup_steps takes steps")
         found[name] = value
     return found
+
+
+def _is_share(value: Any) -> bool:
+    try:
+        return 0 <= float(value) < 1
+    except (TypeError, ValueError):
+        return True  # no number at all: its type is checked later
 
 
 def _suggestion(name: str) -> str:

@@ -13,7 +13,8 @@ import torch
 
 from .machine import Machine
 
-_GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+_GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1,
+                           "repetition_penalty": 1.0}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,22 @@ class Sampler:
     ask: Callable[[str], Sequence[int]]
     prompts: Sequence[str]
     max_new_tokens: int
+    end_tokens: Sequence[int] = ()
+    """Tokens that end an answer besides the model's own."""
 
     def answers(self, machine: Machine) -> Iterator[tuple[str, str]]:
         """Prompt and answer; the random state is left as it was."""
         before = machine.random_state()
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
+        ends = {"eos_token_id": list(self.end_tokens)} if self.end_tokens else {}
         try:
             for prompt in self.prompts:
                 ids = torch.tensor([list(self.ask(prompt))])
                 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                found = machine.generate(inputs, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **_GREEDY)
+                found = machine.generate(
+                    inputs, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **ends, **_GREEDY
+                )
                 yield prompt, self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
         finally:
             before.restore()

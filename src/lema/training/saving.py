@@ -62,7 +62,7 @@ class Saver:
             return False
         self.last = path
         self._journal.event(state.global_step, "saved", f"saved {path}")
-        for removed in self.folder.rotate(self._config.training.save_total_limit, state.best_model_checkpoint):
+        for removed in self.folder.rotate(self._config.training.save_total_limit, state.best_model_checkpoint, path):
             self._journal.event(state.global_step, "removed", f"removed {removed}, beyond save_total_limit")
         return True
 

@@ -58,14 +58,16 @@ def choose_start(folder: CheckpointFolder, resume: str | os.PathLike[str] | None
         return Start() if look_only else Start(messages=_put_aside(folder))
     if str(resume) != AUTO:
         path = Path(resume)
-        return Start(path, read_state(path))
+        state = read_state(path)
+        return Start(path, state, [] if look_only else _put_later_aside(folder, path, state["global_step"]))
+    problem = None
+    found = folder.newest()
     if folder.final.is_dir():
         problem = problem_of(folder.final)
         if problem is None:
-            return Start(folder.final, read_state(folder.final))
-    else:
-        problem = None
-    found = folder.newest()
+            state = read_state(folder.final)
+            if found.path is None or read_state(found.path)["global_step"] <= state["global_step"]:
+                return Start(folder.final, state)
     messages = [f"passed over {text}" for text in found.passed_over]
     if problem is not None:
         messages.insert(0, f"passed over final: {problem}")
@@ -86,11 +88,29 @@ def _put_aside(folder: CheckpointFolder) -> list[str]:
     there = _there(folder)
     if not there:
         return []
+    files = [folder.folder / name for name in (METRICS_FILE, SAMPLES_FILE)]
+    aside = _move_aside(folder, [*there, *(file for file in files if file.is_file())])
+    return [f"{len(there)} checkpoints and the metrics of the run before are in {aside} now"]
+
+
+def _put_later_aside(folder: CheckpointFolder, start: Path, step: int) -> list[str]:
+    """Checkpoints of this folder beyond the one gone on from: they are of a run that is being taken back."""
+    if start.absolute().parent != folder.folder.absolute():
+        return []
+    later = [path for path in folder.all() if int(path.name.rpartition("-")[2]) > step]
+    if folder.final.is_dir() and folder.final.absolute() != start.absolute():
+        later.append(folder.final)
+    if not later:
+        return []
+    names = ", ".join(path.name for path in later)
+    return [f"{names} came after {start.name}, and are in {_move_aside(folder, later)} now"]
+
+
+def _move_aside(folder: CheckpointFolder, paths: list[Path]) -> Path:
     number = 1
     while (aside := folder.folder / f"previous-{number}").exists():
         number += 1
     aside.mkdir()
-    files = [folder.folder / name for name in (METRICS_FILE, SAMPLES_FILE)]
-    for path in [*there, *(file for file in files if file.is_file())]:
+    for path in paths:
         os.rename(path, aside / path.name)
-    return [f"{len(there)} checkpoints and the metrics of the run before are in {aside} now"]
+    return aside
