@@ -24,7 +24,7 @@ import lema.export.elements
 import lema.export.lora_layers
 import lema.export.merge
 from families import save_tiny
-from helpers import plain_model, randomise
+from helpers import lema_model, padded_batch, plain_model, randomise
 from hub_server import running_hub
 from lema.errors import CheckpointError, ConfigError, HubError, NonFiniteError, UnsupportedError, WeightsError
 from lema.export.merge import merge
@@ -275,6 +275,23 @@ def test_an_adapter_of_another_model(llama: Path, tmp_path: Path) -> None:
         merge(llama / "adapter", tmp_path / "out", base=tmp_path / "gpt2")
     with pytest.raises(CheckpointError, match=r"adapter_config.json.*there are .*adapter"):
         merge(llama, tmp_path / "out", base=llama / "base")
+
+
+def test_a_base_that_is_not_the_one_trained_on(llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with lema_model(llama / "base") as model:
+        trainer = model.get_trainer()
+        trainer.train_step(padded_batch())
+        trainer.save_checkpoint(tmp_path / "checkpoint")
+    merge(tmp_path / "checkpoint", tmp_path / "right")
+    other = save_tiny("llama", tmp_path / "other", seed=9)
+    other.save_pretrained(tmp_path / "other", max_shard_size="40KB")
+    (tmp_path / "other/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="was trained on other base weights"):
+        merge(tmp_path / "checkpoint", tmp_path / "wrong", base=tmp_path / "other")
+    assert not (tmp_path / "wrong").exists()
+    AutoModelForCausalLM.from_pretrained(llama / "base").save_pretrained(tmp_path / "whole")
+    merge(tmp_path / "checkpoint", tmp_path / "cut", base=tmp_path / "whole")
+    assert "whether these are the same weights cannot be told" in caplog.text
 
 
 # -- room, names, interruption -------------------------------------------------------------------

@@ -7,6 +7,7 @@ knows nothing of what is done with them.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,13 @@ from transformers import PreTrainedConfig
 from ..config import CONFIG_NAME, LemaConfig
 from ..core.gbi import GlobalBinaryIndex
 from ..core.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..engine.checkpoint import check_base
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..model import _local
 from ..models.registry import get_adapter
 from ..models.transformers_adapter import TransformersAdapter
+
+logger = logging.getLogger(__name__)
 
 _AROUND_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
 _BASE_NEEDED = "say which model the adapter was trained on with --base"
@@ -99,6 +103,30 @@ class Checkpoint:
             return GlobalBinaryIndex(self.weights)
         path = Path(self.base)
         return GlobalBinaryIndex(path if path.is_file() else self.base_folder(weights=True))
+
+    def check_base(self, weights: GlobalBinaryIndex) -> None:
+        """Compare the base's weights with those the adapter was trained on, as far as the checkpoint notes them.
+
+        Files cut otherwise, as `prepare` does, cannot be compared; that is said in a warning.
+
+        Raises:
+            CheckpointError: they are others.
+        """
+        path = self.folder / "trainer_state.json"
+        if not path.is_file():
+            return
+        try:
+            noted = json.loads(path.read_text(encoding="utf-8"))["lema"]["base_weights"]
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+            return  # of another trainer
+        here = weights.fingerprint()
+        if {*noted} == {*here}:
+            check_base(self.folder, noted, here)
+        else:
+            logger.warning(
+                "%s was trained on %s, and here is %s: whether these are the same weights cannot be told",
+                self.folder, ", ".join(sorted(noted)), ", ".join(sorted(here)),
+            )  # fmt: skip
 
     def base_config(self) -> dict[str, Any]:
         """The base's configuration.

@@ -93,6 +93,7 @@ def merge(
     target = None if dtype is None else parse_dtype(dtype)
     source = Checkpoint.open(checkpoint, base)
     with apart_from_heap(), source.base_weights() as weights, source.tensors() as saved:
+        source.check_base(weights)
         made = MergedWeights(source, weights, saved)
         shards = plan_shards(weights, made.second_copies, target, single_file, max_shard_size)
         with staged(Path(output), _made_from(source, weights, shards, upload)) as staging:
