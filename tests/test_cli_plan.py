@@ -192,7 +192,7 @@ def parsed_seconds(text: str) -> float:
 def test_json_has_the_sizes_of_the_shapes(write: Write, name: str) -> None:
     path = write(name)
     everything = ["--ram-budget", "2TB", "--hardware", "rtx4080-16g,ram=4TB,disk=7GB/s"]
-    settings = ["device_layers=2", "keep_activations=0", "optimizer_place=device", "boundaries=host", "head=streamed"]
+    settings = ["device_layers=2", "keep_activations=0", "optimizer_place=device", "boundaries=host", "head=chunked"]
     result = lema(path, "--json", *everything, *[word for pair in settings for word in ("--set", pair)])
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
