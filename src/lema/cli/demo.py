@@ -22,6 +22,7 @@ QUESTION = "What is the capital of Norway?"
 _SETTINGS = {
     "num_train_epochs": "4", "learning_rate": "0.001", "lr_scheduler_type": "constant", "warmup_steps": "0",
     "eval_size": "0", "eval_steps": "null", "max_seq_length": "128", "logging_steps": "1",
+    "save_steps": "10", "ram_budget": "600MB",  # so that its layers stream
 }  # fmt: skip
 
 
