@@ -382,8 +382,7 @@ def test_killed_and_continued(llama: Path, tmp_path: Path) -> None:
         time.sleep(0.002 * moment)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-        assert not (tmp_path / "out").exists() or process.returncode == 0
-        if (tmp_path / "out").exists():
+        if (tmp_path / "out").exists():  # whole, as the end of the test says, even where the kill came right after
             break
     assert kills
     if not (tmp_path / "out").exists():
