@@ -229,6 +229,25 @@ def test_json_is_the_plan_that_is_made(write: Write) -> None:
     assert found["settings"]["batch_size"] == 3
 
 
+def test_the_plan_of_a_run(write: Write, tmp_path: Path) -> None:
+    path = write(num_hidden_layers=4)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model_name_or_path: {path}\nbatch_size: 2\ngradient_accumulation_steps: 4\nmax_seq_length: 96\n"
+        "lora_rank: 8\nram_budget: 3GB\nlearning_rate: 1e-4\ndtype: float32\n"
+    )
+    machine = MACHINES["16 GB, PCIe 4"]
+    found = json.loads(lema(file, "--json", "--hardware", machine).stdout)
+    assert (found["plan"]["batch"], found["plan"]["seq"]) == (8, 96)
+    assert found["settings"]["lora_rank"] == 8
+    assert found["budgets"]["ram_budget"] == 3 * GB
+    assert found["settings"]["vram_budget"] == "auto"
+    other = json.loads(
+        lema(file, "--json", "--hardware", machine, "--max-seq-length", 48, "--ram-budget", "4GB").stdout
+    )
+    assert (other["plan"]["seq"], other["budgets"]["ram_budget"]) == (48, 4 * GB)
+
+
 def test_more_rows_are_shown(write: Write) -> None:
     path = write(num_hidden_layers=4)
     rows = shown(path, "--hardware", SMALL_MACHINE, "--batch-size", 4, "--set", "micro-batch-size=2",

@@ -48,8 +48,8 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A directory, a .safetensors file, a config.json alone, or a hub id, of which only the configuration "
-            "is fetched.",
+            help="A directory, a .safetensors file, a config.json alone, a hub id, of which only the configuration "
+            "is fetched, or the YAML file of a run.",
             show_default=False,
         ),
     ],
@@ -88,6 +88,8 @@ def plan(
 ) -> None:
     """Show what would be kept where for MODEL, with predicted memory and time. No weights are loaded.
 
+    Of a run's YAML file the plan is for its steps; options that are given come before what the file says.
+
     Example: lema plan path/to/model --max-seq-length 512 --ram-budget 3GB
     """
     if probe and hardware is not None:
@@ -108,6 +110,11 @@ def plan(
         source = ctx.get_parameter_source("model" if name == "model_name_or_path" else name)
         if source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(f"{name} is given without --set as well", param_hint="--set")
+    if Path(model).suffix in (".yaml", ".yml"):
+        given = {
+            n for n in values if (source := ctx.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"
+        }
+        values = {**_of_run(Path(model), hardware), **{name: values[name] for name in given}}
     planned = make({**values, **others}, hardware, probe)
     if as_json:
         typer.echo(json.dumps(as_dict(planned), indent=2))
@@ -115,6 +122,17 @@ def plan(
     from .plan_table import show
 
     show(planned)
+
+
+def _of_run(file: Path, hardware: str | None) -> dict[str, Any]:
+    """What a run's engine is built with, `auto` budgets where the file says none."""
+    from ..training.run_config import RunConfig
+
+    run = RunConfig.from_yaml(file, defaults={"vram_budget": "auto", "ram_budget": "auto", "device": _fastest_device()})
+    values = run.engine_config().to_dict()
+    if hardware is not None:  # which has a device of its own
+        del values["device"]
+    return values
 
 
 def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Planned:
