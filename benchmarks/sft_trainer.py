@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .options import command_line, common_options, parse
 from .plots import Panel
-from .processes import ROOT, Arm, alternate, run_module
+from .processes import Arm, alternate, run_module
 from .report import Check, Report, Table, write
 
 MODULE = "benchmarks.sft_trainer"
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = common_options(MODULE, "SmolLM2-135M fp32: the loss curve beside TRL's", pairs=1, steps=50)
     made.set_defaults(tokens=128)
     made.add_argument("--folder", type=Path, help="another model with a chat template (default: SmolLM2-135M-Instruct)")
-    made.add_argument("--data", type=Path, default=ROOT / "src/lema/data/questions.jsonl")
+    made.add_argument("--data", type=Path, default=Path("src/lema/data/questions.jsonl"))
     options = parse(made, arguments)
     folder = options.folder or Path(run_module("benchmarks.demo_folder"))
     settings = {"data": str(options.data), "steps": options.steps, "tokens": options.tokens}

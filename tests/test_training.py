@@ -17,6 +17,7 @@ import lema
 from helpers import lema_model, padded_batch, relative
 from lema.engine.machine import TrainerMachine
 from lema.engine.trainer import LemaTrainer
+from lema.engine.update import step_optimizer
 from lema.errors import CheckpointError, ConfigError, NonFiniteError, ReadError
 from lema.training.config import TrainingConfig
 from lema.training.evaluation import evaluate
@@ -453,3 +454,17 @@ def test_reporters_are_told(model: Path, rows: Path, tmp_path: Path, monkeypatch
     assert told[-1] == "finish"
     with pytest.raises(ConfigError, match="pip install wandb"):
         train({**settings, "report_to": "wandb", "output_dir": str(tmp_path / "b")})
+
+
+@pytest.mark.parametrize("gradient", [float("inf"), 1e30])
+def test_an_overflow_steps_nothing_and_lowers_the_scale(gradient: float) -> None:
+    """Of a gradient, which the scaler sees, or of the sum of squares alone, which it does not."""
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    parameter.grad = torch.full((4,), gradient)
+    norm = step_optimizer(optimizer, scaler, [parameter], 1.0)
+    assert norm == float("inf")
+    assert torch.equal(parameter.detach(), torch.ones(4))
+    assert scaler.get_scale() == 2.0

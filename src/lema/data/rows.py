@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +23,17 @@ Fingerprint = dict[str, Any]
 """What identifies the rows: `name`, `bytes`, `sha256`, `rows`."""
 
 
-class Rows:
+class Rows(ABC):
     """Rows that can be asked for in any order. Reading a bad one is an `InputError` that says where it is."""
 
     name: str
     """The file's name, or what stands for it in messages."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -42,14 +43,14 @@ class Rows:
         return f"{self.name}, row {index + 1}"
 
     @property
+    @abstractmethod
     def byte_lengths(self) -> np.ndarray:
         """int64 `[rows]`: about how long each row is, for grouping."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def fingerprint(self) -> Fingerprint:
         """JSON-ready; equal for equal content, whenever and wherever it is read."""
-        raise NotImplementedError
 
 
 class JsonlRows(Rows):

@@ -26,14 +26,16 @@ def step_optimizer(
     scaler skip the step and lower its scale.
     """
     scaler.unscale_(optimizer)
-    norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients))
     finite = math.isfinite(norm)
     if not finite and not scaler.is_enabled():
         return norm
-    if not finite:  # the sum of squares may overflow although no gradient does
+    if not finite and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        # The sum of squares overflowed although no gradient did: the scaler has seen nothing, and would step.
         scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         return norm
-    if max_grad_norm is not None:
+    if max_grad_norm is not None and finite:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(norm))
     scaler.step(optimizer)
     scaler.update()
