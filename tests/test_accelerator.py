@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -79,6 +80,27 @@ def test_memory_is_registered_once_and_exactly(driver: FakeDriver) -> None:
     pins.clear()
     assert driver.registered == {}
     assert pins.add(buffers[0]) == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_registered_memory_is_not_shared_with_forked_children(driver: FakeDriver) -> None:
+    pins, buffer = HostPins(torch.device("cuda:0")), page_aligned(64 * PAGE)
+
+    def inherited() -> bool:
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split()[0]:
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                inside = start <= buffer.data_ptr() < end
+            elif inside and line.startswith("VmFlags:"):
+                return " dc" not in line
+        raise AssertionError("the buffer is in no mapping")
+
+    assert inherited()
+    pins.add(buffer)
+    assert not inherited()
+    pins.remove(buffer)
+    assert inherited()
 
 
 def test_what_the_driver_refuses_is_not_held(driver: FakeDriver) -> None:

@@ -513,6 +513,25 @@ def test_accumulation(tiny: Any) -> None:
     assert not differing(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("settings", [{}, {"ram_budget": "2GB"}, {"ram_budget": "2GB", "micro_batch_size": 1}], ids=str)
+def test_a_whole_window_runs_no_more_rows_at_once_than_a_call(tiny: Any, settings: dict[str, Any]) -> None:
+    config = lema_config(tiny("llama"), batch_size=2, gradient_accumulation_steps=3, max_seq_length=LENGTH, **settings)
+    with lema.LemaModel(config) as model:
+        model.initialize_lora()
+        trainer = model.get_trainer()
+        seen: list[int] = []
+        self_attn = trainer.lm.layers[0].self_attn
+        self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(len(kwargs.get("hidden_states", args[0] if args else None))),
+            with_kwargs=True,
+        )
+        ids = torch.randint(3, 90, (6, LENGTH), generator=torch.Generator().manual_seed(1))
+        with trainer.whole_windows():
+            trainer.train_step(ids, ids)
+        assert trainer.global_step == 1
+    assert set(seen) == {settings.get("micro_batch_size", 2)}
+
+
 def test_a_forward_nobody_goes_back_through_holds_nothing(tiny: Any) -> None:
     pair = pair_of(tiny("llama"), ram_layers=4, keep_activations=4)
     pair.model.hf_model.train()

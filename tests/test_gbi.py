@@ -215,7 +215,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 
 def test_missing_tensors_are_listed_with_what_is_similar(single: Path) -> None:
     gbi = GlobalBinaryIndex(single)
-    for lookup in (gbi.record, gbi.view, gbi.advise_random):
+    for lookup in (gbi.record, gbi.view, gbi.advise_random, gbi.let_go):
         with pytest.raises(MissingTensorError) as caught:
             lookup("layers.0.self_attn.q_proj.weight")
         text = str(caught.value)
@@ -357,6 +357,24 @@ def test_advise_random_covers_the_pages_of_one_tensor(tmp_path: Path) -> None:
             random_bytes += length
             assert at == gbi.view("b").data_ptr()
     assert random_bytes == half
+
+
+@linux
+def test_pages_let_go_are_gone_and_come_back(tmp_path: Path) -> None:
+    header = {"a": entry("U8", [1 << 20], [0, 1 << 20])}
+    file = put(tmp_path, pack(json.dumps(header).ljust(os.sysconf("SC_PAGESIZE") - 8), bytes([7]) * (1 << 20)))
+    gbi = GlobalBinaryIndex(file)
+
+    def resident_kib() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        at = next(number for number, line in enumerate(lines) if line.endswith(str(file)))
+        return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+    assert int(gbi.view("a").to(torch.int64).sum()) == 7 << 20
+    assert resident_kib() >= 1 << 10
+    gbi.let_go("a")
+    assert resident_kib() <= 64
+    assert int(gbi.view("a").to(torch.int64).sum()) == 7 << 20
 
 
 def test_threads_share_one_mapping(single: Path) -> None:

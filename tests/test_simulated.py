@@ -37,7 +37,7 @@ from lema.core.reader import DiskReader, ReadJob
 from lema.core.ring import Load, Ring
 from lema.core.schedule import Phase, Schedule, Visit
 from lema.core.simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
-from lema.core.transport import DeviceTier
+from lema.core.transport import ComputeWaits, DeviceTier
 from lema.engine.trainer import LemaTrainer
 from lema.errors import ReadError, StreamingError
 from lema.models.transformers_adapter import TransformersAdapter
@@ -494,6 +494,30 @@ def test_no_device_slot_is_loaded_more_often_than_the_schedule_says(tmp_path: Pa
         assert {b - a for a, b in pairwise(loads[1:])} == {2 * (6 - shape.device_slots)}
 
 
+# --- what the device waits ---
+
+
+def test_waiting_is_what_the_device_stood_still_and_not_what_the_host_did() -> None:
+    device = SimulatedDevice(longest_pause=0.0, blocking=False)
+    waits, copies, busy = ComputeWaits(device), device.copy_stream(), torch.zeros(1)
+
+    def visit(computes: float, copy_takes: float) -> float:
+        before, ready = waits.seconds, device.event()
+        device.read(busy, lambda _: time.sleep(computes))
+        copies.enqueue(lambda: time.sleep(copy_takes))
+        copies.record_event(ready)
+        pair = waits.begin()
+        ready.synchronize()  # the host waits in any case
+        device.compute_stream().wait_event(ready)
+        waits.end(pair)
+        device.compute_stream().drain()
+        return waits.seconds - before
+
+    assert visit(computes=0.3, copy_takes=0.1) < 0.1
+    assert visit(computes=0.0, copy_takes=0.3) > 0.2
+    device.close()
+
+
 # --- every guard is needed -------------------------------------------------------------------------------
 
 
@@ -511,7 +535,7 @@ class Deaf:
 
 
 class CopiesDoNotWaitForFree(SimulatedDevice):
-    def copy_stream(self) -> Any:
+    def copy_stream(self, name: str = "weights") -> Any:
         return Deaf(self._copy)
 
 
@@ -577,7 +601,7 @@ class LateRecords(Deaf):
 class ReadyIsRecordedBeforeTheCopy(SimulatedDevice):
     """The copy waits until its stream has been asked for the next record, and comes behind it."""
 
-    def copy_stream(self) -> Any:
+    def copy_stream(self, name: str = "weights") -> Any:
         return self.swapped
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError, StreamingError
+from .binding import keep_from_children
 from .layout import PAGE
 from .transport import Event, Stream
 
@@ -164,19 +165,20 @@ class HostPins:
                 _clear_error(self._device)
                 return f"CUDA error {result}"
             self._buffers[start] = buffer.detach().view(torch.uint8)
+            keep_from_children(self._buffers[start])
             return ""
 
     def remove(self, buffer: torch.Tensor) -> None:
         """Unregister a buffer; nothing if it is not registered."""
         with self._lock:
-            if self._buffers.pop(buffer.data_ptr(), None) is not None:
-                self._unregister(buffer.data_ptr())
+            if (held := self._buffers.pop(buffer.data_ptr(), None)) is not None:
+                self._unregister(held)
 
     def clear(self) -> None:
         """Unregister everything."""
         with self._lock:
             while self._buffers:
-                self._unregister(self._buffers.popitem()[0])
+                self._unregister(self._buffers.popitem()[1])
 
     def hold(self, host: torch.Tensor) -> bool:
         """Whether uint8 `[n]` on the host lies in registered memory."""
@@ -184,9 +186,10 @@ class HostPins:
         with self._lock:
             return any(at <= start and end <= at + held.numel() for at, held in self._buffers.items())
 
-    def _unregister(self, address: int) -> None:
+    def _unregister(self, held: torch.Tensor) -> None:
         with torch.cuda.device(self._device):
-            result = int(torch.cuda.cudart().cudaHostUnregister(address))
+            result = int(torch.cuda.cudart().cudaHostUnregister(held.data_ptr()))
+        keep_from_children(held, False)
         if result != 0:
             _clear_error(self._device)
             logger.warning("unpinning host memory failed with CUDA error %d", result)

@@ -42,6 +42,17 @@ def drop_pages(buffer: torch.Tensor) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel()), mmap.MADV_DONTNEED)
 
 
+def keep_from_children(buffer: torch.Tensor, wanted: bool = True) -> None:
+    """Leave the pages of a `page_aligned` buffer out of forked children, or (False) in them again.
+
+    A page shared with a child is copied when its owner writes to it, and the owner goes on with the copy: a device
+    that was told the old page's address would read what nobody writes any more.
+    """
+    if sys.platform == "linux":
+        advice = mmap.MADV_DONTFORK if wanted else mmap.MADV_DOFORK
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel()), advice)
+
+
 def keep_apart(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a CPU tensor in pages of its own, given back to the system with the last reference.
 

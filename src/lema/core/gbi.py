@@ -173,11 +173,21 @@ class GlobalBinaryIndex:
             WeightsError: closed, or the file changed since it was opened.
             ReadError: the file cannot be mapped.
         """
+        self._advise(name, "MADV_RANDOM")
+
+    def let_go(self, name: str) -> None:
+        """Take this tensor's mapped pages out of the process; whoever reads them again has them read from the file.
+
+        Does nothing where the system has no `madvise`. Raises as `advise_random` does.
+        """
+        self._advise(name, "MADV_DONTNEED")
+
+    def _advise(self, name: str, advice: str) -> None:
         record = self.record(name)
         self._check_file(record.file)
-        if record.nbytes and hasattr(mmap, "MADV_RANDOM"):
+        if record.nbytes and hasattr(mmap, advice):
             start = record.offset - record.offset % mmap.PAGESIZE
-            self._mapping(record.file).madvise(mmap.MADV_RANDOM, start, record.end - start)
+            self._mapping(record.file).madvise(getattr(mmap, advice), start, record.end - start)
 
     def check_unchanged(self) -> None:
         """Compare size and modification time of every file with those found on opening.

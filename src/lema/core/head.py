@@ -57,8 +57,9 @@ class HeadChunks:
         slots = {chunk: chunk % 2 for chunk in extents}
         host = {chunk: chunk for chunk in extents} if in_ram else slots
         self.lane = Lane(
-            extents, nbytes, reader, host, slots, depth=None, on_overwrite=self._raise_versions, backend=backend
-        )
+            extents, nbytes, reader, host, slots, depth=None, on_overwrite=self._raise_versions, backend=backend,
+            stream="head",
+        )  # fmt: skip
         self.nbytes = self.lane.host_bytes
         self.device = self.lane.buffers[0].device
         self._views = [

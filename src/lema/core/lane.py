@@ -32,6 +32,7 @@ class Lane:
         depth: visits planned ahead; None: as many as the slots allow.
         on_overwrite: called just before a slot of the compute place starts to be filled; held weakly if a method.
         backend: the device; None: computed in host slots.
+        stream: of the copies to the device; lanes with different names do not wait for each other's.
         poison: fill a host slot with NaN bytes before each load (for tests).
     """
 
@@ -46,6 +47,7 @@ class Lane:
         depth: int | None,
         on_overwrite: Callable[[Load], None],
         backend: DeviceBackend | None = None,
+        stream: str = "weights",
         poison: bool = False,
     ) -> None:
         self._extents = extents
@@ -65,7 +67,9 @@ class Lane:
             self._host = Ring(host, Schedule(()), depth, fill)
             self._host.learns = False  # the first cycle has loads that later ones do not have
             behind = None if depth is None else max(depth, 1)
-            self._tier = DeviceTier(backend, self._host, self._host_buffers, device, Schedule(()), behind, dict(nbytes))
+            self._tier = DeviceTier(
+                backend, self._host, self._host_buffers, device, Schedule(()), behind, dict(nbytes), stream
+            )
             self.ring, self.buffers = self._tier.ring, self._tier.buffers
         self.ring.on_overwrite = _weakly(on_overwrite) if hasattr(on_overwrite, "__self__") else on_overwrite
         self.buffer_of = {unit: self.buffers[slot] for unit, slot in self.ring.slot_of.items()}
@@ -85,6 +89,11 @@ class Lane:
     def copied_bytes(self) -> int:
         """Bytes copied to the device so far."""
         return self._tier.copied_bytes if self._tier is not None else 0
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds the computation stood still for units so far."""
+        return self.ring.wait_seconds if self._tier is None else self._tier.wait_seconds
 
     def predict(self, schedule: Schedule) -> None:
         """Expect these visits, over and over, from now on."""

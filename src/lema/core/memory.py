@@ -209,6 +209,9 @@ class TripleBufferManager:
                 views[source.name] = self.gbi.view(record.name)
             elif source.nbytes >= _MAP_FROM_BYTES:
                 views[source.name] = mapped_or_materialized(self.gbi, source).to(device)
+                if self.backend is not None:
+                    for piece in source.pieces:
+                        self.gbi.let_go(piece.record.name)
             else:
                 views[source.name] = materialize(self.gbi, source).to(device)
         self.adapter.bind_rest(views, device)
@@ -302,7 +305,7 @@ class TripleBufferManager:
             loads=sum(lane.ring.loads for lane in lanes),
             bytes_read=self._reader.bytes_read,
             bytes_copied=sum(lane.copied_bytes for lane in lanes),
-            wait_seconds=sum(lane.ring.wait_seconds for lane in lanes),
+            wait_seconds=sum(lane.wait_seconds for lane in lanes),
             read_seconds=self._reader.read_seconds,
         )
 

@@ -41,6 +41,9 @@ class SimulatedEvent:
     def seconds_after(self, earlier: SimulatedEvent) -> float:
         return self.reached_at - earlier.reached_at
 
+    def query(self) -> bool:
+        return self.last is None or self.last.is_set()
+
     def synchronize(self) -> None:
         if self.last is not None and not self.last.wait(_LONGEST_WAIT):
             raise StreamingError(f"an event was not reached within {_LONGEST_WAIT:.0f} seconds")

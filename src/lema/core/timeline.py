@@ -28,6 +28,9 @@ _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 class TimingEvent(Protocol):
     """A mark in a stream that knows when it was reached."""
 
+    def query(self) -> bool:
+        """Whether it has been reached."""
+
     def synchronize(self) -> None:
         """Block until it has been reached."""
 

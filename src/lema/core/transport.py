@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -85,6 +86,39 @@ class DeviceBackend(Protocol):
         """Wait for the copy streams and unpin what is pinned."""
 
 
+class ComputeWaits:
+    """How long the compute stream stood still, told by pairs of timing events that are read once they were reached.
+
+    The host runs ahead of the device, so that what the host waits says nothing about the device.
+    """
+
+    def __init__(self, backend: DeviceBackend) -> None:
+        self._backend = backend
+        self._open: deque[tuple[TimingEvent, TimingEvent]] = deque()
+        self._spare: list[tuple[TimingEvent, TimingEvent]] = []
+        self._seconds = 0.0
+
+    def begin(self) -> tuple[TimingEvent, TimingEvent]:
+        """Mark where the compute stream has come to, before anything is waited for."""
+        pair = self._spare.pop() if self._spare else (self._backend.timing_event(), self._backend.timing_event())
+        self._backend.compute_stream().record_event(pair[0])
+        return pair
+
+    def end(self, pair: tuple[TimingEvent, TimingEvent]) -> None:
+        """Mark where it goes on."""
+        self._backend.compute_stream().record_event(pair[1])
+        self._open.append(pair)
+
+    @property
+    def seconds(self) -> float:
+        """Sum of the waits that are over."""
+        while self._open and self._open[0][1].query():
+            pair = self._open.popleft()
+            self._seconds += pair[1].seconds_after(pair[0])
+            self._spare.append(pair)
+        return self._seconds
+
+
 class DeviceTier:
     """Device slots filled from host slots by one copier thread.
 
@@ -107,6 +141,7 @@ class DeviceTier:
         schedule: Schedule,
         depth: int | None,
         nbytes: dict[int, int],
+        stream: str = "weights",
     ) -> None:
         num_slots = max(slot_of.values(), default=-1) + 1
         sizes = [max(nbytes[u] for u, slot in slot_of.items() if slot == number) for number in range(num_slots)]
@@ -121,7 +156,8 @@ class DeviceTier:
         self._nbytes = nbytes
         self._ready = [backend.event() for _ in range(num_slots)]
         self._free = [backend.event() for _ in range(num_slots)]
-        self._stream = backend.copy_stream()
+        self._stream = backend.copy_stream(stream)
+        self._waits = ComputeWaits(backend)
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lost: RuntimeError | None = None
@@ -129,10 +165,17 @@ class DeviceTier:
 
     def acquire(self, unit: int, phase: Phase) -> int:
         """Device slot that the compute stream may read once it has waited; see `Ring.acquire`."""
+        waiting = self._waits.begin()
         slot = self.ring.acquire(unit, phase)
         self._backend.compute_stream().wait_event(self._ready[slot])
+        self._waits.end(waiting)
         self._backend.ready_for_compute()
         return slot
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds the compute stream stood still for weights, as far as it has come."""
+        return self._waits.seconds
 
     def release(self, unit: int) -> None:
         """Let the slot be overwritten once the compute stream has come here."""

@@ -23,7 +23,8 @@ class HostMasters:
 
     Mechanics: as soon as the backward has accumulated a parameter's gradient it is added to the master's
     and given up, so that the device holds gradients of one layer at a time. After every step of the
-    optimizer the masters are copied into the parameters.
+    optimizer the masters are copied into the parameters. Both ways go through the stream that computes and
+    do not block the host; `arrive` waits for all of them at once, before the host looks.
 
     Args:
         parameters: those computed with; they stay the same objects.
@@ -40,6 +41,8 @@ class HostMasters:
         if backend is not None:
             for buffer in (self._values, self._gradients):
                 backend.pin(buffer)
+        self._backend = backend
+        self._arrived = None if backend is None else backend.event()
         self.masters: list[nn.Parameter] = []
         self._views: list[torch.Tensor] = []
         offset = 0
@@ -67,15 +70,21 @@ class HostMasters:
         """Add a gradient to the master's; the first of a window replaces what is there."""
         gradient, master, view = parameter.grad, self.masters[index], self._views[index]
         assert gradient is not None
-        if master.grad is None:
-            view.copy_(gradient)
-            master.grad = view
-        else:
-            master.grad.add_(gradient.to(view.device, view.dtype))
+        if master.grad is not None:  # added where it is: the host's copy may still be on its way
+            gradient = master.grad.to(gradient.device, non_blocking=True).add_(gradient)
+        view.copy_(gradient, non_blocking=True)
+        master.grad = view
         parameter.grad = None
+
+    def arrive(self) -> None:
+        """Wait until gradients and values lie where they were copied to; before masters or gradients are touched."""
+        if self._backend is not None and self._arrived is not None:
+            self._backend.compute_stream().record_event(self._arrived)
+            self._arrived.synchronize()
 
     def hand_back_gradients(self) -> None:
         """Give the parameters their gradients again, to be looked at."""
+        self.arrive()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = None if master.grad is None else master.grad.to(parameter)
 
@@ -89,10 +98,11 @@ class HostMasters:
     def publish(self) -> None:
         """Copy the masters' values into the parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.copy_(master)
+            parameter.copy_(master, non_blocking=True)
 
     @torch.no_grad()
     def adopt(self) -> None:
         """Take the parameters' values over, after they were loaded."""
+        self.arrive()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.copy_(parameter)

@@ -105,6 +105,7 @@ class Resumable:
         named = self.lora_manager.named_parameters()
         if self._masters is None:
             return dict(named)
+        self._masters.arrive()
         return {name: master for (name, _), master in zip(named, self._masters.masters, strict=True)}
 
     def _settle_state(self) -> None:

@@ -229,6 +229,8 @@ class LemaTrainer(Resumable):
 
     def _update(self) -> dict[str, Any]:
         """Settle, check and clip the gradients, then step the optimizer and empty them."""
+        if self._masters is not None:
+            self._masters.arrive()
         parameters = self._parameters() if self._masters is None else self._masters.masters
         self._window.settle(parameters)
         self.updating = True
@@ -269,13 +271,13 @@ class LemaTrainer(Resumable):
     def whole_windows(self) -> Iterator[None]:
         """Inside the block each `train_step` is one optimizer step, and when to save is somebody else's decision.
 
-        Layers then run `batch_size` rows at once, where neither a plan nor a setting says otherwise.
+        Layers then run `batch_size` rows at once, where neither the plan nor a setting cuts finer.
         """
         if self._window.calls:
             raise ConfigError(f"{self._window.calls} calls of train_step are waiting for their step: call finish()")
         batching, length = self.streamer.batching, self._window.length
         rows_at_once = batching.micro_batch_size
-        if length > 1 and self.memory.plan is None and rows_at_once is None:
+        if length > 1 and rows_at_once is None:
             batching.micro_batch_size = self.config.batch_size
         self._window.length, self.driven = 1, True
         try:
