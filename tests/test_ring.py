@@ -631,6 +631,25 @@ def test_an_abort_that_is_interrupted_can_be_followed_by_visits() -> None:
         assert w.use(unit)
 
 
+def test_an_interrupt_right_after_a_load_was_handed_over_leaves_the_ring_usable() -> None:
+    handed: list[Load] = []
+
+    def fill(load: Load) -> None:
+        handed.append(load)
+        if len(handed) == 1:
+            raise KeyboardInterrupt
+
+    ring = Ring({0: 0, 1: 0}, Schedule.inference(2), 0, fill)
+    with pytest.raises(KeyboardInterrupt):
+        ring.acquire(0, Phase.FORWARD)
+    assert handed[0].cancelled
+    ring.finished(handed[0])  # by a filler that knows of it all the same
+    ring.prefetch(0)
+    assert len(handed) == 2
+    ring.finished(handed[1])
+    assert ring.acquire(0, Phase.FORWARD) == 0
+
+
 def test_abort_cancels_and_starts_nothing_and_forgets_half_filled_slots() -> None:
     w = world(2, 6, EMPTY, 6)
     w.predict(Schedule.training(6))

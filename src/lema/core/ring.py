@@ -203,6 +203,8 @@ class Ring:
         """Report the end of a load: filled, failed, or given up because it was cancelled."""
         with self._changed:
             slot = self.slots[load.slot]
+            if slot.load is not load and load.cancelled:  # an interrupt came between its start and its entry here
+                return
             assert slot.load is load and slot.state is SlotState.LOADING, "a load reported to a slot it does not own"
             slot.load = None
             if error is None and not load.cancelled:
@@ -263,14 +265,15 @@ class Ring:
             if slot.unit == unit and not (slot.load is not None and slot.load.cancelled):
                 slot.uses += 1
             elif slot.uses == 0 and slot.state in (SlotState.EMPTY, SlotState.READY):
-                slot.load = Load(unit, number, visit.phase, evicted=slot.unit)
-                slot.state, slot.unit, slot.uses = SlotState.LOADING, unit, 1
-                slot.fillings += 1
-                self.loads += 1
-                self.on_overwrite(slot.load)
+                load = Load(unit, number, visit.phase, evicted=slot.unit)
                 try:
-                    self._fill(slot.load)
-                except BaseException:
+                    slot.state, slot.unit, slot.uses, slot.load = SlotState.LOADING, unit, 1, load
+                    slot.fillings += 1
+                    self.loads += 1
+                    self.on_overwrite(load)
+                    self._fill(load)
+                except BaseException:  # an interrupt may come after it was handed over: the rest of it is not read
+                    load.cancelled = True
                     slot.state, slot.unit, slot.uses, slot.load = SlotState.EMPTY, None, 0, None
                     raise
             else:
