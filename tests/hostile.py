@@ -160,6 +160,9 @@ def _yaml(shop: Workshop) -> Iterator[Case]:
     yield case("a budget nothing fits into", "budget", ram_budget="20MB")
     yield Case("Configuration", "no such file", ["train", str(shop.folder / "none.yaml")])
     yield Case("Configuration", "an option that is not there", ["train", "run.yaml", "--resme", "auto"], 2)
+    misspelt = ["train", str(shop.yaml("run")), "--set", "learning_rat=1"]
+    yield Case("Configuration", "a setting that is not there, on the command line", misspelt, 2)
+    yield case("evaluations, and nothing to evaluate on", "no-eval", eval_strategy="epoch")
 
 
 def _models(shop: Workshop) -> Iterator[Case]:

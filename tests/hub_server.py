@@ -19,8 +19,9 @@ import pytest
 class Hub(ThreadingHTTPServer):
     """What was uploaded, and what shall go wrong.
 
-    `failures` maps a step ("create", "preupload", "batch", "put", "commit", "paths") to what it answers, one entry a
-    request: a status, "drop" for a connection closed without an answer, or "lie" for an answer with a wrong checksum.
+    `failures` maps a step ("create", "preupload", "batch", "put", "commit", "paths", "tree") to what it answers, one
+    entry a request: a status, "drop" for a connection closed without an answer, or "lie" for an answer with a wrong
+    checksum.
     """
 
     daemon_threads = True
@@ -72,8 +73,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {})
 
     def do_GET(self) -> None:
-        """Nothing to read here."""
-        self._send(404, {"error": f"no {self.path}"})
+        """The list of files; there is nothing else to read here."""
+        if not re.match(r"/api/models/.*/tree/", self.path):
+            self._send(404, {"error": f"no {self.path}"})
+        elif not self._fails("tree"):
+            files = self.server.files.items()
+            self._send(200, [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files])
 
     def _fails(self, step: str) -> bool:
         self.server.requests.append(step)
@@ -122,6 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif item["key"] == "lfsFile":
                 self.server.files[value["path"]] = self.server.lfs[value["oid"]]
                 self.server.large.add(value["path"])
+            elif item["key"] == "deletedFile":
+                del self.server.files[value["path"]]
+                self.server.large.discard(value["path"])
             if "path" in value:
                 names.append(value["path"])
         self.server.commits.append(names)

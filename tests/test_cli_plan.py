@@ -471,11 +471,11 @@ def test_budgets_above_what_there_is(write: Write) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
-        (["--set", "hed=chunked"], "unknown setting 'hed'; did you mean 'head'?", 1),
-        (["--set", "head=chunkd"], "did you mean 'chunked'?", 1),
-        (["--set", "num_slots=many"], "num_slots='many' must be a whole number", 1),
-        (["--set", "lora_alpha=much"], "lora_alpha='much' must be a number", 1),
-        (["--set", "use_lora=perhaps"], "use_lora='perhaps' must be true or false", 1),
+        (["--set", "hed=chunked"], "unknown setting 'hed'; did you mean 'head'?", 2),
+        (["--set", "head=chunkd"], "did you mean 'chunked'?", 2),
+        (["--set", "num_slots=many"], "num_slots='many' must be a whole number", 2),
+        (["--set", "lora_alpha=much"], "lora_alpha='much' must be a number", 2),
+        (["--set", "use_lora=perhaps"], "use_lora='perhaps' must be true or false", 2),
         (["--batch-size", "0"], "batch_size=0 must be 1 or more", 1),
         (["--dtype", "int8"], "dtype='int8' is unknown", 1),
         (["--set", "head"], "'head' is not name=value", 2),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from data_helpers import (
     CHATML,
@@ -22,7 +23,8 @@ from data_helpers import (
     make_metaspace_tokenizer,
     make_tokenizer,
 )  # fmt: skip
-from lema.data import ChatRenderer, EncodedRow
+from lema.data import ChatRenderer, DataConfig, EncodedRow, load_data
+from lema.data.render import IGNORE
 from lema.errors import ConfigError, InputError, UnsupportedError
 
 _BY_TEMPLATE = {name: make_tokenizer(template) for name, template in TEMPLATES.items()}
@@ -205,6 +207,25 @@ def test_kinds_of_rows_without_a_template(bos: bool) -> None:
     with pytest.raises(InputError, match="no chat template"):
         encoder(tokenizer, "messages")({"messages": chat("q", "a")})
     assert tokenizer.decode(ChatRenderer(tokenizer).ask("hello")) == f"{start}hello"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_an_instruction_is_asked_as_it_was_learned(tmp_path: Path, bos: bool) -> None:
+    """Token by token, also by whoever loads the tokenizer later; rows of another kind take the separator away."""
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i} now."} for i in range(4)]
+    tokenizer = make_tokenizer(None, bos=bos)
+    assert tokenizer("a\n\n")["input_ids"] != tokenizer("a\n\nb")["input_ids"][: 2 + bos], "cut otherwise at the end"
+    config = {"max_seq_length": 64, "rows_per_step": 2, "seed": 0}
+    data = load_data(DataConfig(), tokenizer, train_rows=rows, **config)
+    learned = data.train.dataset.encoder(rows[0])
+    prompt = learned.input_ids[: learned.labels.count(IGNORE)]
+    assert data.renderer.ask("Say 0.") == prompt
+    tokenizer.save_pretrained(tmp_path)
+    assert ChatRenderer(AutoTokenizer.from_pretrained(tmp_path)).ask("Say 0.") == prompt
+    texts = [{"text": "one two"}] * 4
+    assert load_data(DataConfig(), tokenizer, train_rows=texts, **config).renderer.ask("q") == tokenizer("q").input_ids
+    tokenizer.save_pretrained(tmp_path)
+    assert ChatRenderer(AutoTokenizer.from_pretrained(tmp_path)).separator == ""
 
 
 def test_an_end_token_that_is_there_is_not_doubled() -> None:

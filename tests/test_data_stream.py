@@ -320,7 +320,11 @@ def test_what_load_data_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture
         load(data_format="text")
     with pytest.raises(InputError, match="no chat template"):
         load(make_tokenizer(None))
-    load(make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"))
+    endless = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    load(endless)
+    assert "no answer ends in a special token" not in caplog.text
+    endless.eos_token = None
+    load(endless)
     assert "no answer ends in a special token" in caplog.text
 
 

@@ -286,7 +286,7 @@ def test_merge_verb_on_a_checkpoint(llama: Path, tmp_path: Path) -> None:
     assert again.exit_code == 1 and "exists already" in again.output
     assert lema("merge", llama / "checkpoint").exit_code == 2
     bad = lema("merge", llama / "checkpoint", tmp_path / "x", "--max-shard-size", "many")
-    assert bad.exit_code == 1 and "max_shard_size" in bad.output
+    assert bad.exit_code == 2 and "max_shard_size" in bad.output
 
 
 def test_merge_verb_with_the_base_given(llama: Path, tmp_path: Path) -> None:

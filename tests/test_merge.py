@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import lema.export.elements
 import lema.export.lora_layers
@@ -26,8 +27,11 @@ import lema.export.merge
 from families import save_tiny
 from helpers import lema_model, padded_batch, plain_model, randomise
 from hub_server import running_hub
+from lema.cli.app import app
 from lema.errors import CheckpointError, ConfigError, HubError, NonFiniteError, UnsupportedError, WeightsError
+from lema.export.checkpoint import Checkpoint
 from lema.export.merge import merge
+from lema.export.verify import compare
 from lema.export.weights import MergedWeights
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -208,6 +212,32 @@ def test_merged_in_float32_and_cast_once(dtype: torch.dtype, llama: Path, tmp_pa
     found = tensors_of(tmp_path / "out")
     assert all(t.dtype == dtype for t in found.values())
     assert not [n for n, t in found.items() if not torch.equal(t, exact[n].to(dtype))]
+
+
+def test_an_adapter_below_the_rounding_of_the_type_is_told_of(llama: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(llama / "adapter", tmp_path / "adapter"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    small = {n: t * 1e-6 if "lora_B" in n else t for n, t in weights.items()}
+    save_file(small, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        options = [adapter, tmp_path / dtype, "--base", llama / "base", "--dtype", dtype]
+        done = CliRunner().invoke(app, ["merge", *map(str, options)])
+        assert done.exit_code == 0, done.output
+        found[dtype] = done
+    warning = "warning: the type written rounds the adapter away: only 0."
+    assert warning in found["bfloat16"].stderr and "% of its effect on the logits is left" in found["bfloat16"].stderr
+    assert not found["float32"].stderr
+    assert "Verified on 32 tokens" in found["bfloat16"].stdout
+
+
+def test_what_is_left_of_an_adapter_is_measured_against_its_effect(llama: Path, tmp_path: Path) -> None:
+    whole = merge(llama / "adapter", tmp_path / "whole", base=llama / "base")
+    assert whole.comparison is not None and whole.moved is not None
+    assert whole.comparison.kept == pytest.approx(1, abs=1e-3) and whole.moved > 0.99 and whole.comparison.arrives
+    lost = compare(Checkpoint.open(llama / "adapter", llama / "base"), llama / "base", torch.float32)
+    assert lost.kept == pytest.approx(0, abs=1e-6) and not lost.arrives and not lost.good
+    assert lost.error == lost.effect
 
 
 def test_another_type(llama: Path, tmp_path: Path) -> None:
@@ -488,6 +518,37 @@ def _only_other(name: str, llama: Path, stamp: int) -> Any:
         return right(self, record, dtype)
 
     return parts
+
+
+def test_weights_that_are_there_are_not_mixed_with_new_ones(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = ["model-00009-of-00009.safetensors", "pytorch_model.bin.index.json", "adapter_config.json"]
+    options: dict[str, Any] = {"base": llama / "base", "upload": "me/repo"}
+    with running_hub(monkeypatch) as hub:
+        hub.files |= dict.fromkeys([*stale, "README.md", "training_args.bin", "other/model.safetensors"], b"old")
+        with pytest.raises(ConfigError, match=r"me/repo has weights already: adapter_config\.json.*--overwrite"):
+            merge(llama / "adapter", tmp_path / "out", **options)
+        assert not hub.commits and not list((tmp_path / ".out.partial").glob("*.safetensors"))
+        hub.failures["put"] = [403]
+        with pytest.raises(HubError, match="still here"):
+            merge(llama / "adapter", tmp_path / "out", overwrite=True, **options)
+        result = merge(llama / "adapter", tmp_path / "out", **options)  # goes on with what was asked for then
+        assert set(stale) & {*hub.files} == set()
+        assert {*stale, "config.json"} <= {*hub.commits[-1]}, "in the commit that completes the model"
+        assert {*result.shards, "training_args.bin", "other/model.safetensors"} <= {*hub.files}
+        assert hub.files["README.md"] != b"old"
+        with pytest.raises(ConfigError, match="has weights already"):
+            merge(llama / "adapter", tmp_path / "second", **options)
+
+
+def test_a_chat_template_alone_is_no_tokenizer(llama: Path, tmp_path: Path) -> None:
+    base, adapter = (Path(shutil.copytree(llama / name, tmp_path / name)) for name in ("base", "adapter"))
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "chat_template.jinja").write_text("{{ other }}")
+    merge(adapter, tmp_path / "merged", base=base, verify=False)
+    assert (tmp_path / "merged/chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "merged/tokenizer_config.json").read_text() == '{"model_max_length": 64}'
 
 
 @pytest.mark.slow

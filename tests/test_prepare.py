@@ -730,7 +730,7 @@ def test_the_command(tmp_path: Path, torch_folder: Path, monkeypatch: pytest.Mon
     done = run.invoke(app, ["prepare", str(torch_folder), out])
     assert done.exit_code == 1 and "exists already" in done.stderr
     done = run.invoke(app, ["prepare", str(torch_folder), out + "2", "--dtype", "int4"])
-    assert done.exit_code == 1 and "is none of float16" in done.stderr
+    assert done.exit_code == 2 and "is none of float16" in done.stderr
     monkeypatch.setattr("lema.prepare.prepare", interrupted)
     done = run.invoke(app, ["prepare", str(torch_folder), out + "3"])
     assert done.exit_code == 130 and "run the same command again to go on" in done.stderr

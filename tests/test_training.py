@@ -24,7 +24,7 @@ from lema.training.evaluation import evaluate
 from lema.training.metrics import read_lines
 from lema.training.panel import LivePanel, View
 from lema.training.schedule import Schedule
-from training_runs import adapter_bytes, batches_of, history, make_model, settings_of, train, write_rows
+from training_runs import StopAfter, adapter_bytes, batches_of, history, make_model, settings_of, train, write_rows
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -50,17 +50,6 @@ def whole(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     result = train(settings_of(model, rows, out))
     assert (result.status, result.global_step) == ("finished", STEPS)
     return out
-
-
-class StopAfter(TrainerCallback):
-    """Ctrl-C after some step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            signal.raise_signal(signal.SIGINT)
 
 
 # -- resume ----------------------------------------------------------------------------------------
@@ -108,17 +97,14 @@ def test_a_second_signal_abandons_the_step_and_saves_the_one_before(
     model: Path, rows: Path, whole: Path, tmp_path: Path
 ) -> None:
     settings = settings_of(model, rows, tmp_path)
-    calls = 0
-
-    def twice(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
 
     def prepare(trainer: LemaTrainer) -> None:
-        trainer.lm.layers[2].register_forward_hook(lambda m, *_: twice() if m.training else None)
+        def twice(module: torch.nn.Module, *_: Any) -> None:
+            if module.training and trainer.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+
+        trainer.lm.layers[2].register_forward_hook(twice)
 
     result = train({**settings, "sample_prompts": []}, prepare=prepare)
     assert (result.status, result.global_step) == ("interrupted", 3)

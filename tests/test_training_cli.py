@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lema.cli.app import app
+from lema.training.checkpoints import CheckpointFolder
 from lema.training.loop import TrainingLoop
 from lema.training.run_config import RunConfig
 from training_runs import adapter_bytes, make_model, settings_of, train, write_rows
@@ -33,11 +34,17 @@ def lema(*arguments: Any, status: int = 0) -> Result:
     return result
 
 
+def words(result: Result) -> str:
+    """What was said on standard error, without frames and line ends."""
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
 def run_file(parts: tuple[Path, Path], folder: Path, **more: Any) -> Path:
     """A YAML file that leaves budgets to the command line."""
     values = settings_of(*parts, folder / "out", **more)
     values = {name: value for name, value in values.items() if "budget" not in name}
     path = folder / "run.yaml"
+    folder.mkdir(exist_ok=True)
     path.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items()))
     return path
 
@@ -58,7 +65,7 @@ def test_from_a_model_and_rows_to_an_adapter(
     said = lema("train", "run.yaml", *small, "--dry-run").stdout
     for word in ("22 rows", "2 steps of 8 rows, 2 to go", "host memory", "nothing was trained"):
         assert word in said
-    assert not list(tmp_path.glob("output/checkpoint-*"))
+    assert not (tmp_path / "output").exists(), "a dry run makes nothing"
     said = lema("train", "run.yaml", *small).stdout
     assert "step 2/2" in said
     assert "finished: 2 steps" in said
@@ -97,6 +104,31 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert adapter_bytes(tmp_path / "out" / "final") == adapter_bytes(tmp_path / "whole" / "final")
 
 
+def test_a_limit_of_time_is_no_failure(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    file = run_file(parts, tmp_path, save_steps=2)
+    said = lema("train", file, "--set", "max_train_hours=1e-9").stdout
+    assert "stopped after step 0 by max_train_hours=1e-09. Go on with:" in said
+    assert f"lema train {file} --set max_train_hours=1e-9 --resume auto" in said
+    assert "finished" in lema("train", file, "--resume", "auto").stdout
+
+
+def test_a_dry_run_looks_and_touches_nothing(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    file = run_file(parts, tmp_path)
+    out = tmp_path / "out"
+    folder = CheckpointFolder(out)
+    folder.open()
+    before = sorted(tmp_path.rglob("*"))
+    assert "in use by another run" in lema("train", file, "--dry-run", status=1).stderr
+    folder.close()
+    assert "nothing was trained" in lema("train", file, "--dry-run").stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    said = lema("train", file, "--dry-run", "--set", f"output_dir={file}/inside", status=1).stderr
+    assert f"{file} is not a directory" in said
+    no_data = ("--set", "eval_size=0", "--set", "eval_strategy=epoch", "--set", "sample_prompts=")
+    said = lema("train", file, "--dry-run", *no_data, status=1).stderr
+    assert "eval_strategy=epoch needs evaluation data" in said
+
+
 def test_python_and_the_command_line_do_the_same(parts: tuple[Path, Path], tmp_path: Path) -> None:
     file = run_file(parts, tmp_path)
     lema("train", file, "--set", "ram_budget=none", "--set", "vram_budget=none")
@@ -108,7 +140,18 @@ def test_what_cannot_be_run(parts: tuple[Path, Path], tmp_path: Path) -> None:
     file = run_file(parts, tmp_path)
     lema("train", status=2)
     lema("train", file, "--set", "nonsense", status=2)
-    assert "did you mean 'learning_rate'" in lema("train", file, "--set", "learning_rat=1", status=1).stderr
+    for given, said in (
+        ("learning_rat=1", "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("max_steps=many", "max_steps='many' must be a whole number"),
+        ("lora_dropout=2", "lora_dropout=2.0 must be at least 0"),
+        ("cutoff_len=0", "max_seq_length=0 must be 1 or more"),
+        ("lr_scheduler_type=cosin", "did you mean 'cosine'?"),
+    ):
+        assert said in words(lema("train", file, "--set", given, status=2)), given
+    wrong = run_file(parts, tmp_path / "wrong", lora_dropout=2)
+    assert "line" in lema("train", wrong, status=1).stderr, "what the file says is no bad usage"
+    for verb in ("merge", "export", "prepare"):
+        assert "none of float16" in words(lema(verb, tmp_path, tmp_path / "x", "--dtype", "int4", status=2))
     assert "is not a file" in lema("train", tmp_path / "none.yaml", status=1).stderr
     assert "does not exist" in lema("train", file, "--set", "train_file=none.jsonl", status=1).stderr
     assert "does not exist" in lema("train", file, "--resume", tmp_path / "checkpoint-7", status=1).stderr

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import lema
 from families import save_tiny
@@ -83,6 +84,18 @@ def train(settings: dict[str, Any], resume: str | os.PathLike[str] | None = None
         )
 
 
+class StopAfter(TrainerCallback):
+    """Ctrl-C after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise the signal."""
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
 def batches_of(settings: dict[str, Any]) -> Any:
     """The data of a run."""
     return open_data(RunConfig.from_dict(settings), tiny_tokenizer())
@@ -99,5 +112,5 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in state["log_history"]]
 
 
-__all__ = ["DataConfig", "TrainingConfig", "adapter_bytes", "batches_of", "history", "make_model", "settings_of",
-           "tiny_tokenizer", "train", "write_rows"]  # fmt: skip
+__all__ = ["DataConfig", "StopAfter", "TrainingConfig", "adapter_bytes", "batches_of", "history", "make_model",
+           "settings_of", "tiny_tokenizer", "train", "write_rows"]  # fmt: skip

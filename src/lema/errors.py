@@ -1,6 +1,6 @@
 """Errors a user can cause. Each message says what, where (file, tensor, row, sizes) and what to do next.
 
-This module knows nothing of the rest of the package. Invariants of our own are `assert`s, not these.
+This module knows nothing of the rest of the package. Invariants of our own are each an `assert`, not these.
 """
 
 
@@ -67,9 +67,17 @@ class CheckpointError(LemaError):
     """A training checkpoint is incomplete, damaged, or belongs to another run."""
 
 
+class CallbackError(LemaError, RuntimeError):
+    """A user's callback raised; says which and at what event. The error itself is its `__cause__`."""
+
+
 class HubError(LemaError, OSError):
     """The hub refused something, or could not be reached."""
 
 
 class ReportError(LemaError):
     """A folder that no report can be made of."""
+
+
+class KaggleError(LemaError):
+    """Kaggle refused something, could not be reached, or a kernel there did not end well."""

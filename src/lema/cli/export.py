@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from .settings import usage_of
+
 
 class Form(str, Enum):
     """What to make."""
@@ -55,11 +57,15 @@ def export(
 
     Example: lema export runs/mine/final adapter --to peft --base HuggingFaceTB/SmolLM2-135M-Instruct
     """
+    from ..utils.model_utils import parse_dtype
+
+    with usage_of("--dtype"):
+        target = None if dtype is None else parse_dtype(dtype)
     if to is Form.HF:
         from ..export.merge import merge
         from .merge import show
 
-        show(merge(checkpoint, output, base=base, dtype=dtype))
+        show(merge(checkpoint, output, base=base, dtype=target))
         return
     if to is Form.GGUF:
         from ..export.gguf_adapter import export_gguf
@@ -70,6 +76,6 @@ def export(
     from ..export.peft_adapter import export_peft
     from .adapter import show_findings
 
-    made = export_peft(checkpoint, output, base=base, dtype=dtype)
+    made = export_peft(checkpoint, output, base=base, dtype=target)
     typer.echo(str(made))
     show_findings([finding for finding in check_adapter(made) if finding.level != "ok"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import LemaError
+from .settings import usage_of
 
 if TYPE_CHECKING:
     from ..export.merge import MergeResult
@@ -46,6 +47,9 @@ def merge(
             metavar="REPO", help="Send each file to this repository of the hub as it is made, and remove it here."
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --upload: replace weights the repository has already.")
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -61,17 +65,26 @@ def merge(
     """
     from ..core.budget import parse_bytes
     from ..export.merge import merge as run
+    from ..utils.model_utils import parse_dtype
 
-    size = None if max_shard_size is None else parse_bytes(max_shard_size, "max_shard_size")
+    if overwrite and upload is None:
+        raise typer.BadParameter("is about a repository: give --upload too", param_hint="--overwrite")
+    if single_file and max_shard_size is not None:
+        raise typer.BadParameter("contradicts --single-file: give one of them", param_hint="--max-shard-size")
+    with usage_of("--max-shard-size"):
+        size = None if max_shard_size is None else parse_bytes(max_shard_size, "max_shard_size")
+    with usage_of("--dtype"):
+        target = None if dtype is None else parse_dtype(dtype)
     try:
         result = run(
             checkpoint,
             output,
             base=base,
-            dtype=dtype,
+            dtype=target,
             single_file=single_file,
             max_shard_size=size,
             upload=upload,
+            overwrite=overwrite,
             verify=verify,
             progress=_tell,
         )
@@ -94,13 +107,14 @@ def show(result: MergeResult) -> None:
     from ..core.budget import format_bytes
 
     found = result.comparison
+    _warn(result)
     if result.repo is not None:
         typer.echo(f"{format_bytes(result.nbytes)} are at {result.repo}, each file confirmed by its sha256.")
         typer.echo(
             f"{result.output} has the rest and a list of them. Logits were not compared: the files are not here."
         )
         return
-    typer.echo(f"{result.output}: {format_bytes(result.nbytes)}, {result.changed} tensors changed.")
+    typer.echo(f"{result.output}: {format_bytes(result.nbytes)}, {result.changed} tensors changed{_share(result)}.")
     if found is None:
         typer.echo("Not verified.")
     else:
@@ -109,3 +123,19 @@ def show(result: MergeResult) -> None:
             f"({found.allowed:.0e} would be rounding; the adapter itself changes them by {found.effect:.1e}), "
             f"the most likely token is the same at {found.same_choice:.0%}."
         )
+
+
+def _warn(result: MergeResult) -> None:
+    """Loudly, where the type written leaves little of the adapter."""
+    found = result.comparison
+    if result.moved is not None and (result.moved < 0.5 or (found is not None and not found.arrives)):
+        kept = "" if found is None else f" {found.kept:.0%} of its effect on the logits is left."
+        typer.echo(
+            f"warning: the type written rounds the adapter away: only {result.moved:.1%} of the elements it changes "
+            f"differ from the base's.{kept} Use --dtype float32, or keep the adapter apart.",
+            err=True,
+        )
+
+
+def _share(result: MergeResult) -> str:
+    return "" if result.moved is None else f", {result.moved:.1%} of their elements"

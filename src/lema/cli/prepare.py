@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .settings import usage_of
+
 if TYPE_CHECKING:
     from ..prepare import Prepared
 
@@ -63,16 +65,22 @@ def prepare(
 
     Example: lema prepare mistral-7b.Q8_0.gguf mistral-7b --dtype bfloat16
     """
+    from ..core.budget import parse_bytes
     from ..prepare import prepare as make
+    from ..utils.model_utils import parse_dtype
 
+    with usage_of("--dtype"):
+        target = None if dtype is None else parse_dtype(dtype)
+    with usage_of("--max-shard-size"):
+        largest = parse_bytes(max_shard_size, "max_shard_size")
     with _progress(not as_json) as progress:
         try:
             prepared = make(
                 source,
                 output,
-                dtype=dtype,
+                dtype=target,
                 monolithic=monolithic,
-                max_shard_size=max_shard_size,
+                max_shard_size=largest,
                 config=config,
                 file=file,
                 revision=revision,

@@ -5,13 +5,24 @@ It knows the form; types are the configurations' own, and which values are good 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
 
 from ..config import LemaConfig
+from ..errors import ConfigError
 from ..typed import kinds_of, parse_text
+
+
+@contextlib.contextmanager
+def usage_of(option: str) -> Iterator[None]:
+    """A name or value that is refused in the block was given by this option: bad usage, which ends with status 2."""
+    try:
+        yield
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def split_settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -33,13 +44,15 @@ def split_settings(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Values of `LemaConfig` by name. Unknown names are kept, for `LemaConfig.from_dict` to refuse.
+    """Values of `LemaConfig` by name.
 
     Raises:
-        typer.BadParameter: not of the form `name=value`, or a name twice.
-        ConfigError: a value that cannot be of the setting's type.
+        typer.BadParameter: not of the form `name=value`, a name twice, an unknown one, or a bad value.
     """
-    return {name: parse_value(name, text) for name, text in split_settings(pairs).items()}
+    with usage_of("--set"):
+        found = {name: parse_value(name, text) for name, text in split_settings(pairs).items()}
+        LemaConfig.from_dict({"model_name_or_path": "any", **found})
+    return found
 
 
 def parse_value(name: str, text: str) -> Any:

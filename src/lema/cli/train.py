@@ -5,6 +5,7 @@ It knows options, what is said before and after a run, and exit statuses; the ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .settings import split_settings
+from ..errors import ConfigError
+from .settings import split_settings, usage_of
 
 if TYPE_CHECKING:
     from ..core.plan import Estimate
@@ -47,20 +49,17 @@ def train(
     """Train an adapter as RUN.YAML says.
 
     Ctrl-C finishes the step, saves and says how to go on; a second one abandons the step.
+    max_train_hours stops it before that time is over, saves likewise, and is no failure: exit status 0.
     Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted and saved.
 
     Example: lema train run.yaml --set learning_rate=2e-4 --resume auto
     """
-    overrides = split_settings(settings or ())
     from ..training.checkpoints import CheckpointFolder
-    from ..training.run_config import RunConfig
     from ..training.start import choose_start
-    from .plan import _fastest_device
 
-    defaults = {**dict.fromkeys(_BUDGETS, "auto"), "device": _fastest_device()}
-    run = RunConfig.from_yaml(file, overrides, defaults)
+    run = _read(file, split_settings(settings or ()))
     folder = CheckpointFolder(run.lema.output_dir)
-    cleared = folder.open()
+    cleared = folder.look() if dry_run else folder.open()
     try:
         start = choose_start(folder, resume, look_only=dry_run)
         result = _run(run, folder, start, cleared, plain, dry_run)
@@ -72,10 +71,29 @@ def train(
     _say_result(run, result)
     if result.status != "finished":
         again = ["lema", "train", str(file), *(part for pair in settings or () for part in ("--set", pair))]
+        by = f" by max_train_hours={run.training.max_train_hours:g}" if result.status == "stopped" else ""
         typer.echo(
-            f"interrupted after step {result.global_step}. Go on with:\n  {shlex.join([*again, '--resume', 'auto'])}"
+            f"{result.status} after step {result.global_step}{by}. Go on with:\n"
+            f"  {shlex.join([*again, '--resume', 'auto'])}"
         )
+    if result.status == "interrupted":
         raise typer.Exit(130)
+
+
+def _read(file: Path, overrides: Mapping[str, str]) -> RunConfig:
+    """The run's settings; `typer.BadParameter` if it is one of the overrides that is refused."""
+    from ..training.run_config import ALIASES, RunConfig, parse_overrides, setting_named
+    from .plan import _fastest_device
+
+    with usage_of("--set"):
+        parse_overrides(overrides)
+    defaults = {**dict.fromkeys(_BUDGETS, "auto"), "device": _fastest_device()}
+    try:
+        return RunConfig.from_yaml(file, overrides, defaults)
+    except ConfigError as error:
+        if setting_named(error) not in {ALIASES.get(name, name) for name in overrides}:
+            raise
+        raise typer.BadParameter(str(error), param_hint="--set") from error
 
 
 def _run(
@@ -83,24 +101,31 @@ def _run(
 ) -> TrainResult | None:
     import dataclasses
 
+    from ..engine.packing import check_packing
     from ..engine.training import load_tokenizer, open_data, train_run
     from ..model import LemaModel
     from ..training.panel import make_view
+    from ..training.run import check_evaluation
     from .plan import make
 
     config = _kept_budgets(run.resolved().engine_config().to_dict(), run, start)
     tokenizer = load_tokenizer(run.lema.model_name_or_path)
-    data = open_data(run, tokenizer)
     planned = make(config, None)
-    _say_cost(run, data, planned, start)
-    if dry_run:
-        return None
     resolved = planned.config.replace(ram_budget=planned.ram_budget, vram_budget=planned.vram_budget)
-    start = dataclasses.replace(start, messages=[*cleared, *start.messages])
-    with LemaModel(resolved) as model:
-        return train_run(
-            model.get_trainer(), run, data, tokenizer, folder, start, make_view(plain or None)
-        )  # fmt: skip
+    with contextlib.ExitStack() as opened:
+        trainer = None
+        if run.data.packing and not dry_run:  # a model that cannot says so before all rows are counted
+            trainer = opened.enter_context(LemaModel(resolved)).get_trainer()
+            check_packing(trainer.lm)
+        data = open_data(run, tokenizer)
+        check_evaluation(run.training, data.eval is not None)
+        _say_cost(run, data, planned, start)
+        if dry_run:
+            return None
+        start = dataclasses.replace(start, messages=[*cleared, *start.messages])
+        if trainer is None:
+            trainer = opened.enter_context(LemaModel(resolved)).get_trainer()
+        return train_run(trainer, run, data, tokenizer, folder, start, make_view(plain or None))
 
 
 def _kept_budgets(config: dict[str, Any], run: RunConfig, start: Start) -> dict[str, Any]:

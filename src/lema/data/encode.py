@@ -19,6 +19,8 @@ from ..errors import InputError, UnsupportedError
 from .render import IGNORE, ChatRenderer, EncodedRow
 from .schema import Completion, Conversation, Instruction, PlainText, read_row
 
+INSTRUCTION_SEPARATOR = "\n\n"
+
 
 class RowEncoder:
     """Encodes rows.
@@ -49,7 +51,7 @@ class RowEncoder:
             return self._plain("", content.text)
         if isinstance(content, Completion):
             if not self.renderer.has_template:
-                separator = "\n\n" if isinstance(content, Instruction) else ""
+                separator = INSTRUCTION_SEPARATOR if isinstance(content, Instruction) else ""
                 return self._plain(content.prompt + separator, content.completion)
             content = _as_conversation(content)
         return self.renderer.training(

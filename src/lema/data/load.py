@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ConfigError, InputError
 from .config import DataConfig
 from .dataset import TokenDataset
-from .encode import RowEncoder
+from .encode import INSTRUCTION_SEPARATOR, RowEncoder
 from .order import split
 from .render import ChatRenderer
 from .rows import Rows, SomeRows
@@ -34,6 +34,7 @@ class Data:
     """The data of a run."""
 
     train: BatchStream
+    """Batches of steps, epoch after epoch."""
     eval: BatchStream | None
     """One epoch each time it is iterated over, in the order of the file."""
     summary: dict[str, Any]
@@ -77,6 +78,7 @@ def load_data(
     renderer = ChatRenderer.from_file(tokenizer, config.chat_template)
     rows = open_rows(source)
     kind = config.data_format if config.data_format != "auto" else detect_format(rows)
+    renderer.separator = INSTRUCTION_SEPARATOR if kind == "instruction" and not renderer.has_template else ""
     rows, held_out = _held_out(rows, config, seed)
     eval_source = eval_rows if eval_rows is not None else config.eval_file
     eval_kind = kind

@@ -3,7 +3,8 @@
 It knows a tokenizer and its chat template; it knows nothing of files, batches or models.
 
 Layout. A template turns messages into one text. An assistant's turn is what the template writes between the prompt
-for it (the messages before, and the generation prompt) and its end, the end token included. Labels follow from the
+for it (the messages before, and the generation prompt) and its end, the end token included; where a template writes
+none, the tokenizer's own comes after the last turn, or nothing would teach the model to stop. Labels follow from the
 characters a token stands for: a token with a character of a turn is learned.
 
 Mechanics. That only holds where the text of a prefix of the messages is a prefix of the whole text, so it is
@@ -28,7 +29,9 @@ from ..errors import ConfigError, InputError, UnsupportedError
 from .schema import Message
 
 IGNORE = -100
+_END_AMONG = 3  # last tokens of a turn: templates write a line end or two after its end token
 _TODAY = "26 Jul 2024"  # what Llama's templates say where they cannot ask
+_SEPARATOR = "lema_separator"  # its name in tokenizer_config.json
 _ASKS_DATE = "strftime_now"
 # Takes the place of the function of that name that transformers gives to templates.
 _FIXED_DATE = (
@@ -49,7 +52,9 @@ class EncodedRow:
     """Token ids, and for each its id where it is learned, else -100."""
 
     input_ids: list[int]
+    """The row's tokens."""
     labels: list[int]
+    """As many, -100 where nothing is learned."""
     cut_from: int | None = None
     """Tokens the row had before it was truncated; None: it was not."""
 
@@ -124,10 +129,21 @@ class ChatRenderer:
         return self.ids(self.prompt(messages, tools))
 
     def ask(self, text: str) -> list[int]:
-        """Token ids of a prompt given as one text: a user's turn where there is a template, else the text itself."""
+        """Token ids of a prompt given as one text: a user's turn where there is a template, else text and separator."""
         if self.has_template:
             return self.prompt_ids([{"role": "user", "content": text}])
-        return self.plain(text)
+        return self._before_answer(text + self.separator) if self.separator else self.plain(text)
+
+    @property
+    def separator(self) -> str:
+        """What stands between prompt and answer where there is no template; kept with the tokenizer, as that is."""
+        return "" if self.has_template else str(self.tokenizer.init_kwargs.get(_SEPARATOR, ""))
+
+    @separator.setter
+    def separator(self, text: str) -> None:
+        self.tokenizer.init_kwargs.pop(_SEPARATOR, None)
+        if text:
+            self.tokenizer.init_kwargs[_SEPARATOR] = text
 
     @cached_property
     def end_tokens(self) -> list[int]:
@@ -139,14 +155,19 @@ class ChatRenderer:
                 text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": word}], None)
             except InputError:  # of a template that wants something else, the rows will tell
                 return sorted(ends)
-            special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
             after = self.ids(text.rpartition(word)[2])
-            ends |= set([token for token in after if token in special][:1])
+            ends |= set([token for token in after if token in self._special][:1])
         return sorted(ends)
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text to be continued as it is, begun as texts are in training."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _before_answer(self, text: str) -> list[int]:
+        """Token ids of a text that an answer follows: at its end white space is cut otherwise than before a word."""
+        encoded = self.tokenizer(text + "a", return_offsets_mapping=True, verbose=False)
+        ids = [token for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"]) if end <= len(text)]
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def ids(self, text: str) -> list[int]:
@@ -179,12 +200,12 @@ class ChatRenderer:
         if not turns:
             raise InputError("the conversation has no assistant turn, so there is nothing to learn from it")
         if on_prompt:
-            return self.labelled(self._render(messages, tools), None)
+            return self._ended(self.labelled(self._render(messages, tools), None))
         turns = turns[-1:] if last_only else turns
         if self._marked:
-            return self._by_marks(messages[: turns[-1] + 1], tools, turns)
+            return self._ended(self._by_marks(messages[: turns[-1] + 1], tools, turns))
         text = self._render(messages[: turns[-1] + 1], tools)
-        return self.labelled(text, [self._span(messages, tools, turn, text) for turn in turns])
+        return self._ended(self.labelled(text, [self._span(messages, tools, turn, text) for turn in turns]))
 
     def labelled(self, text: str, spans: list[tuple[int, int]] | None) -> EncodedRow:
         """Rendered text, with labels on the tokens of these runs of its characters; None: on all."""
@@ -202,6 +223,17 @@ class ChatRenderer:
                 labels[i] = ids[i]
                 i += 1
         return EncodedRow(ids, labels)
+
+    def _ended(self, row: EncodedRow) -> EncodedRow:
+        """The row, with the end token after a last turn that the template ends with no special token at all."""
+        end = self.tokenizer.eos_token_id
+        if end is None or not self._special.isdisjoint(row.input_ids[-_END_AMONG:]):
+            return row
+        return EncodedRow([*row.input_ids, end], [*row.labels, end])
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset((*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder))
 
     def _span(self, messages: Sequence[Message], tools: list[Any] | None, turn: int, text: str) -> tuple[int, int]:
         """Characters of an assistant's turn in the text of the conversation."""

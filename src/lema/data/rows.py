@@ -148,10 +148,12 @@ class ListRows(Rows):
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
+        """int64 `[rows]`: bytes of each row's text."""
         return np.array([_text_bytes(row) for row in self._rows], dtype=np.int64)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
+        """Of the rows' contents, or of the file they came from."""
         if self._fingerprint is not None:
             return {**self._fingerprint, "rows": len(self)}
         hasher, num_bytes = hashlib.sha256(), 0

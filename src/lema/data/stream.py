@@ -43,6 +43,7 @@ class StepBatch:
     dropped: int
     """Rows of this step left out."""
     truncated: int
+    """Rows of this step cut to `max_seq_length`."""
     epoch: float
     """Epochs done after this step."""
     indices: list[int] = field(default_factory=list)
@@ -221,12 +222,36 @@ class BatchStream:
 
     # -- the cursor ------------------------------------------------------------------------------
 
+    def identity(self) -> dict[str, Any]:
+        """Which rows these are, and in which order: JSON-ready."""
+        return {"order": self._order_facts(), "data": self.dataset.rows.fingerprint, "encoding": self.dataset.key}
+
+    def check_identity(self, stored: Mapping[str, Any]) -> None:
+        """Compare with the identity a checkpoint stored.
+
+        Raises:
+            CheckpointError: it is damaged, or of another data set or another order.
+        """
+        try:
+            order = stored["order"]
+            difference = fingerprint_difference(stored["data"], self.dataset.rows.fingerprint)
+            changed = [
+                f"{k}: {order.get(k)} then, {v} now" for k, v in self._order_facts().items() if order.get(k) != v
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the data cursor of the checkpoint is damaged: {error!r}") from error
+        if difference is not None:
+            use = "trained" if self._repeat else "evaluated"
+            raise CheckpointError(
+                f"{self.dataset.rows.name} is not the data the checkpoint was {use} on: {difference}; give the data "
+                "it was, or start a new run"
+            )
+        if changed:
+            raise CheckpointError(f"the checkpoint took its rows in another order: {'; '.join(changed)}")
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, and of which order: JSON-ready."""
-        return {
-            "epoch": self._epoch, "step": self._step, "counts": dict(self.counts), "order": self._order_facts(),
-            "data": self.dataset.rows.fingerprint, "encoding": self.dataset.key,
-        }  # fmt: skip
+        return {"epoch": self._epoch, "step": self._step, "counts": dict(self.counts), **self.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there.
@@ -235,21 +260,11 @@ class BatchStream:
             CheckpointError: the state is damaged, or of another data set or another order.
         """
         try:
-            epoch, step, counts, order = int(state["epoch"]), int(state["step"]), state["counts"], state["order"]
-            counts = Counter({str(name): int(number) for name, number in counts.items()})
-            difference = fingerprint_difference(state["data"], self.dataset.rows.fingerprint)
-            changed = [
-                f"{k}: {order.get(k)} then, {v} now" for k, v in self._order_facts().items() if order.get(k) != v
-            ]
+            epoch, step = int(state["epoch"]), int(state["step"])
+            counts = Counter({str(name): int(number) for name, number in state["counts"].items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the data cursor of the checkpoint is damaged: {error!r}") from error
-        if difference is not None:
-            raise CheckpointError(
-                f"{self.dataset.rows.name} is not the data the checkpoint was trained on: {difference}; give the data "
-                "it was, or start a new run"
-            )
-        if changed:
-            raise CheckpointError(f"the checkpoint took its rows in another order: {'; '.join(changed)}")
+        self.check_identity(state)
         if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
             raise CheckpointError(f"the data cursor says step {step} of {self.steps_per_epoch} in epoch {epoch}")
         if state.get("encoding") != self.dataset.key:

@@ -18,6 +18,7 @@ from ..complete import problem_of
 from ..config import LemaConfig
 from ..core.lora import LoRAManager
 from ..errors import CheckpointError
+from .base_config import check_config
 from .files import replaced_directory
 from .randomness import random_states, restore_random_states
 
@@ -78,6 +79,7 @@ def load_checkpoint(
     lora: LoRAManager,
     optimizer: torch.optim.Optimizer,
     base_weights: Mapping[str, Any],
+    base_config: Mapping[str, Any],
     holders: Mapping[str, torch.nn.Parameter],
 ) -> dict[str, Any]:
     """Put a saved state back; returns the trainer's state. Gradients go to `holders`, see `save_checkpoint`.
@@ -104,6 +106,7 @@ def load_checkpoint(
     if own.get("format") != _FORMAT:
         raise CheckpointError(f"{folder} has format {own.get('format')!r}; this version reads {_FORMAT}")
     check_base(folder, own["base_weights"], base_weights)
+    check_config(folder, own.get("base_config", {}), base_config)
     lora.load_pretrained(folder)
     for name, parameter in holders.items():
         gradient = tensors.pop(f"gradient.{name}", None)

@@ -38,6 +38,8 @@ class HeadLoss:
         self._memory = memory
         self._config = config
         self._sliceable: bool | None = None
+        self.smoothing = 0.0
+        """Label smoothing, where there is a gradient: what is evaluated is the plain loss."""
 
     def __call__(
         self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, *, scale: float = 1.0,
@@ -45,6 +47,7 @@ class HeadLoss:
     ) -> LossResult:  # fmt: skip
         """As `compute_loss`: `hidden` is `[batch, seq, hidden]`, `targets` `[batch, seq]`."""
         wanted: dict[str, Any] = {"scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy}
+        wanted["smoothing"] = self.smoothing if with_gradient else 0.0
         chunks = self._memory.head_chunks
         if chunks is not None:
             with self._memory.timeline.span(COMPUTE, "head and loss"):

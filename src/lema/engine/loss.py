@@ -44,6 +44,7 @@ def compute_loss(
     with_gradient: bool = True,
     with_logits: bool = False,
     with_accuracy: bool = False,
+    smoothing: float = 0.0,
 ) -> LossResult:
     """Run head and loss.
 
@@ -53,11 +54,12 @@ def compute_loss(
         denominator: target tokens the sum is divided by.
         chunk_size: targets a chunk, positions without one are skipped; None: the model's own loss on all rows.
         scale: loss scale, applied before the gradient is formed.
+        smoothing: share of a target's weight that is spread evenly over the vocabulary; see `smoothed_loss`.
     """
     hidden = hidden.detach()
     if chunk_size is None:
         targets = targets.to(hidden.device)
-        loss, gradient, everything = _piece(lm, hidden, targets, denominator, scale, with_gradient)
+        loss, gradient, everything = _piece(lm, hidden, targets, denominator, scale, with_gradient, smoothing)
         right = _count_right(everything, targets) if with_accuracy else None
         return LossResult(float(loss), gradient, everything if with_logits else None, right)
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -69,7 +71,7 @@ def compute_loss(
         wanted = flat[positions].unsqueeze(0).to(rows.device)
         positions = positions.to(rows.device)
         chunk = rows.index_select(0, positions).unsqueeze(0)
-        loss, gradient, piece = _piece(lm, chunk, wanted, denominator, scale, with_gradient)
+        loss, gradient, piece = _piece(lm, chunk, wanted, denominator, scale, with_gradient, smoothing)
         losses.append(loss)
         if right is not None:
             right += _count_right(piece, wanted)
@@ -81,17 +83,34 @@ def compute_loss(
     return LossResult(total, None if whole is None else whole.view_as(hidden), logits, right)
 
 
+def smoothed_loss(logits: torch.Tensor, targets: torch.Tensor, denominator: float, smoothing: float) -> torch.Tensor:
+    """Cross entropy with the targets' weight spread: `(1 - s) * -log p_y + s * mean_j(-log p_j)` a target.
+
+    That of Szegedy et al., Rethinking the Inception Architecture (2016), section 7, with the mean over all logits,
+    as transformers' `LabelSmoother` has it.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    flat = targets.reshape(-1)
+    summed = functional.cross_entropy(wide, flat, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing)
+    return summed / denominator
+
+
 def _count_right(logits: torch.Tensor, targets: torch.Tensor) -> int:
     return int((logits.argmax(-1) == targets).sum())
 
 
 def _piece(
-    lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, scale: float, with_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, scale: float, with_gradient: bool,
+    smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
     with torch.set_grad_enabled(with_gradient):
         hidden = hidden.requires_grad_(with_gradient)
         logits = lm.logits(hidden)
-        loss = lm.loss(logits, targets, denominator)
+        loss = (
+            smoothed_loss(logits, targets, denominator, smoothing)
+            if smoothing
+            else lm.loss(logits, targets, denominator)
+        )
         if not with_gradient:
             return loss, None, logits
         (gradient,) = torch.autograd.grad(loss if scale == 1.0 else loss * scale, hidden)

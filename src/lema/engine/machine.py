@@ -72,6 +72,10 @@ class TrainerMachine:
         if self.trainer.owns_optimizer:
             set_adamw(self.optimizer, self.trainer.config.learning_rate, betas, eps, weight_decay)
 
+    def set_label_smoothing(self, factor: float) -> None:
+        """Share of a target's weight that training spreads over the vocabulary."""
+        self.trainer.loss.smoothing = factor
+
     def set_learning_rate(self, factor: float) -> float:
         """Set every group's learning rate to its first one times a factor; returns the first group's."""
         return scale_learning_rate(self.optimizer, factor)

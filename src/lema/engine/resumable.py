@@ -17,6 +17,8 @@ from ..config import LemaConfig
 from ..core.gbi import GlobalBinaryIndex
 from ..core.lora import LoRAManager
 from ..errors import ConfigError
+from ..models.causal_lm import CausalLM
+from .base_config import config_facts
 from .checkpoint import load_checkpoint, save_checkpoint
 from .host_optimizer import HostMasters
 from .optimizer import keep_state_apart
@@ -29,6 +31,7 @@ class Resumable:
     config: LemaConfig
     gbi: GlobalBinaryIndex
     lora_manager: LoRAManager | None
+    lm: CausalLM
     optimizer: torch.optim.Optimizer
     global_step: int
     _masters: HostMasters | None
@@ -56,6 +59,7 @@ class Resumable:
             "window": self._window.state(),
             "scaler": self._scaler.state_dict(),
             "base_weights": self.base_weights(),
+            "base_config": config_facts(self.lm.module),
         }
         save_checkpoint(
             Path(directory), self.config, self.lora_manager, self.optimizer,
@@ -72,8 +76,9 @@ class Resumable:
         if self.lora_manager is None:
             raise ConfigError("there is nothing to resume: use_lora is off")
         trainer_state = load_checkpoint(
-            Path(directory), self.lora_manager, self.optimizer, self.base_weights(), self._holders_of_gradients()
-        )
+            Path(directory), self.lora_manager, self.optimizer, self.base_weights(), config_facts(self.lm.module),
+            self._holders_of_gradients(),
+        )  # fmt: skip
         state = trainer_state["lema"]
         if self._masters is not None:
             self._masters.adopt()

@@ -17,6 +17,7 @@ class StepReport:
     """What the last `train_step` or `eval_step` did."""
 
     step_seconds: float
+    """From the call to its return."""
     wait_seconds: float
     """Seconds the computation waited for weights."""
     bytes_read: int
@@ -26,6 +27,7 @@ class StepReport:
     peak_bytes: int
     """Most memory held so far: device memory on a GPU, else the process's resident set."""
     num_targets: int
+    """Tokens that were predicted."""
     bytes_copied: int = 0
     """Bytes of weights copied to the device."""
     host_bytes: int = 0

@@ -98,7 +98,7 @@ class LemaTrainer(Resumable):
         """Whether parameters are being changed, and are not of any step."""
         self.updates = 0
         """Times the optimizer has been asked to step."""
-        self._loss = HeadLoss(self.lm, self.memory, config)
+        self.loss = HeadLoss(self.lm, self.memory, config)
         self._gradients = GradientBuffer(self.device)
         self._base_weights: dict[str, Any] | None = None
         self._state_settled = False
@@ -153,7 +153,7 @@ class LemaTrainer(Resumable):
             random_state = RandomState.now(self.device)
             hidden = self.lm.hidden_states(**batch.model_inputs)
             self._turn()
-            result = self._loss(hidden, batch.targets, denominator, scale=self._loss_scale(), with_logits=return_logits)
+            result = self.loss(hidden, batch.targets, denominator, scale=self._loss_scale(), with_logits=return_logits)
             self._check_loss(result, batch, random_state)
             self._turn()
             hidden.backward(result.gradient)
@@ -215,7 +215,7 @@ class LemaTrainer(Resumable):
         assert batch.targets is not None
         with self._evaluating(batch):
             hidden = self.lm.hidden_states(**batch.model_inputs)
-            return self._loss(hidden, batch.targets, denominator, with_gradient=False, **wanted)
+            return self.loss(hidden, batch.targets, denominator, with_gradient=False, **wanted)
 
     @contextlib.contextmanager
     def _evaluating(self, batch: Batch) -> Iterator[None]:

@@ -5,6 +5,7 @@ It knows what a run needs and where it is to be had; it knows nothing of what ha
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from ..training.run_config import RunConfig
 from ..training.sampling import Sampler
 from ..training.start import Start, choose_start
 from .machine import TrainerMachine
+from .packing import check_packing
 from .trainer import LemaTrainer
 
 
@@ -59,11 +61,13 @@ def train_with(
     cleared = folder.open()
     try:
         start = choose_start(folder, resume)
-        start = Start(start.checkpoint, start.state, [*cleared, *start.messages])
+        start = dataclasses.replace(start, messages=[*cleared, *start.messages])
         if tokenizer is None and isinstance(dataset, Data):
             tokenizer = dataset.renderer.tokenizer
         if tokenizer is None and (not _has_batches(dataset) or run.training.sample_prompts):
             tokenizer = load_tokenizer(trainer.config.model_name_or_path)
+        if run.data.packing:
+            check_packing(trainer.lm)  # before all rows are counted for it
         loaded = open_data(run, tokenizer, dataset, eval_dataset)
         return train_run(trainer, run, loaded, tokenizer, folder, start, make_view(plain), callbacks)
     finally:

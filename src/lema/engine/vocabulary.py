@@ -47,6 +47,7 @@ def vocabulary_loss(
     scale: float = 1.0,
     with_gradient: bool = True,
     with_accuracy: bool = False,
+    smoothing: float = 0.0,
 ) -> LossResult:
     """Head and loss as `compute_loss` has them; each chunk of the weight is used once, in order.
 
@@ -58,6 +59,7 @@ def vocabulary_loss(
         denominator: target tokens the sum is divided by.
         positions: targets at once; at most `positions` times a chunk's rows logits are there at a time.
         scale: loss scale, applied before the gradient is rounded to the type of the hidden states.
+        smoothing: see `lema.engine.loss.smoothed_loss`.
 
     Raises:
         InputError: a target is outside the vocabulary.
@@ -74,7 +76,7 @@ def vocabulary_loss(
     cuts = _cuts(wanted, chunks.ranges)
     blocks = [slice(start, min(start + positions, count)) for start in range(0, count, positions)]
     softmax = _OnlineSoftmax(lm, hidden.reshape(-1, hidden.shape[-1]), where[order], wanted, with_gradient)
-    softmax.keep_best = with_accuracy
+    softmax.keep_best, softmax.smoothing = with_accuracy, smoothing
     for number, (start, end) in enumerate(chunks.ranges):
         with chunks.use(number) as weight:
             assert weight.shape[0] == end - start, (weight.shape, start, end)
@@ -136,6 +138,7 @@ class _OnlineSoftmax:
 
     The target is left out of the sums: for a token predicted well the usual softmax(l) W - W_y is a small
     difference of two rounded rows, and all other terms would vanish beside exp(l_y) in half precision.
+    Label smoothing s adds s (l_y - mean l) to the loss, and its gradient s (f'_y W_y - mean f' W).
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class _OnlineSoftmax:
     ) -> None:
         self._lm = lm
         self._head = _linear_head(lm)
+        self._vocab = self._head.out_features
         self._rows, self._where, self._wanted = rows, where, wanted
         self._with_gradient = with_gradient
         self._dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -158,6 +162,9 @@ class _OnlineSoftmax:
         """Whether to note which other token has the largest logit."""
         self.right = 0
         """Targets whose logit is the largest, of equal ones the first; counted as blocks are finished."""
+        self.smoothing = 0.0
+        self._logits = rows.new_zeros((count, 1), dtype=self._dtype)
+        self._even: torch.Tensor | None = None
         self._best = torch.full_like(where, -1).unsqueeze(1)
 
     def take_target_rows(self, chunk: _Chunk) -> None:
@@ -183,6 +190,8 @@ class _OnlineSoftmax:
         # the linear's output is ours to overwrite; what the family made of it its backward may need
         ours = values.data_ptr() == output.data_ptr()
         values = values.to(self._dtype, copy=not ours).view(-1, chunk.weight.shape[0])
+        if self.smoothing:
+            self._count_evenly(chunk, block, values, logits, None if ours else outputs)
         self._set_targets_apart(chunk, block, output.view_as(values), values)
         if self.keep_best:
             self._note_best(chunk, block, values)
@@ -196,6 +205,27 @@ class _OnlineSoftmax:
             scores = output.copy_(values.view_as(output)) if ours else values.to(logits.dtype)
             (factors,) = torch.autograd.grad(logits, outputs, scores.view_as(logits))
             _add_product(weighted, factors.view_as(values), chunk.weight, unit)
+
+    def _count_evenly(
+        self,
+        chunk: _Chunk,
+        block: slice,
+        values: torch.Tensor,
+        logits: torch.Tensor,
+        outputs: list[torch.Tensor] | None,
+    ) -> None:
+        """Sums over the vocabulary with equal weights; one for all positions where logits are the linear's outputs."""
+        self._logits[block] += values.sum(1, keepdim=True)
+        if not self._with_gradient:
+            return
+        if self._even is None:
+            self._even = self._weighted.new_zeros(1 if outputs is None else len(self._weighted), chunk.weight.shape[1])
+        if outputs is None:
+            if block.start == 0:
+                self._even += chunk.weight.sum(0, dtype=self._dtype)
+            return
+        (slopes,) = torch.autograd.grad(logits, outputs, torch.ones_like(logits), retain_graph=True)
+        _add_product(self._even[block], slopes.view_as(values), chunk.weight, None)
 
     def _set_targets_apart(self, chunk: _Chunk, block: slice, output: torch.Tensor, values: torch.Tensor) -> None:
         first, last = max(chunk.targets.start, block.start), min(chunk.targets.stop, block.stop)
@@ -245,11 +275,19 @@ class _OnlineSoftmax:
             assert self._target_rows is not None
             (slope,) = torch.autograd.grad(logits, output, torch.ones_like(logits))
             at_input = self._weighted[block].div_(self._sum[block].clamp_min(1.0))
-            at_input.sub_(slope.to(self._dtype) * self._target_rows[block]).mul_(distance.sigmoid().mul_(factor))
+            at_target = slope.to(self._dtype) * self._target_rows[block]
+            at_input.sub_(at_target).mul_(distance.sigmoid())
+            if self._even is not None:
+                even = self._even if len(self._even) == 1 else self._even[block]
+                at_input.add_(at_target.sub_(even / self._vocab), alpha=self.smoothing)
+            at_input.mul_(factor)
             (x,) = inputs
             (found,) = torch.autograd.grad(x, rows, at_input.to(x.dtype).view_as(x))
             gradient.view(self._rows.shape).index_copy_(0, self._where[block], found[0])
-        return functional.softplus(distance, threshold=40).sum()
+        loss = functional.softplus(distance, threshold=40)
+        if self.smoothing:
+            loss += self.smoothing * (target - self._logits[block] / self._vocab)
+        return loss.sum()
 
     def _gathered(self, block: slice) -> torch.Tensor:
         return self._rows.index_select(0, self._where[block]).unsqueeze(0)

@@ -37,6 +37,7 @@ class Finding:
     level: str
     """'ok', 'warning' or 'problem'."""
     what: str
+    """What was found."""
     advice: str = ""
     """What to do; empty where nothing need be done."""
 

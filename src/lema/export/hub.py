@@ -6,11 +6,12 @@ It knows the hub's interface and files; it knows nothing of what is in them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
@@ -18,6 +19,11 @@ from ..errors import HubError
 
 # What the hub's client raises for a broken connection is of the HTTP library it stands on, which has changed.
 _HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+
+# What decides which weights a library loads from a repository.
+_WEIGHTS = re.compile(
+    r"[^/]*\.safetensors(\.index\.json)?|(pytorch|adapter)_model[^/]*\.bin(\.index\.json)?|adapter_config\.json"
+)
 
 
 class HubUpload:
@@ -62,8 +68,17 @@ class HubUpload:
             )
         return {"repo": self.repo, "sha256": digest, "size": size, "commit": commit.oid}
 
-    def put_rest(self, folder: Path) -> None:
-        """Send every other file of a directory in one commit; hidden ones stay.
+    def weights(self) -> list[str]:
+        """Names of the files there that hold weights or say which files do.
+
+        Raises:
+            HubError: the hub could not be asked.
+        """
+        with self._explained(f"the files of {self.repo} cannot be listed", "Run the same command again"):
+            return sorted(name for name in self._api.list_repo_files(self.repo) if _WEIGHTS.fullmatch(name))
+
+    def put_rest(self, folder: Path, remove: Collection[str] = ()) -> None:
+        """Send every other file of a directory in one commit, which removes some there; hidden ones stay.
 
         Raises:
             HubError: sending failed.
@@ -72,7 +87,10 @@ class HubUpload:
         with self._explained(f"{folder} was not uploaded to {self.repo}", "Run the same command again"):
             self._api.create_commit(
                 self.repo,
-                [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path)) for path in paths],
+                [
+                    *(CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path)) for path in paths),
+                    *(CommitOperationDelete(path_in_repo=name) for name in remove),
+                ],
                 commit_message="Add configuration and tokenizer",
             )
 

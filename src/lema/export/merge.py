@@ -33,6 +33,7 @@ from .verify import Comparison, compare
 from .weights import MergedWeights
 
 UPLOADED = "uploaded.json"
+_CLAIMED, _OVERWRITES = "claimed", "overwrites"  # what a staging is marked with
 Progress = Callable[[Shard, int, int, str], None]
 """Called with a shard, its number from 1, how many there are, and 'merged', 'kept', 'uploaded' or 'uploaded before'."""
 
@@ -42,11 +43,15 @@ class MergeResult:
     """What a merge made."""
 
     output: Path
+    """The directory that was made."""
     shards: list[str]
+    """Names of the weights files."""
     nbytes: int
     """Of all weights files' tensors."""
     changed: int
     """Stored tensors that the adapter changed."""
+    moved: float | None
+    """See `MergedWeights.moved`; None: all files were finished by an earlier run."""
     comparison: Comparison | None
     """None: not verified."""
     repo: str | None
@@ -62,6 +67,7 @@ def merge(
     single_file: bool = False,
     max_shard_size: int | None = None,
     upload: str | None = None,
+    overwrite: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> MergeResult:
@@ -79,12 +85,14 @@ def merge(
         single_file: one `model.safetensors`; otherwise the base's own cut, unless `max_shard_size` is given.
         max_shard_size: bytes of tensors in a file.
         upload: a repository on the hub: each file goes there as it is made and is then removed here.
+        overwrite: let the upload replace weights the repository has; those that do not belong to the new ones are
+            removed by its last commit.
         verify: compare logits with base and adapter; not possible with `upload`, as the files are gone then.
         progress: told of every file.
 
     Raises:
         CheckpointError, UnsupportedError: the adapter is damaged, does not fit, or is of a kind that cannot be merged.
-        ConfigError: the output exists, or options contradict each other.
+        ConfigError: the output exists, options contradict each other, or the repository has weights already.
         WeightsError: the base is damaged, too little room on the disk, or the result failed verification.
         HubError: the hub refused a file; it is still here.
     """
@@ -97,7 +105,7 @@ def merge(
         made = MergedWeights(source, weights, saved)
         shards = plan_shards(weights, made.second_copies, target, single_file, max_shard_size)
         with staged(Path(output), _made_from(source, weights, shards, upload)) as staging:
-            hub = HubUpload(upload) if upload is not None else None
+            hub = _claimed(upload, staging, overwrite) if upload is not None else None
             todo = [shard for shard in shards if not staging.has(shard.name)]
             _check_room(staging, todo, at_once=hub is None)
             for number, shard in enumerate(shards, 1):
@@ -111,12 +119,31 @@ def merge(
                 comparison = compare(source, staging.folder, target or _changed_type(made, weights))
                 _accept(comparison, staging)
             if hub is not None:
-                hub.put_rest(staging.folder)
+                own = {shard.name for shard in shards} | ({INDEX} if len(shards) > 1 else set())
+                stale = [name for name in hub.weights() if name not in own] if staging.marked(_OVERWRITES) else []
+                hub.put_rest(staging.folder, remove=stale)
                 _write_json(staging.folder / UPLOADED, {"repo": upload, "files": staging.elsewhere})
             placed = staging.publish()
     return MergeResult(
-        placed, [s.name for s in shards], sum(s.data_bytes for s in shards), len(made.changed), comparison, upload
-    )
+        placed, [s.name for s in shards], sum(s.data_bytes for s in shards), len(made.changed), made.moved,
+        comparison, upload,
+    )  # fmt: skip
+
+
+def _claimed(repo: str, staging: Staging, overwrite: bool) -> HubUpload:
+    """The repository, once it is sure that no weights in it are replaced or mixed with ours unasked."""
+    hub = HubUpload(repo)
+    if overwrite and not staging.marked(_OVERWRITES):
+        staging.mark(_OVERWRITES)
+    if not staging.marked(_CLAIMED):
+        there = hub.weights()
+        if there and not overwrite:
+            raise ConfigError(
+                f"{hub.repo} has weights already: {', '.join(there[:4])}{', ...' if len(there) > 4 else ''}. Give "
+                "another repository, or --overwrite, which replaces them and removes what does not belong any more"
+            )
+        staging.mark(_CLAIMED)
+    return hub
 
 
 def _make(shard: Shard, made: MergedWeights, staging: Staging, hub: HubUpload | None, todo: list[Shard]) -> str:

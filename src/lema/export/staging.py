@@ -43,6 +43,15 @@ class Staging:
         self.elsewhere[name] = value
         self._write()
 
+    def mark(self, word: str) -> None:
+        """Remember that something was done; on disk before this returns."""
+        self._state["marks"] = [*self._state.get("marks", []), word]
+        self._write()
+
+    def marked(self, word: str) -> bool:
+        """Whether this or an earlier run marked it."""
+        return word in self._state.get("marks", [])
+
     def has(self, name: str) -> bool:
         """Whether a file is finished, here or elsewhere. Files appear here only when complete."""
         return name in self.elsewhere or (self.folder / name).is_file()

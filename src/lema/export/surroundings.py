@@ -38,10 +38,7 @@ def write_surroundings(checkpoint: Checkpoint, folder: Path, dtype: str | None) 
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not copy_tokenizer(checkpoint.folder, folder):
-        copy_tokenizer(base, folder)
-    elif not any((folder / name).is_file() for name in _TEMPLATES):
-        _copy(base, folder, _TEMPLATES)
+    _copy_tokenizer_and_template(checkpoint.folder, base, folder)
     _copy(base, folder, (GENERATION_CONFIG,))
     text = (
         f"{_settings(checkpoint)} It was merged into `{_name(checkpoint)}` in float32, and the result cast to "
@@ -60,6 +57,13 @@ def write_surroundings(checkpoint: Checkpoint, folder: Path, dtype: str | None) 
 def copy_tokenizer(source: Path, folder: Path) -> bool:
     """Copy tokenizer and chat template, if there are any; whether there were."""
     return _copy(source, folder, TOKENIZER_FILES)
+
+
+def _copy_tokenizer_and_template(checkpoint: Path, base: Path, folder: Path) -> None:
+    """Each from the checkpoint if it has one, else from the base: a template alone is no tokenizer."""
+    for names in (tuple(name for name in TOKENIZER_FILES if name not in _TEMPLATES), _TEMPLATES):
+        if not _copy(checkpoint, folder, names):
+            _copy(base, folder, names)
 
 
 def write_adapter_card(checkpoint: Checkpoint, folder: Path) -> None:

@@ -36,8 +36,16 @@ class Comparison:
     """Share of positions with the same most likely token."""
     effect: float
     """The same distance between base alone and base with adapter."""
+    kept: float
+    """Share of that effect which the merged model has: the part of its difference from the base that goes where base
+    and adapter go. About 1, or less where the type rounds the adapter away; 1 where the adapter has no effect."""
     allowed: float
     """What `error` may be: a rounding of every weight, adding up over the layers as a random walk does."""
+
+    @property
+    def arrives(self) -> bool:
+        """Whether at least half of what the adapter does is in the merged model."""
+        return self.kept >= 0.5
 
     @property
     def good(self) -> bool:
@@ -66,6 +74,7 @@ def compare(checkpoint: Checkpoint, merged: Path, dtype: torch.dtype) -> Compari
         largest=float((found - joined).abs().max()),
         same_choice=float((found.argmax(-1) == joined.argmax(-1)).float().mean()),
         effect=_distance(plain, joined),
+        kept=_projection(found - plain, joined - plain),
         allowed=_FLOOR + torch.finfo(dtype).eps * math.sqrt(layers),
     )
 
@@ -74,6 +83,12 @@ def _distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
     scale = (reference - reference.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-30)
     shares = (logits - reference).norm(dim=-1) / scale
     return float(shares.median()) if bool(torch.isfinite(shares).all()) else math.inf
+
+
+def _projection(step: torch.Tensor, way: torch.Tensor) -> float:
+    """How far along `way` a step goes, in lengths of it."""
+    length = float(way.double().square().sum())
+    return float((step.double() * way.double()).sum()) / length if length > 0 else 1.0
 
 
 def _logits(model_path: str, weights: str | None, adapter: Checkpoint | None = None) -> tuple[torch.Tensor, int]:

@@ -48,11 +48,20 @@ class MergedWeights:
         self._refuse_other_values(checkpoint, saved)
         self.second_copies = _second_copies(found.tied, found.sources)
         """Stored tensors that transformers ties to another one of the same values."""
+        self._compared = self._moved = 0
 
     @property
     def changed(self) -> list[str]:
         """Stored tensors the adapter changes."""
         return list(self._changes)
+
+    @property
+    def moved(self) -> float | None:
+        """Of the elements merged so far, the share whose value is another than the base's in the type written.
+
+        An adapter changes nearly all of them; a change below half a step of the type is rounded away.
+        """
+        return self._moved / self._compared if self._compared else None
 
     def parts(self, record: TensorRecord, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """One stored tensor in runs, in row-major order, merged in float32 where the adapter changes it.
@@ -63,23 +72,28 @@ class MergedWeights:
         cursor = 0
         for target, piece in sorted(self._changes.get(record.name, ()), key=lambda change: change[1].source):
             yield from (run.to(dtype) for run in runs(record, cursor, piece.source))
-            for merged in self._merged(target, piece):
+            for merged, before in self._merged(target, piece, dtype):
                 cast = merged.to(dtype)
+                self._compared += cast.numel()
+                self._moved += int(torch.count_nonzero(cast != before))
                 if not _finite(cast):
                     raise NonFiniteError(_not_finite(record.name, merged, dtype))
                 yield cast
             cursor = piece.source + piece.count
         yield from (run.to(dtype) for run in runs(record, cursor, math.prod(record.shape)))
 
-    def _merged(self, target: Target, piece: Piece) -> Iterator[torch.Tensor]:
+    def _merged(self, target: Target, piece: Piece, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Merged runs in float32, and what the base has there in the type written."""
         source = self._sources[target.name]
         width = max(1, math.prod(target.shape[1:]))
         cursor, end = piece.target, piece.target + piece.count
         for first, last in target.blocks(cursor // width, -(-end // width)):
             block = read_parameter(source, first * width, last * width).view(last - first, *target.shape[1:])
+            before = block.to(dtype, copy=True).view(-1)  # the block is taken over
             merged = target.merge(block, first).reshape(-1)
             stop = min(end, last * width)
-            yield merged[cursor - first * width : stop - first * width]
+            here = slice(cursor - first * width, stop - first * width)
+            yield merged[here], before[here]
             cursor = stop
 
     def _refuse_shared(self, checkpoint: Checkpoint) -> None:

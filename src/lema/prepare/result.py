@@ -26,7 +26,9 @@ class Prepared:
     written: bool
     """False: the source streams well as it is, and nothing was written."""
     files: int
+    """Of weights."""
     tensors: int
+    """In all files."""
     nbytes: int
     """Of all tensors."""
     dtypes: tuple[str, ...]

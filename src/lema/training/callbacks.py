@@ -15,22 +15,42 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from ..errors import CallbackError, UnsupportedError
 from .state import TrainerControl, TrainerState
 
 
 class TrainerCallback:
     """What is told of events; override those wanted. Return the control, or None where it was not replaced."""
 
-    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any: ...
+    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """Everything is ready; no row has been read."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """The first step comes next."""
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """A pass over the rows begins."""
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """A step, with its whole accumulation window, begins."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """A step was taken; it may log, evaluate, save or stop when this returns."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """`logs` are about to be written."""
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """An evaluation is done; `metrics` has its numbers."""
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """A checkpoint is there."""
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """A pass over the rows is done."""
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """The last step was taken, or the run was stopped."""
 
 
 class Arguments(SimpleNamespace):
@@ -80,11 +100,24 @@ class Callbacks:
         self._always = always
 
     def tell(self, event: str, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """Tell all of an event; what they ask for is in `control` afterwards."""
+        """Tell all of an event; what they ask for is in `control` afterwards.
+
+        Raises:
+            CallbackError: one of them raised; those after it are not told.
+            UnsupportedError: one asked for the end of the epoch.
+        """
         for callback in self._callbacks:
             if (handler := getattr(callback, event, None)) is None:
                 continue
-            answer = handler(self._args, state, control, **self._always, **more)
+            try:
+                answer = handler(self._args, state, control, **self._always, **more)
+            except Exception as error:  # whatever a user's code raises
+                raise CallbackError(
+                    f"callback {type(callback).__qualname__} failed in {event} at step {state.global_step}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             if answer is not None and answer is not control:
                 for name in vars(control):
                     setattr(control, name, getattr(answer, name, getattr(control, name)))
+        if control.should_epoch_stop:
+            raise UnsupportedError("a callback asked for should_epoch_stop: an epoch cannot be ended early here")

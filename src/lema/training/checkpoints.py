@@ -19,6 +19,7 @@ from ..complete import problem_of
 from ..errors import CheckpointError, ConfigError
 
 FINAL = "final"
+_LOCK = ".lock"
 TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\..+\.(tmp|old|removed)")
@@ -51,15 +52,23 @@ class CheckpointFolder:
             OSError: it cannot be made or written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            raise ConfigError(
-                f"output_dir={str(self.folder)!r} is in use by another run; wait for it, or give another output_dir"
-            ) from error
+        self._take_lock(os.O_RDWR | os.O_CREAT)
         return self._clear_leftovers()
+
+    def look(self) -> list[str]:
+        """Whether it could be opened, without making or changing anything.
+
+        Raises:
+            ConfigError: another process trains in it, or it is a file, or cannot be made or written.
+        """
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            what = "cannot be written" if there.is_dir() else "is not a directory"
+            raise ConfigError(f"output_dir={str(self.folder)!r}: {there} {what}; give another output_dir")
+        if (self.folder / _LOCK).is_file():
+            self._take_lock(os.O_RDWR)
+            self.close()
+        return []
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -116,6 +125,16 @@ class CheckpointFolder:
                 self._remove(path)
                 removed.append(path)
         return removed
+
+    def _take_lock(self, flags: int) -> None:
+        self._lock = os.open(self.folder / _LOCK, flags, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise ConfigError(
+                f"output_dir={str(self.folder)!r} is in use by another run; wait for it, or give another output_dir"
+            ) from error
 
     def _remove(self, path: Path) -> None:
         """Out of sight in one step, so that a kill in between leaves no half of a checkpoint."""

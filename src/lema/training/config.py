@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 from ..typed import check_types
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -27,6 +27,8 @@ class TrainingConfig:
     """Passes over the data; `max_steps` comes before it."""
     max_steps: int = -1
     """Optimizer steps in all; 0 or less: as many as the epochs take."""
+    max_train_hours: float | None = None
+    """Hours within which a run, from its start, stops by itself and saves; `--resume auto` goes on. None: no limit."""
     lr_scheduler_type: str = "linear"
     """linear, cosine (both down to 0) or constant; each after the warm-up."""
     warmup_steps: float = 0.0
@@ -40,7 +42,7 @@ class TrainingConfig:
     adam_epsilon: float = 1e-8
     """Of AdamW."""
     label_smoothing_factor: float = 0.0
-    """Only 0: the loss in pieces of the vocabulary cannot smooth labels exactly."""
+    """Share of a target's weight that the loss spreads evenly over the vocabulary; evaluation is without it."""
     max_nonfinite_steps: int = 3
     """Steps in a row whose loss or gradient is not finite before training stops; each is skipped and counted."""
 
@@ -89,11 +91,6 @@ class TrainingConfig:
             _check_choice(name, getattr(self, name), choices)
         for name in self.report_to:
             _check_choice("report_to", name, REPORTERS)
-        if self.label_smoothing_factor != 0:
-            raise UnsupportedError(
-                f"label_smoothing_factor={self.label_smoothing_factor}: the loss, which may come in pieces of the "
-                "vocabulary, cannot smooth labels exactly; set it to 0"
-            )
         self._check_bounds()
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ConfigError(
@@ -105,6 +102,7 @@ class TrainingConfig:
 
     def _check_bounds(self) -> None:
         for name, low, below in (
+            ("label_smoothing_factor", 0, 1),
             ("warmup_steps", 0, None), ("weight_decay", 0, None), ("adam_beta1", 0, 1), ("adam_beta2", 0, 1),
             ("max_nonfinite_steps", 1, None), ("logging_steps", 1, None), ("eval_steps", 1, None),
             ("early_stopping_patience", 1, None), ("sample_max_new_tokens", 1, None), ("save_total_limit", 1, None),
@@ -115,6 +113,8 @@ class TrainingConfig:
             if value < low or (below is not None and value >= below):
                 bounds = f"{low} or more" + (f" and less than {below}" if below is not None else "")
                 raise ConfigError(f"{name}={value} must be {bounds}")
+        if self.max_train_hours is not None and not self.max_train_hours > 0:
+            raise ConfigError(f"max_train_hours={self.max_train_hours} must be more than 0")
         if not self.adam_epsilon > 0:
             raise ConfigError(f"adam_epsilon={self.adam_epsilon} must be more than 0")
 

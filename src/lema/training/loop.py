@@ -7,26 +7,28 @@ a step is computed or of what is in a checkpoint.
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, LemaError, NonFiniteError, UnsupportedError
+from ..errors import CheckpointError, LemaError, NonFiniteError
+from .attempt import Attempts
 from .callbacks import Callbacks, arguments
 from .evaluation import evaluate
 from .journal import Journal
-from .machine import Batch, Machine, Report, Restorable, Stream
+from .last_good import LastGood
+from .machine import Batch, Machine, Stream
 from .metrics import TIMELINE_FILE, train_line
 from .progress import Progress
-from .result import TrainResult
+from .result import FINISHED, INTERRUPTED, STOPPED, TrainResult
 from .run_config import RunConfig
 from .sampling import Sampler
 from .saving import Saver
 from .start import Start
-from .state import TrainerControl, TrainerState
+from .state import TrainerControl
 from .stop import StepAbandoned, StopSignals
+from .time_limit import TimeLimit
 
 
 class TrainingLoop:
@@ -35,6 +37,7 @@ class TrainingLoop:
     Args:
         machine: makes the steps.
         stream: their batches.
+        limit: of the time the run may take.
         eval_stream: batches to evaluate on.
         sampler: answers prompts.
         callbacks: see `lema.training.callbacks`.
@@ -43,7 +46,7 @@ class TrainingLoop:
 
     def __init__(
         self, machine: Machine, stream: Stream, config: RunConfig, progress: Progress, saver: Saver, journal: Journal,
-        *, eval_stream: Any = None, sampler: Sampler | None = None, callbacks: Sequence[Any] = (),
+        *, limit: TimeLimit, eval_stream: Any = None, sampler: Sampler | None = None, callbacks: Sequence[Any] = (),
         always: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.machine, self.stream, self.config = machine, stream, config
@@ -57,15 +60,16 @@ class TrainingLoop:
             **(always or {}),
         )  # fmt: skip
         self.signals = StopSignals(self._may_leave)
+        self.limit = limit
+        self._out_of_time = False
+        self._good = LastGood(machine, stream, self.state)
         self._leavable = False
+        timeline = saver.folder.folder / TIMELINE_FILE
+        self._attempts = Attempts(machine, self.state, journal, timeline, self._may_be_left)
         self._learning_rate = 0.0
         self._grad_norm: float | None = None
-        self._report: Report | None = None
         self._data_seconds = 0.0
         self._saved_step = -1
-        self._timeline_step = 0
-        self._updates = 0
-        self._good: tuple[TrainerState, dict[str, Any], Restorable] | None = None
         self._tell("on_init_end")
 
     # -- the loop --------------------------------------------------------------------------------
@@ -74,39 +78,37 @@ class TrainingLoop:
         """Go through all steps from `start`, whose checkpoint the machine and the stream have taken already."""
         with self.signals:
             try:
-                self._begin(start)
-                for batch in self._batches():
-                    self._step(batch)
-                    self._log()
-                    self._evaluate()
-                    self._save()
-            except StepAbandoned:
-                self._go_back()
+                try:
+                    self._begin(start)
+                    for batch in self._batches():
+                        self._step(batch)
+                        self._log()
+                        self._evaluate()
+                        self._save()
+                except StepAbandoned:
+                    self._good.go_back()
+                return self._stopped() if self._is_stopping else self._finish()
             except (CheckpointError, NonFiniteError):
                 raise
-            except (LemaError, OSError, RuntimeError, MemoryError):
+            except Exception:
                 self._rescue()
                 raise
-            return self._interrupted() if self._is_interrupted else self._finish()
 
     def _begin(self, start: Start) -> None:
         step = self.state.global_step
-        self._timeline_step = min(step + 3, self.schedule.max_steps)
+        self._attempts.recorded = min(step + 3, self.schedule.max_steps)
         self.journal.view.begin(step, self.schedule.max_steps, self.machine.device)
         for message in start.messages:
             self.journal.event(step, "found", message)
         self._tell("on_train_begin")
-        self._remember()
+        self._good.remember()
         if start.checkpoint is None:
             if self.journal.goes_on:
                 self.journal.event(step, "resumed", "the run before left no checkpoint: begun anew")
             self._sample()
             return
-        here = start.checkpoint.absolute() in (
-            self.saver.folder.path(step).absolute(),
-            self.saver.folder.final.absolute(),
-        )
-        self._saved_step = step if here else -1
+        own = self.saver.folder.path(step).absolute(), self.saver.folder.final.absolute()
+        self._saved_step = step if start.checkpoint.absolute() in own else -1
         self._learning_rate = self.machine.set_learning_rate(self.schedule.factor(max(step, 1)))
         self.journal.event(step, "resumed", f"resumed from {start.checkpoint} after step {step}")
         evaluated = self.state.evaluated_step
@@ -120,7 +122,9 @@ class TrainingLoop:
 
     def _batches(self) -> Iterator[Batch]:
         batches = iter(self.stream)
-        while not (self.progress.at_end or self._is_interrupted or self.control.should_training_stop):
+        while not (self.progress.at_end or self._is_stopping or self.control.should_training_stop):
+            if not self._in_time("step"):
+                return
             self.control.new_step()
             if self.state.global_step % self.schedule.steps_per_epoch == 0:
                 self._tell("on_epoch_begin")
@@ -135,25 +139,27 @@ class TrainingLoop:
         self._tell("on_step_begin")
         self._learning_rate = self.machine.set_learning_rate(self.schedule.factor(number))
         started = time.perf_counter()
-        loss, skipped = self._attempt(batch, number)
+        with self.limit.timed("step"):
+            outcome = self._attempts.make(batch, number)
+        self._grad_norm = outcome.grad_norm
         seconds = time.perf_counter() - started
         state = self.state
         state.global_step, state.epoch = number, number / self.schedule.steps_per_epoch
         state.num_input_tokens_seen += batch.tokens
         state.train_seconds += seconds + self._data_seconds
-        if loss is not None:
-            self.progress.count_loss(loss, batch.targets)
-        if skipped is not None:
+        if outcome.loss is not None:
+            self.progress.count_loss(outcome.loss, batch.targets)
+        if outcome.skipped is not None:
             state.nonfinite_steps += batch.targets > 0
-            self.journal.event(number, "skipped", f"step {number} was skipped: {skipped}")
+            self.journal.event(number, "skipped", f"step {number} was skipped: {outcome.skipped}")
         self.journal.step(train_line(
-            state, batch, self._report, loss=loss, grad_norm=self._grad_norm,
+            state, batch, outcome.report, loss=outcome.loss, grad_norm=outcome.grad_norm,
             learning_rate=self._learning_rate, step_seconds=seconds, data_seconds=self._data_seconds,
-            skipped=skipped is not None,
+            skipped=outcome.skipped is not None,
         ))  # fmt: skip
         if state.nonfinite_in_a_row >= self.config.training.max_nonfinite_steps:
-            self._give_up(skipped or "")
-        self._remember()
+            self._give_up(outcome.skipped or "")
+        self._good.remember()
         self._tell("on_step_end")
         if self.schedule.ends_epoch(number):
             self._tell("on_epoch_end")
@@ -163,35 +169,44 @@ class TrainingLoop:
             logs = self.progress.entry(self._learning_rate, self._grad_norm)
             self.journal.view.log(logs)
             self._tell("on_log", logs=logs)
-            self._remember()
+            self._good.remember()
 
     def _evaluate(self) -> None:
-        if self._is_interrupted or not (self.progress.evaluation_due or self.control.should_evaluate):
+        due = self.progress.evaluation_due or self.control.should_evaluate
+        if self._is_stopping or not due or not self._in_time("evaluation"):
             return
+        self.state.evaluated_step = self.state.global_step
+        with self.limit.timed("evaluation"):
+            if self.eval_stream is not None:
+                self._measure()
+            self._sample()
+        self._good.remember()
+
+    def _measure(self) -> None:
+        """Loss and accuracy on the evaluation data, and what follows from them."""
         step = self.state.global_step
-        self.state.evaluated_step = step
-        if self.eval_stream is not None:
-            with self._may_be_left():
-                metrics = evaluate(self.machine, self.eval_stream)
-            better = self.progress.take_evaluation(metrics)
-            self.control.should_save |= better and self.config.training.wants_best
-            self.journal.evaluation(step, self.state.epoch, metrics)
-            self._tell("on_log", logs={**metrics, "epoch": self.state.epoch, "step": step})
-            self._tell("on_evaluate", metrics=metrics)
-            if self.progress.patience_is_over:
-                self.journal.event(step, "stopped", f"no better evaluation in {self.state.evaluations_without_better}")
-                self.control.should_training_stop = True
-        self._sample()
-        self._remember()
+        with self._may_be_left():
+            metrics = evaluate(self.machine, self.eval_stream, self._leave_if_late)
+        better = self.progress.take_evaluation(metrics)
+        self.control.should_save |= better and self.config.training.wants_best
+        self.journal.evaluation(step, self.state.epoch, metrics)
+        self._tell("on_log", logs={**metrics, "epoch": self.state.epoch, "step": step})
+        self._tell("on_evaluate", metrics=metrics)
+        if self.progress.patience_is_over:
+            self.journal.event(step, "stopped", f"no better evaluation in {self.state.evaluations_without_better}")
+            self.control.should_training_stop = True
 
     def _save(self) -> None:
         step = self.state.global_step
         due = self.progress.save_due or self.control.should_save
         if self.state.nonfinite_in_a_row:
             return  # what comes next may end the run: the last good checkpoint stays the newest
-        if due and self._saved_step != step and self.saver.save(self.state):
-            self._saved_step = step
-            self._tell("on_save")
+        if due and self._saved_step != step:
+            with self.limit.timed("save"):
+                saved = self.saver.save(self.state)
+            if saved:
+                self._saved_step = step
+                self._tell("on_save")
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -208,55 +223,28 @@ class TrainingLoop:
                 message = "the best checkpoint could not be kept: final/ holds the last adapter"
                 self.journal.event(self.state.global_step, "best_missing", message)
             else:
+                self._good.forget()
                 self.machine.load_adapter(path)
                 holds_best = True
         final = self.saver.save_final(self.state, holds_best)
+        self._good.forget()  # nothing is left to be rescued
         self._tell("on_save")
         self._tell("on_train_end")
-        return TrainResult("finished", self.state.global_step, final, self.state.summary())
+        return TrainResult(FINISHED, self.state.global_step, final, self.state.summary())
 
-    def _interrupted(self) -> TrainResult:
+    def _stopped(self) -> TrainResult:
+        """By a signal or the limit of time: to be gone on with later."""
         step = self.state.global_step
         if self._saved_step != step and step > 0 and self.saver.save(self.state):
             self._saved_step = step
         path = self.saver.folder.path(step) if self._saved_step == step else self.saver.last
-        self.journal.event(step, "interrupted", f"{self.signals.requested}: stopped after step {step}")
+        signal = self.signals.requested
+        reason = signal or f"max_train_hours={self.limit.hours:g}"
+        self.journal.event(step, "interrupted" if signal else "out_of_time", f"{reason}: stopped after step {step}")
         self._tell("on_train_end")
-        return TrainResult("interrupted", step, path, self.state.summary())
+        return TrainResult(INTERRUPTED if signal else STOPPED, step, path, self.state.summary())
 
     # -- when something goes wrong ---------------------------------------------------------------
-
-    def _attempt(self, batch: Batch, number: int) -> tuple[float | None, str | None]:
-        """Loss of a step or None, and why there was no update or None."""
-        self._grad_norm, self._report = None, None
-        if batch.targets == 0:
-            return None, "all its rows were dropped"
-        try:
-            loss = self._timed_step(batch, number)
-        except NonFiniteError as error:
-            self.state.nonfinite_in_a_row += 1
-            return None, str(error)
-        self._report = report = self.machine.last_step
-        if report.skipped:  # usual in fp16, until the scale has come down
-            self.state.nonfinite_in_a_row += self.machine.loss_scale < 1
-            return None, f"fp16 overflow, the loss scale is {self.machine.loss_scale:g} now"
-        self._grad_norm = report.grad_norm
-        return loss, None
-
-    def _timed_step(self, batch: Batch, number: int) -> float:
-        loss = None
-        with self._may_be_left():
-            if number != self._timeline_step:
-                return self.machine.train_step(batch.inputs, number)
-            try:
-                with self.machine.record_step(self.saver.folder.folder / TIMELINE_FILE, number):
-                    loss = self.machine.train_step(batch.inputs, number)
-            except OSError as error:
-                if loss is None:
-                    raise
-                self.journal.event(number, "not_written", f"{TIMELINE_FILE} could not be written: {error}")
-        assert loss is not None
-        return loss
 
     def _give_up(self, reason: str) -> None:
         good = f"the last good checkpoint is {self.saver.last}" if self.saver.last else "nothing was saved before"
@@ -265,27 +253,11 @@ class TrainingLoop:
             f"not finite; {good}. The last one: {reason}"
         )
 
-    def _remember(self) -> None:
-        """This is a good place to go back to."""
-        state = copy.copy(self.state)
-        state.log_history = list(self.state.log_history)
-        self._good = state, self.stream.state_dict(), self.machine.random_state()
-        self._updates = self.machine.updates
-
-    def _go_back(self) -> None:
-        """To the end of the last whole step, after the one under way was left."""
-        assert self._good is not None
-        state, cursor, random = self._good
-        for name, value in vars(state).items():
-            setattr(self.state, name, value)
-        self.stream.load_state_dict(cursor)
-        random.restore()
-
     def _rescue(self) -> None:
         """Save the last whole step before an error ends the run, if the state still is that step's."""
-        if self._good is None or self._is_past_update:
+        if not self._good.holds:
             return
-        self._go_back()
+        self._good.go_back()
         if self.state.global_step not in (0, self._saved_step):
             with contextlib.suppress(LemaError, OSError):  # the error under way comes first; the journal has this one
                 self.saver.save(self.state)
@@ -293,16 +265,20 @@ class TrainingLoop:
     # -- signals and callbacks -------------------------------------------------------------------
 
     @property
-    def _is_interrupted(self) -> bool:
-        return self.signals.requested is not None
+    def _is_stopping(self) -> bool:
+        return self.signals.requested is not None or self._out_of_time
+
+    def _in_time(self, *kinds: str) -> bool:
+        """Whether there is time for one more of these and the save after it; if not, the run is stopping."""
+        self._out_of_time = self._out_of_time or not self.limit.allows(*kinds, "save")
+        return not self._out_of_time
+
+    def _leave_if_late(self) -> None:
+        if not self._in_time():
+            raise StepAbandoned
 
     def _may_leave(self) -> bool:
-        return self._leavable and not self._is_past_update
-
-    @property
-    def _is_past_update(self) -> bool:
-        """Whether parameters are no longer those of the step that can be gone back to."""
-        return self.machine.torn or self.machine.updates != self._updates
+        return self._leavable and not self._good.is_past
 
     @contextlib.contextmanager
     def _may_be_left(self) -> Iterator[None]:
@@ -314,8 +290,6 @@ class TrainingLoop:
 
     def _tell(self, event: str, **more: Any) -> None:
         self.callbacks.tell(event, self.state, self.control, **more)
-        if self.control.should_epoch_stop:
-            raise UnsupportedError("a callback asked for should_epoch_stop: an epoch cannot be ended early here")
 
     # -- what is told ----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FINISHED, INTERRUPTED = "finished", "interrupted"
+FINISHED, INTERRUPTED, STOPPED = "finished", "interrupted", "stopped"
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,9 @@ class TrainResult:
     """What came of a run."""
 
     status: str
-    """finished, or interrupted (and to be resumed)."""
+    """finished; or, to be resumed, interrupted by a signal or stopped by `max_train_hours`."""
     global_step: int
+    """Optimizer steps taken, those before a resume included."""
     adapter: Path | None
     """`final/`, or the checkpoint to go on from; None: nothing was saved."""
     metrics: dict[str, Any] = field(default_factory=dict)

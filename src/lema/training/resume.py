@@ -20,7 +20,7 @@ _FREE = {
     "keep_activations", "boundaries", "optimizer_place", "gradient_checkpointing", "save_steps", "num_slots",
     "num_readers", "prefetch_depth", "max_nonfinite_steps", "logging_steps", "report_to", "run_name", "eval_strategy",
     "eval_steps", "load_best_model_at_end", "early_stopping_patience",
-    "sample_prompts", "sample_max_new_tokens", "save_total_limit", "on_save_error", "max_dropped",
+    "sample_prompts", "sample_max_new_tokens", "save_total_limit", "on_save_error", "max_dropped", "max_train_hours",
 }  # fmt: skip
 _LENGTH = ("max_steps", "num_train_epochs")
 

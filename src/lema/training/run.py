@@ -5,6 +5,8 @@ It knows which part gets what; each part knows its own subject.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from .checkpoints import CheckpointFolder
+from .config import TrainingConfig
 from .journal import Journal, write_json
 from .loop import TrainingLoop
 from .machine import Machine, Stream
 from .panel import View
 from .progress import Progress
-from .reporters import make_reporters
+from .reporters import reporting
 from .result import FINISHED, TrainResult
 from .resume import check_resume, numerics_changed
 from .run_config import RunConfig
@@ -26,6 +29,7 @@ from .saving import Saver
 from .schedule import Schedule
 from .start import Start
 from .state import TrainerState
+from .time_limit import TimeLimit
 
 SUMMARY_FILE = "data_summary.json"
 
@@ -58,10 +62,7 @@ def run_training(
         NonFiniteError: too many steps in a row were not finite.
     """
     training = config.training
-    if training.wants_best and data.eval is None:
-        raise ConfigError(
-            "load_best_model_at_end and early_stopping_patience need evaluation data: set eval_file or eval_size"
-        )
+    check_evaluation(training, data.eval is not None)
     schedule = Schedule.of(training, data.train.steps_per_epoch)
     if start.finished and start.checkpoint is not None:
         if schedule.max_steps <= start.state["max_steps"]:
@@ -82,25 +83,39 @@ def run_training(
     )  # fmt: skip
     state.train_batch_size = config.lema.batch_size
     resolved = config.resolved()
-    reporters = make_reporters(
-        training.report_to, folder.folder, training.run_name or folder.folder.absolute().name, resolved.to_dict()
-    )
-    resolved.save(folder.folder)
-    if data.summary is not None:
-        write_json(folder.folder / SUMMARY_FILE, data.summary)
-    journal = Journal(folder.folder, view)
-    saver = Saver(machine, data.train, resolved, schedule, folder, journal, write_tokenizer)
-    try:
+    name = training.run_name or folder.folder.absolute().name
+    with contextlib.ExitStack() as end:
+        machine.set_label_smoothing(training.label_smoothing_factor)
+        end.callback(machine.set_label_smoothing, 0.0)
+        reporters = end.enter_context(reporting(training.report_to, folder.folder, name, resolved.to_dict()))
+        resolved.save(folder.folder)
+        if data.summary is not None:
+            write_json(folder.folder / SUMMARY_FILE, data.summary)
+        journal = Journal(folder.folder, view)
+        end.callback(journal.close)
+        saver = Saver(machine, data.train, resolved, schedule, folder, journal, write_tokenizer, _identity(data.eval))
+        end.callback(saver.close)
         if start.checkpoint is not None and start.checkpoint.parent.absolute() == folder.folder.absolute():
             saver.last = start.checkpoint
         loop = TrainingLoop(
-            machine, data.train, resolved, progress, saver, journal, eval_stream=data.eval, sampler=sampler,
+            machine, data.train, resolved, progress, saver, journal,
+            limit=TimeLimit(training.max_train_hours, start.began), eval_stream=data.eval, sampler=sampler,
             callbacks=[*reporters, *callbacks], always=always,
         )  # fmt: skip
         return loop.run(start)
-    finally:
-        saver.close()
-        journal.close()
+
+
+def check_evaluation(training: TrainingConfig, has_data: bool) -> None:
+    """`ConfigError` where evaluations are asked for and there is nothing to evaluate on."""
+    if training.wants_best and not has_data:
+        raise ConfigError(
+            "load_best_model_at_end and early_stopping_patience need evaluation data: set eval_file or eval_size"
+        )
+    if training.eval_strategy in ("steps", "epoch") and not (has_data or training.sample_prompts):
+        raise ConfigError(
+            f"eval_strategy={training.eval_strategy} needs evaluation data: set eval_file or eval_size, or "
+            "eval_strategy to no"
+        )
 
 
 def _state(machine: Machine, data: RunData, config: RunConfig, start: Start) -> tuple[TrainerState, Start]:
@@ -116,7 +131,25 @@ def _state(machine: Machine, data: RunData, config: RunConfig, start: Start) -> 
             f"{start.checkpoint} was trained with another tokenizer or chat template: rows would be read otherwise. "
             "Give those it was trained with (they are in its folder), or start a new run in another output_dir"
         )
+    _check_evaluation_data(start.checkpoint, saved.get("evaluation"), data.eval)
     state = TrainerState.from_dict(machine.load(Path(start.checkpoint)))
     changed = numerics_changed(saved["run"]["numerics"], machine.numerics())
     messages = [] if changed is None else [f"numbers may differ in the last bits from here on: {changed}"]
-    return state, Start(start.checkpoint, start.state, [*start.messages, *messages])
+    return state, dataclasses.replace(start, messages=[*start.messages, *messages])
+
+
+def _identity(batches: Any) -> dict[str, Any] | None:
+    """What a checkpoint notes of the data evaluated on; None: there is none, or it cannot say."""
+    return batches.identity() if hasattr(batches, "identity") else None
+
+
+def _check_evaluation_data(checkpoint: Path, noted: Mapping[str, Any] | None, batches: Any) -> None:
+    """Evaluations on other rows cannot be compared with those before; where there were none, there may be now."""
+    if noted is None:
+        return
+    if _identity(batches) is None:
+        raise CheckpointError(
+            f"{checkpoint} was evaluated on {noted['data']['name']}, and now there is no such data: give it as "
+            "eval_file (eval_strategy: no leaves evaluations out), or start a new run in another output_dir"
+        )
+    batches.check_identity(noted)

@@ -41,8 +41,11 @@ class RunConfig:
     """The settings of a run: the engine's, the data's and the training's."""
 
     lema: LemaConfig
+    """The engine's settings."""
     data: DataConfig = field(default_factory=DataConfig)
+    """The data's."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The loop's."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -62,6 +65,8 @@ class RunConfig:
     ) -> RunConfig:
         """Read a flat YAML file.
 
+        Files it names are looked for in the working folder first, and then beside it.
+
         Args:
             overrides: texts by name, as typed; they come before what the file says.
             defaults: values for what neither says.
@@ -72,11 +77,10 @@ class RunConfig:
         raw, lines = read_yaml(path)
         typed = parse_overrides(overrides or {})
         try:
-            values = {**(defaults or {}), **_by_name(raw), **typed}
+            values = {**(defaults or {}), **_beside(Path(path).parent, _by_name(raw)), **typed}
             return cls._of(values)
         except LemaError as error:
-            word = re.match(r"(?:unknown setting )?'?(\w+)", str(error))
-            name = word[1] if word else ""
+            name = setting_named(error)
             line = next((n for key, n in lines.items() if name in (key, ALIASES.get(key))), None)
             if line is None or name in typed:
                 raise
@@ -139,6 +143,12 @@ class RunConfig:
         return config.replace(batch_size=self.rows_per_step, gradient_accumulation_steps=1, micro_batch_size=micro)
 
 
+def setting_named(error: LemaError) -> str:
+    """The setting an error is about: its message begins with it."""
+    word = re.match(r"(?:unknown setting )?'?(\w+)", str(error))
+    return word[1] if word else ""
+
+
 def owner_of(name: str) -> type | None:
     """The configuration class that has a setting of this name."""
     return next((owner for _, owner in _OWNERS if name in kinds_of(owner)), None)
@@ -184,6 +194,16 @@ def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
         if given == "warmup_ratio" and not _is_share(value):
             raise ConfigError(f"warmup_ratio={value} must be 0 or more and less than 1; warmup_steps takes steps")
         found[name] = value
+    return found
+
+
+def _beside(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Values, with files that lie in the folder of the YAML file, and not in the working folder, named as there."""
+    found = dict(values)
+    for name in _PATHS:
+        value = values.get(name)
+        if isinstance(value, str) and value and not Path(value).exists() and (folder / value).is_file():
+            found[name] = str(folder / value)
     return found
 
 

@@ -26,17 +26,19 @@ class Saver:
 
     Args:
         write_tokenizer: writes the tokenizer's files into a folder; asked once, the files are copied from then on.
+        evaluation: what identifies the data evaluated on, JSON-ready.
     """
 
     def __init__(
         self, machine: Machine, stream: Stream, config: RunConfig, schedule: Schedule, folder: CheckpointFolder,
-        journal: Journal, write_tokenizer: Callable[[str], Any] | None,
+        journal: Journal, write_tokenizer: Callable[[str], Any] | None, evaluation: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._machine = machine
         self._stream = stream
         self._config = config
         self._schedule = schedule
         self._journal = journal
+        self._evaluation = evaluation
         self.folder = folder
         self.last: Path | None = None
         """The newest whole checkpoint."""
@@ -90,6 +92,7 @@ class Saver:
                 **facts,
             },
             "cursor": self._stream.state_dict(),
+            "evaluation": self._evaluation,
         }
         self._machine.save(path, values, self._write_more)
 

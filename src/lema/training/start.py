@@ -6,6 +6,7 @@ It knows checkpoints by name and what they say of themselves; it knows nothing o
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class Start:
     """The checkpoint's `trainer_state.json`."""
     messages: list[str] = field(default_factory=list)
     """What was passed over or put aside on the way."""
+    began: float = field(default_factory=time.monotonic)
+    """When, by the monotonic clock in seconds."""
 
     @property
     def finished(self) -> bool:

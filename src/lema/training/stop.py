@@ -14,7 +14,10 @@ from typing import Any
 
 
 class StepAbandoned(BaseException):
-    """A second signal came in the middle of a step. Not an `Exception`: nobody in between is to handle it."""
+    """A second signal came, or time ran out, in the middle of something.
+
+    Not an `Exception`: nobody in between is to handle it.
+    """
 
 
 class StopSignals:

@@ -1,0 +1,76 @@
+"""One step and what came of it: a loss, or the reason why there was none.
+
+It knows an engine's step and why its numbers may not count; it knows nothing of what follows from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import NonFiniteError
+from .journal import Journal
+from .machine import Batch, Machine, Report
+from .state import TrainerState
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step."""
+
+    loss: float | None = None
+    """Mean over its targets; None: it does not count."""
+    skipped: str | None = None
+    """Why parameters were not updated; None: they were."""
+    grad_norm: float | None = None
+    report: Report | None = None
+
+
+class Attempts:
+    """Makes steps.
+
+    Args:
+        timeline: the file that the step `recorded` is written to.
+        leavable: a block in which a signal may leave the step.
+    """
+
+    def __init__(
+        self, machine: Machine, state: TrainerState, journal: Journal, timeline: Path,
+        leavable: Callable[[], AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        self._machine, self._state, self._journal = machine, state, journal
+        self._timeline, self._leavable = timeline, leavable
+        self.recorded = 0
+
+    def make(self, batch: Batch, number: int) -> Outcome:
+        """Make the step of this number; steps whose numbers are not finite are counted in the state."""
+        if batch.targets == 0:
+            return Outcome(skipped="all its rows were dropped")
+        try:
+            loss = self._step(batch, number)
+        except NonFiniteError as error:
+            self._state.nonfinite_in_a_row += 1
+            return Outcome(skipped=str(error))
+        report = self._machine.last_step
+        if report.skipped:  # usual in fp16, until the scale has come down
+            scale = self._machine.loss_scale
+            self._state.nonfinite_in_a_row += scale < 1
+            return Outcome(skipped=f"fp16 overflow, the loss scale is {scale:g} now", report=report)
+        return Outcome(loss, None, report.grad_norm, report)
+
+    def _step(self, batch: Batch, number: int) -> float:
+        loss = None
+        with self._leavable():
+            if number != self.recorded:
+                return self._machine.train_step(batch.inputs, number)
+            try:
+                with self._machine.record_step(self._timeline, number):
+                    loss = self._machine.train_step(batch.inputs, number)
+            except OSError as error:
+                if loss is None:
+                    raise
+                self._journal.event(number, "not_written", f"{self._timeline.name} could not be written: {error}")
+        assert loss is not None
+        return loss
