@@ -74,7 +74,7 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
         base,
         LoraConfig(
             r=run.lema.lora_rank, lora_alpha=run.lema.lora_alpha, lora_dropout=run.lema.lora_dropout,
-            target_modules=list(run.lema.lora_target_modules), task_type="CAUSAL_LM",
+            target_modules=run.lema.lora_target_modules, task_type="CAUSAL_LM",
         ),
     )  # fmt: skip
     for parameter in model.parameters():
@@ -111,7 +111,7 @@ def ask_lema(options: argparse.Namespace) -> dict[str, Any]:
     out = options.work / "answers-lema.json"
     lema(
         "eval", str(options.work / "lema" / "final"), "--data", str(options.work / HELD_OUT), "--format", "lema-reply",
-        "--limit", str(options.questions), "--json", str(out), "--plot", str(options.work / "answers-lema.png"),
+        "--limit", str(options.questions), "--max-new-tokens", "96", "--json", str(out),
     )  # fmt: skip
     return _without_rows(out)
 
@@ -179,7 +179,7 @@ def _answerer(model: Any, tokenizer: Any, rows: int = 16) -> Callable[[Sequence[
             batch = order[start : start + rows]
             inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, add_special_tokens=False)
             made = model.generate(
-                **inputs, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=128,
+                **inputs, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=96,
                 pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.0,
             )  # fmt: skip
             for i, ids in zip(batch, made[:, inputs["input_ids"].shape[1] :], strict=True):

@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 
 from lema.core.hardware import Hardware
+from lema.proof.score import Share
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,6 +45,7 @@ from benchmarks import (
     options,
     plots,
     processes,
+    proof,
     report,
     scaling,
     small,
@@ -406,6 +408,64 @@ def test_shapes_have_the_size_that_is_announced(model: Path, tmp_path: Path, mon
     assert not (tmp_path / "new").exists()
 
 
+def _share(hits: int, of: int) -> Content:
+    return Share(hits, of).to_json()
+
+
+def _arm(strict: Content | None, right: Content) -> Content:
+    return {"strict": strict, "right": right, "categories": {"maths": right}, "unsettled": {"says_low": None}}
+
+
+def _proof_numbers(strict: int = 320, right: int = 90, tail: float = 0.4, same: int = 50) -> dict[str, Content]:
+    losses = [2.0] * 90
+    return {
+        "train-lema": {
+            "losses": losses + [0.4] * 10, "tokens": 9000, "bytes_read": 10**9, "step_seconds": 50.0,
+            "peak_bytes": 2**29,
+        },
+        "train-peft": {"losses": losses + [tail] * 10},
+        "ask-lema": {
+            "questions": 320,
+            "arms": {
+                "base, in the format": _arm(_share(0, 320), _share(5, 300)),
+                "base, asked plainly": _arm(None, _share(100, 300)),
+                "adapter": _arm(_share(strict, 320), _share(right, 300)),
+            },
+        },
+        "ask-peft": {"questions": 320, "arms": {"PEFT adapter": _arm(_share(319, 320), _share(100, 300))}},
+        "merge": {
+            "questions": 50, "same_answers": same, "largest_logit_difference": 1e-5, "largest_logit": 20.0
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "refuted"),
+    [
+        ({}, None),
+        ({"strict": 300}, "the adapter keeps it"),
+        ({"right": 60}, "the adapter: right answers"),
+        ({"tail": 0.5}, "loss curve"),
+        ({"same": 49}, "greedy answer"),
+    ],
+    ids=str,
+)
+def test_the_proof_holds_only_where_its_numbers_do(changed: dict[str, Any], refuted: str | None) -> None:
+    found = report.Report("proof", "", "")
+    proof.judge(found, _proof_numbers(**changed))
+    failed = [check.claim for check in found.checks if not check.holds]
+    assert len(failed) == (refuted is not None) and all(str(refuted) in claim for claim in failed)
+    shown = changed.get("strict", 320)
+    assert found.tables[0].rows[0][3] == f"{shown / 320:.1%} ({shown} of 320)" and found.facts
+
+
+def test_a_part_of_the_proof_that_is_missing_is_said() -> None:
+    found, numbers = report.Report("proof", "", ""), _proof_numbers()
+    del numbers["ask-peft"], numbers["merge"]
+    proof.judge(found, numbers)
+    assert [check.verdict for check in found.checks].count("could not be checked") == 4
+
+
 def test_options_are_checked_and_shown_as_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert options.size("1240MiB") == 1240 << 20 and options.written_budget("auto") == "auto"
     made = options.common_options("m", "d", 1, 2)
@@ -425,5 +485,5 @@ def test_busy_time_counts_what_overlaps_once() -> None:
 def test_every_benchmark_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main([]) == 0
     listed = capsys.readouterr().out
-    names = {"small", "memory", "speed", "larger_than_memory", "scaling", "dial", "gpu"}
+    names = {"small", "memory", "speed", "larger_than_memory", "scaling", "dial", "gpu", "proof", "sft_trainer"}
     assert all(f"  {name} " in listed for name in names)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from lema.cli.app import app
 from lema.data.render import ChatRenderer
 from lema.errors import ConfigError, InputError
 from lema.reply import Conversation, Sampling, Speaker
+from terminal import Terminal
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -215,7 +212,7 @@ def test_generate_writes_answers(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_eval_shows_base_and_adapter(checkpoint: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [{"messages": chat(QUESTION, ANSWER)}] * 3)
-    done = CliRunner().invoke(app, ["eval", str(checkpoint), "--data", str(data), "--json"])
+    done = CliRunner().invoke(app, ["eval", str(checkpoint), "--data", str(data), "--json", "-"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["adapter"]["eval_loss"] < 0.05 < 3 < found["base"]["eval_loss"]
@@ -229,51 +226,11 @@ def test_eval_shows_base_and_adapter(checkpoint: Path, tmp_path: Path) -> None:
     (run / "run.yaml").write_text(
         f"model_name_or_path: {checkpoint}\ntrain_file: nowhere.jsonl\neval_size: 0.1\nchat_template: gone.jinja\n"
     )
-    again = CliRunner().invoke(app, ["eval", str(run), "--data", str(data), "--alone", "--json"])
+    again = CliRunner().invoke(app, ["eval", str(run), "--data", str(data), "--alone", "--json", "-"])
     assert json.loads(again.stdout)["adapter"]["eval_loss"] == found["adapter"]["eval_loss"], again.output
     nothing = CliRunner().invoke(app, ["eval", str(checkpoint)])
     assert nothing.exit_code == 1
     assert "give --data FILE" in nothing.output
-
-
-class Terminal:
-    """A chat in a pseudo-terminal."""
-
-    def __init__(self, *words: str) -> None:
-        self._seen = ""
-        self.master, slave = pty.openpty()
-        environment = {**os.environ, "PYTHONPATH": str(Path(lema.__file__).parents[1]), "TERM": "dumb"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lema", *words], stdin=slave, stdout=slave, stderr=slave, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-        os.close(slave)
-
-    def until(self, text: str, seconds: float = 120) -> str:
-        """What is written up to this text; what comes after it is for the next call."""
-        deadline = time.monotonic() + seconds
-        while text not in self._seen:
-            assert time.monotonic() < deadline, f"no {text!r} in {self._seen!r}"
-            if select.select([self.master], [], [], 0.2)[0]:
-                try:
-                    self._seen += os.read(self.master, 4096).decode("utf-8", "replace")
-                except OSError:
-                    break
-            elif self.process.poll() is not None:
-                break
-        before, found, self._seen = self._seen.partition(text)
-        assert found, before
-        return before + found
-
-    def type(self, line: str | bytes) -> None:
-        """Type a line."""
-        os.write(self.master, line if isinstance(line, bytes) else f"{line}\n".encode())
-
-    def end(self) -> int:
-        """Wait for the end; its status."""
-        status = self.process.wait(60)
-        os.close(self.master)
-        return status
 
 
 def test_a_chat_in_a_terminal(checkpoint: Path) -> None:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from .reply_view import show_reading
 from .speaking import (
     Base,
+    Format,
     NoAdapter,
     Seed,
     Settings,
@@ -22,6 +24,7 @@ from .speaking import (
     Tokens,
     TopP,
     Where,
+    in_chosen_format,
     open_speaker,
     seed_all,
 )
@@ -39,6 +42,7 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     stop: Stop = None,
+    reply_format: Format = None,
     seed: Seed = None,
     base: Base = None,
     no_adapter: NoAdapter = False,
@@ -47,14 +51,18 @@ def chat(
 ) -> None:
     """Talk to CHECKPOINT. quit or exit ends, clear forgets the conversation, debug shows what the model sees.
 
-    Ctrl-C stops an answer, and at the prompt the chat.
+    Ctrl-C stops an answer, and at the prompt the chat. Replies in the [LEMA_REPLY] format are shown in their parts.
 
     Example: lema chat output/final --temperature 0.7 --top-p 0.9
     """
     from ..reply import Conversation, Sampling
+    from ..reply.lema_format import to_closing_tag
 
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    with open_speaker(checkpoint, base, no_adapter, chat_template, settings) as speaker:
+    with open_speaker(checkpoint, base, no_adapter, chat_template, settings) as opened:
+        speaker, in_format = in_chosen_format(opened, reply_format, chat_template is not None)
+        if in_format:
+            sampling = to_closing_tag(sampling)
         seed_all(seed)
         config = speaker.model.config
         adapter = "with its adapter" if speaker.model.lora_manager is not None else "without adapter"
@@ -63,10 +71,10 @@ def chat(
             typer.echo(
                 "The tokenizer has no chat template: each line is continued as it is, and nothing is remembered."
             )
-        _talk(Conversation(speaker, system), sampling)
+        _talk(Conversation(speaker, system), sampling, in_format)
 
 
-def _talk(conversation: Conversation, sampling: Sampling) -> None:
+def _talk(conversation: Conversation, sampling: Sampling, in_format: bool) -> None:
     debug = False
     while (line := _read_line()) is not None:
         question = line.strip()
@@ -80,10 +88,10 @@ def _talk(conversation: Conversation, sampling: Sampling) -> None:
             debug = not debug
             typer.echo(f"debug is {'on' if debug else 'off'}")
         elif question:
-            _answer(conversation, question, sampling, debug)
+            _answer(conversation, question, sampling, in_format, debug)
 
 
-def _answer(conversation: Conversation, question: str, sampling: Sampling, debug: bool) -> None:
+def _answer(conversation: Conversation, question: str, sampling: Sampling, in_format: bool, debug: bool) -> None:
     try:
         if debug:
             typer.secho(repr(conversation.prompt(question, conversation.room(sampling))), dim=True)
@@ -95,6 +103,8 @@ def _answer(conversation: Conversation, question: str, sampling: Sampling, debug
         typer.echo("\n(stopped; this turn is forgotten)")
         return
     typer.echo()
+    if in_format:
+        show_reading(reply.text)
     if reply.ended_by == "length":
         typer.secho(f"(cut after {reply.num_tokens} tokens: --max-new-tokens)", dim=True)
     if conversation.dropped:

@@ -1,4 +1,4 @@
-"""`lema data check`: what a data file holds, how it is read, and which rows are bad.
+"""`lema data`: its verbs; `check` says what a data file holds, how it is read, and which rows are bad.
 
 It knows options and which files are meant; rows are read, encoded and counted by the data room.
 """
@@ -15,6 +15,7 @@ import typer
 
 from ..data.config import DataConfig
 from ..errors import ConfigError
+from .data_build import build, validate
 from .settings import split_settings
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ def _data() -> None:
 
     Example: lema data check run.yaml
     """
+
+
+data.command("build")(build)
+data.command("validate")(validate)
 
 
 @data.command()

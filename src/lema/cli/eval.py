@@ -1,6 +1,7 @@
 """`lema eval`: how well a checkpoint predicts held-out data, beside the model it began from.
 
-It knows options and the table; sums are the training room's, batches the data room's.
+It knows options and the table; sums are the training room's, batches the data room's. Replies in a format are judged
+elsewhere (`eval_reply`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .speaking import Base, Settings, Template, Where, open_speaker
+from .eval_reply import STDOUT, evaluate_replies
+from .speaking import LEMA_REPLY, Base, Settings, Template, Where, open_speaker
 
 if TYPE_CHECKING:
     from ..data.config import DataConfig
@@ -33,22 +35,46 @@ def evaluate(
         typer.Option(metavar="FILE", help="Rows to evaluate on. Default: what the run held out, or its eval_file."),
     ] = None,
     data_format: Annotated[
-        str | None, typer.Option("--format", help="Of FILE; default: the run's, or detected.")
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Of FILE; default: the run's, or detected. lema-reply: let the models answer, and judge the replies.",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 4,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at once; 4, or 16 answers.", show_default=False)] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens a row; default: the run's.")] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Leave the base model out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write JSON too; - prints it and nothing else.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions at most; lema-reply only.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer at most; lema-reply only, 128.", show_default=False)
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the shares; lema-reply only.")] = None,
     base: Base = None,
     chat_template: Template = None,
     settings: Settings = None,
 ) -> None:
     """Loss, perplexity and token accuracy of CHECKPOINT and of its base model, on the same rows.
 
+    With --format lema-reply: replies in the format, and right answers, to the questions of a file of `lema data build`.
+
     Example: lema eval output/final --data held_out.jsonl
     """
     run = _run_of(Path(checkpoint))
+    if data_format == LEMA_REPLY:
+        _refuse({"--max-seq-length": max_seq_length, "--chat-template": chat_template}, f"--format {LEMA_REPLY}")
+        evaluate_replies(
+            checkpoint, data or _held_out(run), base=base, settings=settings, alone=alone, limit=limit,
+            max_new_tokens=128 if max_new_tokens is None else max_new_tokens,
+            batch_size=16 if batch_size is None else batch_size, as_json=as_json, plot_file=plot,
+        )  # fmt: skip
+        return
+    _refuse({"--limit": limit, "--max-new-tokens": max_new_tokens, "--plot": plot}, f"no --format {LEMA_REPLY}")
     chosen = _data_config(run, data, data_format)
+    batch_size = 4 if batch_size is None else batch_size
     asked = [f"batch_size={batch_size}", *(settings or ())]
     if not any(pair.partition("=")[0].strip() == "loss_chunk_size" for pair in asked):
         asked.append(f"loss_chunk_size={_LOSS_CHUNK}")
@@ -56,10 +82,27 @@ def evaluate(
         length = max_seq_length or speaker.model.config.max_seq_length
         rows = _rows(chosen, speaker, length, batch_size, run)
         results = _results(speaker, rows, alone)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
+    text = json.dumps(results, indent=2)
+    if as_json == STDOUT:
+        typer.echo(text)
         return
+    if as_json is not None:
+        Path(as_json).write_text(text + "\n", encoding="utf-8")
     _show(results)
+
+
+def _refuse(given: dict[str, Any], beside: str) -> None:
+    """Usage errors for options that mean nothing in the other kind of evaluation."""
+    for option, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(f"means nothing with {beside}", param_hint=option)
+
+
+def _held_out(run: RunConfig | None) -> Path:
+    """The file of held-out rows that a run was given."""
+    if run is None or run.data.eval_file is None:
+        raise ConfigError("nothing says which questions to ask: give --data FILE, rows of `lema data build --held-out`")
+    return Path(run.data.eval_file)
 
 
 def _run_of(checkpoint: Path) -> RunConfig | None:

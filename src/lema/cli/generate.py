@@ -14,8 +14,11 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from .reply_view import reading_as_json, show_reading
 from .speaking import (
+    TEXT,
     Base,
+    Format,
     NoAdapter,
     Seed,
     Settings,
@@ -25,6 +28,7 @@ from .speaking import (
     Tokens,
     TopP,
     Where,
+    in_chosen_format,
     open_speaker,
     seed_all,
 )
@@ -45,6 +49,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     stop: Stop = None,
+    reply_format: Format = None,
     seed: Seed = None,
     base: Base = None,
     no_adapter: NoAdapter = False,
@@ -56,23 +61,31 @@ def generate(
     Example: lema generate output/final -p "What is the capital of Norway?"
     """
     from ..reply import Sampling
+    from ..reply.lema_format import to_closing_tag
 
     prompts = [*(prompt or ()), *(_prompts_in(file) if file is not None else ())]
     if not prompts:
         raise typer.BadParameter("give --prompt or --file", param_hint="--prompt")
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    with open_speaker(checkpoint, base, no_adapter, chat_template, settings) as speaker:
+    with open_speaker(checkpoint, base, no_adapter, chat_template, settings) as opened:
+        chosen = TEXT if plain and reply_format is None else reply_format
+        speaker, in_format = in_chosen_format(opened, chosen, chat_template is not None)
+        if in_format:
+            sampling = to_closing_tag(sampling)
         seed_all(seed)
         for text in prompts:
             if as_json:
                 reply = speaker.reply(text, sampling, plain=plain)
                 line = {"prompt": text, "text": reply.text, "ended_by": reply.ended_by, "tokens": reply.num_tokens}
-                typer.echo(json.dumps(line, ensure_ascii=False))
+                parts = reading_as_json(reply.text) if in_format else {}
+                typer.echo(json.dumps({**line, **parts}, ensure_ascii=False))
                 continue
             if len(prompts) > 1:
                 typer.secho(f"> {text}", bold=True)
-            speaker.reply(text, sampling, lambda piece: typer.echo(piece, nl=False), plain=plain)
+            reply = speaker.reply(text, sampling, lambda piece: typer.echo(piece, nl=False), plain=plain)
             typer.echo()
+            if in_format:
+                show_reading(reply.text)
 
 
 def _prompts_in(file: Path) -> Iterator[str]:

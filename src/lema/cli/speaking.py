@@ -16,6 +16,15 @@ from .settings import parse_settings
 if TYPE_CHECKING:
     from ..reply import Speaker
 
+LEMA_REPLY, TEXT = "lema-reply", "text"
+
+
+def _known_format(chosen: str | None) -> str | None:
+    if chosen not in (None, LEMA_REPLY, TEXT):
+        raise typer.BadParameter(f"{chosen!r} is neither {LEMA_REPLY} nor {TEXT}")
+    return chosen
+
+
 Where = Annotated[
     str,
     typer.Argument(
@@ -36,6 +45,14 @@ Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest t
 TopP = Annotated[float, typer.Option(help="Share of probability that is drawn from.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer at this text; repeatable.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draws; the same seed gives the same answers.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="NAME", callback=_known_format,
+        help="lema-reply: ask for that format and read it; text: show answers as they come. Default: lema-reply where "
+        "the chat template asks for it.",
+    ),
+]  # fmt: skip
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of LemaConfig; repeatable.")
 ]
@@ -64,6 +81,19 @@ def open_speaker(
     return Speaker.open(
         where, base=base, adapter=not no_adapter, template=None if template is None else str(template), **overrides
     )
+
+
+def in_chosen_format(speaker: Speaker, chosen: str | None, own_template: bool) -> tuple[Speaker, bool]:
+    """The speaker asked in the format chosen, and whether its replies are to be read as LEMA's.
+
+    Args:
+        own_template: whether a template was given, which then stays.
+    """
+    from ..reply.lema_format import asks_for_replies, in_format
+
+    if chosen == LEMA_REPLY:
+        return (speaker if own_template else in_format(speaker)), True
+    return speaker, chosen is None and asks_for_replies(speaker.renderer)
 
 
 def seed_all(seed: int | None) -> None:

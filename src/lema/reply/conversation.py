@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import InputError
+from .answer import Reply
 from .sampling import Sampling
-from .speaker import Reply, Speaker
+from .speaker import Speaker
 
 
 class Conversation:

@@ -20,12 +20,15 @@ class Sampling:
     """
 
     max_new_tokens: int = 256
+    """Tokens of an answer at most."""
     temperature: float = 0.7
     """0: always the likeliest token."""
     top_p: float = 0.9
     """Share of probability that is drawn from."""
     stop: tuple[str, ...] = ()
     """Texts at whose end an answer ends; they may begin and end inside tokens."""
+    keep_stop: bool = False
+    """Whether the stop text stays in the answer."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -8,36 +8,23 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation.streamers import TextStreamer
+from transformers import PreTrainedConfig
 
-from ..config import CONFIG_NAME, LemaConfig
+from ..config import CONFIG_NAME, DTYPES, LemaConfig
 from ..core.lora import ADAPTER_CONFIG, LoRAManager
 from ..data.render import ChatRenderer
 from ..engine.training import load_tokenizer
 from ..errors import ConfigError, InputError
 from ..model import LemaModel
+from .answer import Reply, Teller, reply_of
 from .sampling import Sampling
 
-_TOKENIZER = "tokenizer_config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One answer."""
-
-    text: str
-    """Without special tokens, and without the stop text that ended it."""
-    num_tokens: int
-    seconds: float
-    ended_by: str
-    """'end' (the model's own end token), 'stop' (a stop text) or 'length'."""
-    raw: str = ""
-    """As the model wrote it, special tokens and stop text included."""
+_MODEL, _TOKENIZER = "config.json", "tokenizer_config.json"
 
 
 class Speaker:
@@ -99,8 +86,22 @@ class Speaker:
             tell: told each piece of the answer as it comes, special tokens and stop texts left out.
             plain: take the prompt as it is, without template.
         """
-        ids = self.renderer.plain(prompt) if plain else self.renderer.ask(prompt)
-        return self.continue_from(ids, sampling, tell)
+        return self.continue_from(self._ids(prompt, plain), sampling, tell)
+
+    def replies(
+        self, prompts: Sequence[str], sampling: Sampling, *, batch_size: int = 16, plain: bool = False,
+        tell: Callable[[int], None] | None = None,
+    ) -> list[Reply]:  # fmt: skip
+        """Answer many prompts, `batch_size` at once; greedy answers are those of `reply`.
+
+        Args:
+            tell: told how many more are answered, batch after batch.
+            plain: take the prompts as they are, without template.
+
+        Raises:
+            InputError: a prompt that cannot be answered; says which, and nothing is begun.
+        """
+        return self.continue_all([self._ids(prompt, plain) for prompt in prompts], sampling, batch_size, tell)
 
     def continue_from(
         self, ids: Sequence[int], sampling: Sampling, tell: Callable[[str], None] | None = None
@@ -110,27 +111,33 @@ class Speaker:
         Raises:
             InputError: no tokens, or more than the model takes.
         """
-        if not ids:
-            raise InputError("the prompt is empty: there is nothing to answer")
-        room = self.context - len(ids) if self.context is not None else sampling.max_new_tokens
-        if room < 1:
-            raise InputError(f"the prompt has {len(ids)} tokens, and the model takes {self.context}: shorten it")
-        started = time.perf_counter()
-        settings = {**sampling.settings(), "max_new_tokens": min(sampling.max_new_tokens, room)}
-        stops = {"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}
-        streamer = _Teller(self.tokenizer, tell, sampling.stop) if tell is not None else None
-        made = self.model.generate(
-            torch.tensor([list(ids)]), streamer=streamer, pad_token_id=self._padding(),
-            eos_token_id=sorted(self._end_tokens()), **settings, **stops,
-        )  # fmt: skip
-        new = made[0, len(ids) :].tolist()
-        raw = self.tokenizer.decode(new)
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        found = [text.index(stop) for stop in sampling.stop if stop in text]
-        ends = self._end_tokens()
-        by_end = bool(new) and new[-1] in ends
-        ended_by = "stop" if found else "end" if by_end else "length"
-        return Reply(text[: min(found)] if found else text, len(new), time.perf_counter() - started, ended_by, raw)
+        self._room(ids, sampling)
+        return self._continue([ids], sampling, Teller(self.tokenizer, tell, sampling) if tell is not None else None)[0]
+
+    def continue_all(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 16,
+        tell: Callable[[int], None] | None = None,
+    ) -> list[Reply]:  # fmt: skip
+        """As `replies`, for prompts that are token ids. Prompts of like length share a batch, padded on the left."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be 1 or more")
+        rooms = []
+        for number, ids in enumerate(prompts, 1):
+            try:
+                rooms.append(self._room(ids, sampling))
+            except InputError as error:
+                raise InputError(f"prompt {number}: {error}") from error
+        longest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        found: dict[int, Reply] = {}
+        # beside a longer prompt, one that the window cuts short would be cut shorter
+        for _, alike in groupby(longest_first, key=rooms.__getitem__):
+            group = list(alike)
+            for start in range(0, len(group), batch_size):
+                together = group[start : start + batch_size]
+                found.update(zip(together, self._continue([prompts[i] for i in together], sampling), strict=True))
+                if tell is not None:
+                    tell(len(together))
+        return [found[i] for i in range(len(prompts))]
 
     def close(self) -> None:
         """Give the model back."""
@@ -141,6 +148,37 @@ class Speaker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _ids(self, prompt: str, plain: bool) -> list[int]:
+        return self.renderer.plain(prompt) if plain else self.renderer.ask(prompt)
+
+    def _room(self, ids: Sequence[int], sampling: Sampling) -> int:
+        """Tokens that an answer to a prompt may have."""
+        if not ids:
+            raise InputError("the prompt is empty: there is nothing to answer")
+        room = self.context - len(ids) if self.context is not None else sampling.max_new_tokens
+        if room < 1:
+            raise InputError(f"the prompt has {len(ids)} tokens, and the model takes {self.context}: shorten it")
+        return min(room, sampling.max_new_tokens)
+
+    def _continue(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, teller: Teller | None = None
+    ) -> list[Reply]:
+        """Continuations of prompts in one batch; there is room for all of them."""
+        started = time.perf_counter()
+        longest, pad = max(map(len, prompts)), self._padding()
+        inputs = {
+            "input_ids": torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts]),
+            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]),
+        }
+        ends = self._end_tokens()
+        stops = {"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}
+        settings = {**sampling.settings(), "max_new_tokens": min(self._room(ids, sampling) for ids in prompts)}
+        made = self.model.generate(
+            inputs, streamer=teller, pad_token_id=pad, eos_token_id=sorted(ends), **settings, **stops
+        )
+        seconds = time.perf_counter() - started
+        return [reply_of(row, self.tokenizer, ends, sampling, seconds) for row in made[:, longest:].tolist()]
 
     def _end_tokens(self) -> set[int]:
         module: Any = self.model.adapter.causal_lm().module
@@ -167,7 +205,7 @@ def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, 
     if not (folder / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise ConfigError(f"{given} holds no adapter ({ADAPTER_CONFIG} is missing), so there is no use for a base")
-        return LemaConfig(given, use_lora=False, **overrides)
+        return LemaConfig(given, use_lora=False, **{**_own_dtype(given), **overrides})
     try:
         values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -177,41 +215,15 @@ def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, 
         raise ConfigError(f"{folder / ADAPTER_CONFIG} does not say which model it is for: name it with --base")
     return LemaConfig(
         name, lora_rank=values["r"], lora_alpha=values["lora_alpha"], lora_target_modules=values["target_modules"],
-        **overrides,
+        **{**_own_dtype(name), **overrides},
     )  # fmt: skip
 
 
-class _Teller(TextStreamer):
-    """Passes text on as it becomes certain, but for what may yet turn out to be the start of a stop text."""
-
-    def __init__(self, tokenizer: Any, tell: Callable[[str], None], stop: tuple[str, ...]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._tell = tell
-        self._stop = stop
-        self._held = ""
-        self._stopped = False
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by transformers with each piece of text."""
-        if self._stopped:
-            return
-        self._held += text
-        found = [self._held.index(stop) for stop in self._stop if stop in self._held]
-        if found:
-            self._stopped = True
-            certain = min(found)
-        else:
-            certain = len(self._held) if stream_end else len(self._held) - self._may_begin_a_stop()
-        if certain:
-            self._tell(self._held[:certain])
-        self._held = self._held[certain:]
-
-    def _may_begin_a_stop(self) -> int:
-        """Characters at the end that are the beginning of a stop text."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+def _own_dtype(name: str) -> dict[str, str]:
+    """The type a model says its weights have, where it says one that can be computed in."""
+    path = Path(name) / _MODEL
+    if not path.is_file():  # of the hub, or without one: whoever loads it will say
+        return {}
+    values, _ = PreTrainedConfig.get_config_dict(path.parent)
+    own = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    return {"dtype": own} if own in DTYPES else {}

