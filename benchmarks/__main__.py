@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from . import dial, gpu, larger_than_memory, memory, planning, proof, scaling, sft_trainer, small, speed
+from . import dial, gpu, larger_than_memory, memory, planning, proof, published, scaling, sft_trainer, small, speed
 
 BENCHMARKS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "small": (small.main, "135M model in fp32: memory and step time beside PEFT with and without checkpointing"),
@@ -20,6 +20,10 @@ BENCHMARKS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "sft_trainer": (sft_trainer.main, "50 losses of a run beside those of TRL's SFTTrainer on plain PEFT"),
     "proof": (proof.main, "a small model learns the [LEMA_REPLY] format by streaming, beside plain PEFT; merged after"),
     "gpu": (gpu.main, "one CUDA card in ten minutes; --device simulated: a dry run on the CPU"),
+    "published": (
+        published.main,
+        "four real models at 128 and 512 tokens beside PEFT, as the original published; a card",
+    ),
     "planning": (planning.main, "nothing measured: what `lema plan` predicts for Llama 2 on cards of 8 to 24 GB"),
 }
 

@@ -23,6 +23,7 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .init import init
+from .kaggle import kaggle
 from .merge import merge
 from .plan import plan
 from .prepare import prepare
@@ -60,6 +61,7 @@ app.command("merge")(merge)
 app.command("export")(export)
 app.add_typer(adapter, name="adapter")
 app.add_typer(data, name="data")
+app.add_typer(kaggle, name="kaggle")
 app.command("report")(report)
 app.command("demo")(demo)
 app.command("prepare")(prepare)

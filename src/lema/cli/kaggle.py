@@ -1,0 +1,294 @@
+"""`lema kaggle`: notebooks to Kaggle, and what they leave behind back.
+
+It knows options and what is said meanwhile; notebooks, calls and files are the kaggle room's.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import KaggleError
+from .kaggle_options import (
+    Accelerator,
+    Attach,
+    Benchmarks,
+    Dataset,
+    Hours,
+    Internet,
+    Kernel,
+    Name,
+    Output,
+    Parameters,
+    Public,
+    ResumeFrom,
+    Title,
+    User,
+)
+
+if TYPE_CHECKING:
+    from ..kaggle.client import Kernels, Pushed
+
+kaggle = typer.Typer(no_args_is_help=True)
+
+
+@kaggle.callback()
+def _kaggle() -> None:
+    """Run training on Kaggle's cards: build a notebook, push it, wait, fetch what it made.
+
+    Needs the package's extra named kaggle. Credentials: KAGGLE_API_TOKEN, ~/.kaggle/access_token or kaggle.json.
+
+    Example: lema kaggle run proof
+    """
+
+
+@kaggle.command()
+def build(
+    notebook: Name,
+    output: Output = None,
+    user: User = None,
+    title: Title = None,
+    accelerator: Accelerator = None,
+    hours: Hours = None,
+    resume_from: ResumeFrom = None,
+    attach: Attach = None,
+    dataset: Dataset = None,
+    public: Public = False,
+    internet: Internet = True,
+    parameters: Parameters = None,
+    benchmarks: Benchmarks = None,
+) -> None:
+    """Write a notebook that carries this version of LEMA, and its kernel-metadata.json.
+
+    Example: lema kaggle build proof --user NAME -o kaggle/proof
+    """
+    from ..kaggle.folder import Order, build
+
+    order = Order(
+        notebook, user or _kernels(None).user, title, accelerator or _accelerator(), hours, resume_from, attach or (),
+        dataset or (), not public, internet, _parameters(parameters), benchmarks,
+    )  # fmt: skip
+    folder = output or Path("kaggle") / notebook
+    path = build(order, folder)
+    typer.echo(f"{path}: {path.stat().st_size:,} bytes\nnext: lema kaggle push {folder}")
+
+
+@kaggle.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What build wrote.", show_default=False)],
+    accelerator: Accelerator = None,
+    user: User = None,
+) -> None:
+    """Save the notebook on Kaggle and run it there. Refused where no GPU time is left this week.
+
+    Example: lema kaggle push kaggle/proof
+    """
+    pushed = _push(_kernels(user), folder, accelerator)
+    typer.echo(f"next: lema kaggle status {pushed.ref}")
+
+
+@kaggle.command()
+def status(
+    kernel: Annotated[str | None, typer.Argument(metavar="KERNEL", show_default=False)] = None,
+    once: Annotated[bool, typer.Option("--once", help="Say where it is now, do not wait.")] = False,
+    quota: Annotated[bool, typer.Option("--quota", help="The GPU time left this week.")] = False,
+    user: User = None,
+) -> None:
+    """Wait until a kernel has ended, looking less and less often; status 1 if it did not end well.
+
+    Example: lema kaggle status NAME/lema-proof
+    """
+    from ..kaggle.watch import check_end, wait_for_end
+
+    kernels = _kernels(user)
+    if quota:
+        typer.echo(_quota_text(kernels))
+    if kernel is None:
+        if not quota:
+            raise typer.BadParameter("give a kernel, or --quota", param_hint="KERNEL")
+        return
+    ref = kernels.ref(kernel)
+    if once:
+        found = kernels.status(ref)
+        typer.echo(f"{ref}: {found.state.lower().replace('_', ' ')}{f' ({found.failure})' if found.failure else ''}")
+        if found.ended:
+            check_end(kernels, ref, found)
+        return
+    check_end(kernels, ref, wait_for_end(kernels, ref, say=typer.echo))
+    typer.echo(f"next: lema kaggle pull {ref}")
+
+
+@kaggle.command()
+def logs(
+    kernel: Kernel,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the kernel has ended.")] = False,
+    user: User = None,
+) -> None:
+    """What a kernel printed.
+
+    Example: lema kaggle logs NAME/lema-proof --follow
+    """
+    from ..kaggle.watch import check_end, follow_log
+
+    kernels = _kernels(user)
+    ref = kernels.ref(kernel)
+    if follow:
+        check_end(kernels, ref, follow_log(kernels, ref, lambda text: typer.echo(text, nl=False)))
+    else:
+        typer.echo(kernels.log(ref), nl=False)
+
+
+@kaggle.command()
+def pull(
+    kernel: Kernel,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: the slug.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="REGEX", help="Files whose names contain it.")] = None,
+    any_state: Annotated[
+        bool, typer.Option("--any-state", help="Also of a kernel that failed, was cancelled or still runs.")
+    ] = False,
+    user: User = None,
+) -> None:
+    """Fetch what a kernel left behind. Stopped, it goes on where it was when called again.
+
+    Example: lema kaggle pull NAME/lema-proof -o proof
+    """
+    from ..kaggle.watch import check_end
+
+    kernels = _kernels(user)
+    ref = kernels.ref(kernel)
+    if not any_state:
+        check_end(kernels, ref, kernels.status(ref))
+    _pull(kernels, ref, output or Path(ref.split("/")[1]), only)
+
+
+@kaggle.command()
+def run(
+    notebook: Name,
+    output: Output = None,
+    user: User = None,
+    title: Title = None,
+    accelerator: Accelerator = None,
+    hours: Hours = None,
+    resume_from: ResumeFrom = None,
+    attach: Attach = None,
+    dataset: Dataset = None,
+    public: Public = False,
+    internet: Internet = True,
+    parameters: Parameters = None,
+    benchmarks: Benchmarks = None,
+    parts: Annotated[
+        int, typer.Option(min=1, help="Kernels in a row at most, each going on where the one before had to stop.")
+    ] = 1,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the log while it runs.")] = False,
+) -> None:
+    """Build, push, wait, pull; and, where training had to stop before its end, go on in a further kernel.
+
+    Example: lema kaggle run llama2 --parts 3
+    """
+    from ..kaggle.folder import Order, build
+    from ..kaggle.watch import check_end, follow_log, wait_for_end
+
+    kernels = _kernels(user)
+    folder = output or Path("kaggle") / notebook
+    for part in range(1, parts + 1):
+        order = Order(
+            notebook, kernels.user, title, accelerator or _accelerator(), hours, resume_from, attach or (),
+            dataset or (), not public, internet, _parameters(parameters), benchmarks,
+        )  # fmt: skip
+        build(order, folder)
+        ref = _push(kernels, folder, None).ref
+        if follow:
+            follow_log(kernels, ref, lambda text: typer.echo(text, nl=False))
+        check_end(kernels, ref, wait_for_end(kernels, ref, pushed=not follow, say=typer.echo))
+        target = folder / "output"
+        if resume_from is not None:
+            target = folder / f"output-{ref.split('/')[1]}"
+        if _pull(kernels, ref, target, None) != "stopped":
+            return
+        resume_from = ref
+        if part < parts:
+            typer.echo(f"training stopped before its end, part {part + 1} of at most {parts} goes on")
+    again = f"lema kaggle run {notebook} --resume-from {resume_from}"
+    typer.echo(f"training stopped before its end. Go on with:\n  {again}")
+
+
+# -- parts of verbs --------------------------------------------------------------------------------
+
+
+def _kernels(user: str | None) -> Kernels:
+    from ..kaggle import credentials
+    from ..kaggle.client import Kernels
+    from ..kaggle.patience import Patience
+
+    patience = Patience(say=lambda text: typer.echo(text, err=True))
+    if user is not None:
+        credentials.check_user(user, "--user")
+    return Kernels(credentials.find(), patience, user)
+
+
+def _push(kernels: Kernels, folder: Path, accelerator: str | None) -> Pushed:
+    from ..kaggle.folder import read
+    from ..kaggle.metadata import CPU
+
+    described, source, seconds = read(folder)
+    if accelerator is not None:
+        described |= {
+            "machine_shape": None if accelerator == CPU else accelerator,
+            "enable_gpu": accelerator != CPU,
+        }
+    if described["enable_gpu"]:
+        quota = kernels.quota()
+        if quota is not None and not quota.left:
+            raise KaggleError(f"{_quota_text(kernels)}. Wait, or push with --accelerator none")
+    pushed = kernels.push(described, source, seconds)
+    version = "" if pushed.version is None else f", version {pushed.version}"
+    ends = "" if seconds is None else f"; ended by Kaggle after {seconds / 3600:.1f} h at the latest"
+    typer.echo(f"{pushed.ref}{version}: {described['machine_shape'] or 'CPU'}{ends}\n{pushed.url}")
+    return pushed
+
+
+def _pull(kernels: Kernels, ref: str, folder: Path, only: str | None) -> str | None:
+    """Fetch, say what came and what to do with it; returns how the notebook says its training ended."""
+    import json
+
+    from ..kaggle.download import pull
+
+    pull(kernels, ref, folder, only, say=typer.echo)
+    adapter, result = folder / "adapter", folder / "result.json"
+    if (adapter / "adapter_config.json").is_file():
+        typer.echo(f"adapter: {adapter}\nnext:\n  lema chat {adapter}\n  lema merge {adapter} merged")
+    return str(json.loads(result.read_text(encoding="utf-8")).get("status")) if result.is_file() else None
+
+
+def _quota_text(kernels: Kernels) -> str:
+    quota = kernels.quota()
+    if quota is None:
+        return "Kaggle does not say how much GPU time is left"
+    left, allowed = (time.total_seconds() / 3600 for time in (quota.left, quota.allowed))
+    renewed = "" if quota.renewed is None else f", more on {quota.renewed:%Y-%m-%d %H:%M} UTC"
+    return f"GPU time left this week: {left:.1f} of {allowed:.0f} hours{renewed}"
+
+
+def _accelerator() -> str:
+    from ..kaggle.metadata import ACCELERATOR
+
+    return ACCELERATOR
+
+
+def _parameters(pairs: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE as values: true, false and numbers are such, anything else is text."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{pair!r} must be NAME=VALUE", param_hint="--set")
+        words = {"true": True, "false": False}
+        number = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text)
+        value: Any = words.get(text.lower(), text)
+        if number:
+            value = float(text) if number[1] or number[2] else int(text)
+        found[name.strip().upper()] = value
+    return found

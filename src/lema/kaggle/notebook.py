@@ -1,0 +1,130 @@
+"""Notebooks of the templates, with the package inside and their parameters set.
+
+It knows cells and archives; what the cells do is the templates'.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import lzma
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lema
+
+from ..errors import KaggleError
+from .extra import kaggle_extra
+from .metadata import notebook as notebook_of
+from .wheel import build_wheel, zipped
+
+with kaggle_extra():
+    import nbformat
+
+LARGEST = 1_000_000
+"""Bytes of a notebook's JSON; Kaggle does not save larger ones."""
+_CELL = re.compile(r"^# %%(?P<kind> \[markdown\])?(?: tags=(?P<tags>\[.*\]))?\n", re.MULTILINE)
+_BENCHMARKS = "benchmarks"
+
+
+def build_notebook(
+    name: str, parameters: Mapping[str, Any] | None = None, title: str | None = None, benchmarks: Path | None = None
+) -> str:
+    """A notebook's JSON.
+
+    Args:
+        name: of `metadata.NOTEBOOKS`.
+        parameters: values of its first cell, by name, besides those the notebook has of itself.
+        benchmarks: folder of the benchmarks, for the notebook that runs them; default: the checkout's.
+
+    Raises:
+        KaggleError: an unknown notebook or parameter, or it became too large for Kaggle.
+    """
+    kind = notebook_of(name)
+    values = {"NOTEBOOK": name, **kind.parameters, **(parameters or {})}
+    made = nbformat.v4.new_notebook()
+    made.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "lema": {"notebook": name, "version": lema.__version__},
+    }
+    archive = _archive_cell(_benchmark_files(benchmarks) if kind.template == "benchmark" else None)
+    for markdown, tags, source in _cells(kind.template):
+        for cell_markdown, cell_tags, text in _cells("install") if "install" in tags else [(markdown, tags, source)]:
+            if "parameters" in cell_tags:
+                text = _with_parameters(text, values)
+            if "archive" in cell_tags:
+                text = archive
+            if cell_markdown:
+                text = text.replace("TITLE", title or kind.title)
+            cell = nbformat.v4.new_markdown_cell(text) if cell_markdown else nbformat.v4.new_code_cell(text)
+            cell.id = f"cell-{len(made.cells)}"  # else random: the same notebook is to be the same bytes
+            cell.metadata.tags = cell_tags
+            made.cells.append(cell)
+    nbformat.validate(made)
+    text = nbformat.writes(made)
+    if len(text.encode()) > LARGEST:
+        raise KaggleError(f"{name} is a notebook of {len(text.encode()):,} bytes, and Kaggle takes {LARGEST:,}")
+    return str(text)
+
+
+def parameters_of(text: str) -> dict[str, str]:
+    """Name and written value of the parameters of a notebook's JSON."""
+    cells = json.loads(text)["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
+    return dict(re.findall(r"^([A-Z_]+) = ([^#\n]+?)(?:  #.*)?$", source, re.MULTILINE))
+
+
+def _cells(template: str) -> list[tuple[bool, list[str], str]]:
+    """Whether it is text, tags and source of every cell of a template."""
+    script = files("lema.kaggle").joinpath("templates", f"{template}.py").read_text(encoding="utf-8")
+    marks = list(_CELL.finditer(script))
+    found = []
+    for mark, following in zip(marks, [*marks[1:], None]):
+        source = script[mark.end() : following.start() if following else len(script)].strip("\n")
+        markdown = mark["kind"] is not None
+        if markdown:
+            source = "\n".join(line.removeprefix("#").removeprefix(" ") for line in source.split("\n"))
+        found.append((markdown, list(json.loads(mark["tags"] or "[]")), source.replace("  # fmt: skip", "")))
+    return found
+
+
+def _with_parameters(source: str, values: Mapping[str, Any]) -> str:
+    for name, value in values.items():
+        pattern = rf"^{re.escape(name)} = [^#\n]*?(?P<note>  #.*)?$"
+        found = re.search(pattern, source, re.MULTILINE)
+        if found is None:
+            known = ", ".join(re.findall(r"^([A-Z_]+) = ", source, re.MULTILINE))
+            raise KaggleError(f"this notebook has no parameter {name}; it has {known}")
+        source = f"{source[: found.start()]}{name} = {value!r}{found['note'] or ''}{source[found.end() :]}"
+    return source
+
+
+def _archive_cell(benchmarks: bytes | None) -> str:
+    name, wheel = _wheel()
+    return f"WHEEL_NAME, WHEEL = {name!r}, {wheel!r}\nBENCHMARKS = {_encoded(benchmarks)!r}"
+
+
+@functools.cache
+def _wheel() -> tuple[str, str]:
+    """Compressing it takes two seconds, and a running program's files do not change."""
+    name, wheel = build_wheel(compressed=False)
+    return name, _encoded(wheel)
+
+
+def _encoded(archive: bytes | None) -> str:
+    return "" if archive is None else base64.b85encode(lzma.compress(archive, preset=9)).decode()
+
+
+def _benchmark_files(folder: Path | None) -> bytes:
+    root = folder or Path(lema.__file__).parents[2] / _BENCHMARKS
+    found = sorted(root.glob("*.py"))
+    if not any(path.name == "published.py" for path in found):
+        raise KaggleError(
+            f"{root} has no benchmarks, and this notebook carries them: give --benchmarks CHECKOUT/benchmarks"
+        )
+    return zipped([(f"{_BENCHMARKS}/{path.name}", path.read_bytes()) for path in found], compressed=False)

@@ -1,0 +1,60 @@
+# %% [markdown]
+# ## The package
+# This notebook carries LEMA inside: the next cell unpacks it and puts it on the path. What it needs and the image
+# lacks comes from PyPI; torch stays as it is.
+
+# %% tags=["archive"]
+WHEEL_NAME, WHEEL = "", ""
+BENCHMARKS = ""
+
+# %%
+import base64
+import importlib
+import importlib.metadata
+import io
+import lzma
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+from packaging.requirements import Requirement
+
+unpacked = pathlib.Path(tempfile.mkdtemp(prefix="lema-package-"))
+(unpacked / WHEEL_NAME).write_bytes(lzma.decompress(base64.b85decode(WHEEL)))
+pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+own = ["--no-deps", "--no-index", "--no-warn-conflicts", "--target", str(unpacked)]
+subprocess.run([*pip, *own, str(unpacked / WHEEL_NAME)], check=True)
+if BENCHMARKS:
+    zipfile.ZipFile(io.BytesIO(lzma.decompress(base64.b85decode(BENCHMARKS)))).extractall(unpacked)
+sys.path.insert(0, str(unpacked))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(unpacked), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+installed = next(iter(importlib.metadata.distributions(name="lema", path=[str(unpacked)])))
+
+
+def wanted(requirement: Requirement) -> bool:
+    """Whether this machine needs it: always, or for the proof's data or the benchmarks' plots."""
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", "proof", "bench"))
+
+
+def there(requirement: Requirement) -> bool:
+    """Whether it is installed in a version that will do."""
+    try:
+        return requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+needed = [one for one in map(Requirement, installed.requires or ()) if one.name != "trl" and wanted(one)]
+missing = [f"{one.name}{one.specifier}" for one in needed if not there(one)]
+if missing:
+    kept = unpacked / "constraints.txt"
+    kept.write_text(f"torch=={importlib.metadata.version('torch')}\n")
+    print("from PyPI:", *missing, flush=True)
+    subprocess.run([*pip, "--constraint", str(kept), *missing], check=True)
+importlib.invalidate_caches()
+print(f"lema {installed.version} in {unpacked}")
