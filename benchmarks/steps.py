@@ -10,10 +10,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 KINDS = ("lema", "lema_io", "peft", "peft_checkpointing")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GPT2_TARGETS = ("c_attn", "c_proj", "c_fc")
 LORA_ALPHA = 32
 LEARNING_RATE = 1e-4
 
@@ -52,6 +54,12 @@ def settings(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
+def targets(folder: Path) -> list[str]:
+    """The names that all linear layers of the model's blocks have."""
+    family = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return list(GPT2_TARGETS if family == "gpt2" else TARGETS)
+
+
 def lema_config(options: argparse.Namespace) -> Any:
     """The options as LEMA's settings; a budget of 'auto' becomes the number it stands for now."""
     import lema
@@ -64,7 +72,7 @@ def lema_config(options: argparse.Namespace) -> Any:
         strategy=options.strategy,
         lora_rank=options.rank,
         lora_alpha=LORA_ALPHA,
-        lora_target_modules=list(TARGETS),
+        lora_target_modules=targets(options.folder),
         loss_chunk_size=options.chunk or None,
         num_slots=options.slots,
         save_steps=0,
@@ -127,7 +135,9 @@ def _peft(options: argparse.Namespace, ids: Any) -> Driver:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, options.dtype))
-    lora = LoraConfig(r=options.rank, lora_alpha=LORA_ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=options.rank, lora_alpha=LORA_ALPHA, target_modules=targets(options.folder), task_type="CAUSAL_LM"
+    )
     model = get_peft_model(base.to(options.device), lora)
     model.train()
     if options.kind == "peft_checkpointing":

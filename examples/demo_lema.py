@@ -17,6 +17,7 @@ from lema.engine.training import load_tokenizer
 from lema.reply import Sampling, Speaker
 from lema.training import TrainingConfig
 from lema.utils.demo_model import smollm2_folder
+from lema.utils.tiny_model import tiny_model
 
 QUESTION = "What is the capital of Norway?"
 
@@ -54,6 +55,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", default=Path("demo-output"), type=Path)
     parser.add_argument("--passes", default=4, type=int)
     parser.add_argument("--model", default=None, help="a model folder instead of SmolLM2-135M-Instruct")
+    parser.add_argument("--tiny", action="store_true", help="a random model of four layers, made in the output folder")
     torch.manual_seed(0)
     options = parser.parse_args()
-    main(options.data, options.output, options.passes, options.model)
+    model = str(tiny_model(options.output / "model")) if options.tiny else options.model
+    main(options.data, options.output, options.passes, model)
