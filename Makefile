@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 MODEL_INSTALLED := $(VENV)/.demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-accelerator lint check bench clean
+.PHONY: help venv demo test test-slow test-accelerator lint check bench docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ check: test test-slow ## everything that runs without an accelerator
 bench: $(MODEL_INSTALLED) ## list the benchmarks; run one: .venv/bin/python -m benchmarks NAME
 	@$(BIN)/python -m benchmarks
 
+docs: $(INSTALLED) ## build the documentation into docs/_build/html; a warning is an error
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
 clean: ## remove the environment, caches and built files
-	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

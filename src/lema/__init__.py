@@ -25,3 +25,8 @@ def __getattr__(name: str) -> Any:
 
         return LemaTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Names that are not imported yet are seen too."""
+    return sorted({*globals(), *__all__})

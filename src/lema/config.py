@@ -18,6 +18,8 @@ from typing import Any
 from .errors import ConfigError
 from .typed import check_types
 
+__all__ = ["LemaConfig", "MemoryStrategy"]
+
 CONFIG_NAME = "lema_config.json"
 DTYPES = ("float16", "bfloat16", "float32")
 _DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}

@@ -22,6 +22,8 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 
+__all__ = ["LoRAManager"]
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _DEFAULT_TARGETS = ("c_attn", "c_proj", "c_fc")

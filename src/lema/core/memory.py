@@ -30,6 +30,8 @@ from .timeline import COMPUTE, Timeline
 from .transport import DeviceBackend
 from .units import BoundUnit, StreamableAdapter, bind_to_files, bind_to_slot
 
+__all__ = ["MemoryStats", "TripleBufferManager"]
+
 _MAP_FROM_BYTES = 1 << 20
 
 
@@ -38,10 +40,15 @@ class MemoryStats:
     """Counters since the manager was made. Bytes and seconds add up over all threads."""
 
     loads: int = 0
+    """Units brought into slots."""
     bytes_read: int = 0
+    """From disk."""
     bytes_copied: int = 0
+    """To the device."""
     wait_seconds: float = 0.0
+    """Computation waited for weights."""
     read_seconds: float = 0.0
+    """Threads were reading."""
 
     def __sub__(self, earlier: MemoryStats) -> MemoryStats:
         return MemoryStats(
