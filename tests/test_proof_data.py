@@ -31,9 +31,10 @@ from lema.errors import ConfigError, InputError
 from lema.proof import packages
 from lema.proof.build import Built, build, write
 from lema.proof.categories import FACTS
-from lema.proof.facts.countries import CAPITALS_NOW
+from lema.proof.facts.countries import CAPITALS_NOW, DISPUTED_BORDERS
 from lema.proof.facts.nature import COMPOUNDS
 from lema.proof.grammar import SYSTEM, prompt, read
+from lema.proof.matching import matches
 from lema.proof.rows import CATEGORIES, FIELDS, Row, question_key
 from lema.proof.validate import check_files, render
 
@@ -189,6 +190,60 @@ def test_molar_masses_are_the_sum_over_atoms() -> None:
     assert facts["constant/planck_constant"].answer == "6.62607015 × 10^-34 J s"
 
 
+def test_right_answers_of_other_forms_are_accepted_and_wrong_ones_are_not() -> None:
+    known = {category: {fact.name: fact for fact in FACTS[category](Random(0))} for category in FACTS}
+
+    def accepts(category: str, name: str, text: str) -> bool:
+        fact = known[category][name]
+        return any(matches(form, text) for form in (fact.answer, *fact.accepted))
+
+    for category, name, text in (
+        ("geography", "US/of-capital", "the USA"),
+        ("geography", "MX/capital", "Mexico City"),
+        ("science", "compound/acetic acid/formula", "CH3COOH"),
+        ("science", "element/C/mass", "about 12.011"),
+        ("science", "element/Al/name", "Aluminium"),
+        ("science", "constant/molar_gas_constant", "8.314 J/(mol·K)"),
+        ("science", "planet/Venus/moons", "Venus has no moons."),
+        ("science", "unit/kelvin/quantity", "temperature"),
+        ("general", "opposite/big", "little"),
+        ("general", "morse/A", "It is `.-`."),
+        ("technology", "acronym-of/MAC address", "MAC"),
+        ("history", "president/36/name", "Lyndon Johnson"),
+        ("history", "monarch/England/Edward VI/next", "Lady Jane Grey"),
+    ):
+        assert accepts(category, name, text), (name, known[category][name])
+    for category, name, text in (
+        ("geography", "MX/capital", "The capital of Mexico is Puebla."),
+        ("history", "president/41/name", "George W. Bush"),
+        ("geography", "PA/capital", "Panama has Colon as its capital."),
+        ("history", "president/17/name", "Lyndon Johnson"),
+        ("science", "compound/acetic acid/formula", "CH3OH"),
+        ("history", "president/2/name", "John Quincy Adams"),
+    ):
+        assert not accepts(category, name, text), (name, known[category][name])
+
+
+def test_what_is_disputed_or_gives_itself_away_is_not_asked() -> None:
+    for seed in range(2):
+        for fact in FACTS["geography"](Random(seed)):
+            if fact.name.startswith("border/"):
+                assert tuple(fact.name.removeprefix("border/").split("-")) not in DISPUTED_BORDERS
+            if fact.name.endswith("/of-capital"):
+                assert not any(matches(fact.answer, question) for question in fact.questions), fact
+            if fact.name.endswith("/capital") and not fact.name.startswith("state/"):
+                names = [form for form in fact.accepted if any(matches(form, question) for question in fact.questions)]
+                assert not names or fact.name.startswith("ST/"), fact
+
+
+def test_explanations_say_something() -> None:
+    for fact in FACTS["practical"](Random(1)):
+        if fact.name.startswith("arrival/"):
+            assert not re.match(r"(\d+ minutes) are \1", fact.explanation), fact
+        if fact.name.startswith("convert/"):
+            assert re.match(r"One (US )?[\w-]+ is ", fact.explanation), fact
+
+
 def test_confidence_means_something(rows: list[Row]) -> None:
     for row in rows:
         if row.reply.answer.startswith("About "):
@@ -249,6 +304,10 @@ def test_the_seed_decides_every_byte(built: Built, files: tuple[Path, Path], tmp
     assert len(mine & {row.question for row in other.train}) < 0.9 * len(mine)
 
 
+def test_other_forms_come_once(rows: list[Row]) -> None:
+    assert not [row for row in rows if len({row.reply.answer, *row.accepted}) != 1 + len(row.accepted)]
+
+
 def test_text_messages_template_and_grammar_agree(rows: list[Row]) -> None:
     renderer = ChatRenderer.from_file(make_tokenizer(None), "src/lema/recipes/lema_reply.jinja")
     for row in rows[:: len(rows) // 200]:
@@ -298,6 +357,7 @@ def test_build_says_what_it_made_and_validate_agrees(tmp_path: Path) -> None:
         (("--held-out-count", 90_000), "--held-out-count"),
         (("--seed", -1), "0 or more"),
         (("-o", "a.jsonl", "--held-out", "a.jsonl"), "both files"),
+        (("-o", "a.jsonl", "--held-out", "b/../a.jsonl"), "both files"),
     ],
 )
 def test_what_build_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, words: str) -> None:
@@ -379,6 +439,12 @@ def test_lines_that_are_no_rows(built: Built, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert any(fault.startswith(f"{number}: ") and words in fault for fault in found), (number, words, found)
     assert faults_of(tmp_path) == ["1: there are no rows"]
+    (tmp_path / "good.jsonl").write_bytes(good)
+    assert [fault.what for fault in check_files([tmp_path / "good.jsonl", tmp_path / "rows.jsonl"]).faults] == [
+        "there are no rows"
+    ]
+    write(Built(built.train[:8], ()), tmp_path / "a.jsonl", tmp_path / "none.jsonl")  # nothing was held out
+    assert (tmp_path / "none.jsonl").read_bytes() == b""
     result = lema("validate", tmp_path / "absent.jsonl")
     assert result.exit_code == 1 and "absent.jsonl cannot be read" in result.output
     assert lema("validate", tmp_path).exit_code == 1 and lema("validate").exit_code == 2

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from data_helpers import write_jsonl
+from lema.cli.app import app
 from lema.errors import ConfigError, InputError
 from lema.proof.evaluate import Arm, Evaluation, evaluate, read_questions
 from lema.proof.grammar import LemaReply, prompt
@@ -42,7 +44,8 @@ QUESTIONS = [
         ("20 July 1969", "On July 20th, 1969, they landed."), ("20 July 1969", "the 20th of July 1969"),
         ("C++", "It is written in C++."), ("==", "Use == for it"), ("H2O", "H₂O"), ("A", "Blood type A"),
         ("vitamin C", "Vitamin C is in oranges"), ("1/2", "Half, that is 1/2."), ("O(n log n)", "It takes O(n log n)."),
-        ("Newton's second law", "newton’s second law"),
+        ("Newton's second law", "newton’s second law"), (".-", "A is `.-`"),
+        ("-.", "-."), ("--", "(--)"), ("(", "an ( opens"),
     ],
 )  # fmt: skip
 def test_an_answer_is_found_however_it_is_written(expected: str, text: str) -> None:
@@ -55,6 +58,7 @@ def test_an_answer_is_found_however_it_is_written(expected: str, text: str) -> N
         ("Oslo", "Oslofjord"), ("12", "12.5"), ("12", "112"), ("5", "-5"), ("1914", "191 4"),
         ("5 km", "5 miles"), ("5 km", "15 km"), ("C++", "C"), ("vitamin A", "vitamin D"), ("New York", "York, New"),
         ("10^3", "103"), ("==", "=== is another"), ("Oslo", ""), ("", "Oslo"), (" ", "Oslo"), ("1/2", "1 or 2"),
+        (".-", ".-."), ("-", "-."), ("-.", "-"),
     ],
 )  # fmt: skip
 def test_what_is_not_the_answer_is_not_found(expected: str, text: str) -> None:
@@ -151,11 +155,27 @@ def test_the_file_can_be_audited(evaluation: Evaluation, tmp_path: Path) -> None
 def test_a_plot_is_drawn(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plot(evaluation, tmp_path / "e.png", "title")
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="cannot be a plot"):
+    with pytest.raises(ConfigError, match=r"cannot be a plot: .*png"):
         plot(evaluation, tmp_path / "e.nothing")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'lema\[bench\]'"):
         plot(evaluation, tmp_path / "f.png")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (("--plot", "e.nothing"), "cannot be a plot"),
+        (("--plot", "gone/e.png"), "there is no folder gone"),
+        (("--json", "gone/e.json"), "there is no folder gone"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_anybody_is_asked(
+    files: tuple[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["eval", "nowhere", "--data", "nothing.jsonl", "--format", "lema-reply", *files])
+    assert done.exit_code == 1 and said in " ".join(done.output.split()), done.output
 
 
 def test_questions_come_from_rows_and_a_limit_takes_categories_in_turn(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def build(
     from ..proof.build import write
 
     beside = held_out if held_out is not None else out.parent / _HELD_OUT
-    if beside.absolute() == out.absolute():
+    if beside.resolve() == out.resolve():
         raise ConfigError(f"{out} is named for both files: give --held-out another name")
     built = make(count, seed, held_out_count, any_size)
     write(built, out, beside)

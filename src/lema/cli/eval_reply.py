@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .. import __version__
+from ..errors import ConfigError
 from .speaking import open_speaker
 
 if TYPE_CHECKING:
@@ -41,11 +42,14 @@ def evaluate_replies(
 
     from ..proof.evaluate import evaluate, read_questions
     from ..proof.grammar import STOP
-    from ..proof.plot import need_matplotlib, plot
+    from ..proof.plot import check_plot, plot
     from ..reply.arms import arms_of
 
     if plot_file is not None:
-        need_matplotlib()
+        check_plot(plot_file)
+    for file in (plot_file, None if as_json in (None, STDOUT) else Path(str(as_json))):
+        if file is not None and not file.parent.is_dir():  # said now, not after all the answers
+            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
     questions = read_questions(data, limit)
     with (
         open_speaker(checkpoint, base, False, None, settings) as speaker,
@@ -63,14 +67,14 @@ def evaluate_replies(
         "checkpoint": checkpoint, "base": config.model_name_or_path, "dtype": config.dtype, "device": config.device,
         "data": str(data), "decoding": "greedy", "max_new_tokens": max_new_tokens, "stop": STOP, "lema": __version__,
     }  # fmt: skip
-    if plot_file is not None:
-        plot(evaluation, plot_file, f"{Path(checkpoint).name}: {len(questions)} held-out questions")
     if as_json == STDOUT:
         typer.echo(json.dumps({**said, **evaluation.to_json()}, indent=1, ensure_ascii=False))
-        return
-    if as_json is not None:
-        evaluation.save(as_json, **said)
-    _show(evaluation)
+    else:
+        if as_json is not None:
+            evaluation.save(as_json, **said)
+        _show(evaluation)
+    if plot_file is not None:
+        plot(evaluation, plot_file, f"{Path(checkpoint).name}: {len(questions)} held-out questions")
 
 
 def _show(evaluation: Evaluation) -> None:

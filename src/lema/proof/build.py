@@ -123,7 +123,7 @@ def write(built: Built, train: Path, held_out: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.append((path.with_name(f".{path.name}.{os.getpid()}.tmp"), path))
             _write_rows(aside[-1][0], rows)
-        checked = check_files([temporary for temporary, _ in aside])
+        checked = check_files([aside[i][0] for i, rows in enumerate((built.train, built.held_out)) if rows])
         if checked.faults or checked.rows != len(built.train) + len(built.held_out):
             raise InputError(f"the rows written to {train.parent} read back wrong: {checked.faults[:3]}")
         for temporary, path in aside:
@@ -214,7 +214,8 @@ class _CategoryRows:
                 if turn < len(way) and (key := question_key(way[turn])) not in self._asked:
                     self._asked.add(key)
                     reply = LemaReply(fact.answer, fact.explanation, fact.confidence)
-                    rows.append(Row(self._category, way[turn], reply, fact.accepted, self._fact(fact)))
+                    others = tuple(dict.fromkeys(form for form in fact.accepted if form != fact.answer))
+                    rows.append(Row(self._category, way[turn], reply, others, self._fact(fact)))
         return rows
 
     def _ways(self, fact: Fact, reworded: bool) -> list[str]:

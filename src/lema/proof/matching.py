@@ -24,6 +24,7 @@ _TOKEN = re.compile(
     r"|\s+(?P<scale>thousand|million|billion|trillion)(?!\w)|(?:st|nd|rd|th)(?!\w))?"
     r"|(?P<word>%|[^\W\d]\w*[+#]*)"
 )
+_AFTER_QUOTE = re.compile(r"(?<=[\"'`*)])[.,;]+$")
 _COUNTED = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
@@ -59,7 +60,9 @@ def matches(expected: str, text: str) -> bool:
     if wanted:
         return _contains(_tokens(text), wanted)
     sign = "".join(expected.split())
-    return bool(sign) and sign in [part.strip(".,;\"'`") or part for part in text.split()]
+    around = "\"'`*()" if set(sign) <= set(".-") else ".,;\"'`*()"  # a full stop may be part of a sign
+    parts = [_AFTER_QUOTE.sub("", part) for part in text.split()]
+    return bool(sign) and sign in [part.strip(around) or part for part in parts]
 
 
 def plain_form(text: str) -> tuple[str, ...]:

@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 _WIDTH = 0.8
 
 
-def need_matplotlib() -> None:
-    """Raise a `ConfigError` that says how to get it, where it is not installed."""
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise a `ConfigError` where a picture could not be drawn to a file, before there is one."""
     try:
         import matplotlib.figure  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ConfigError(
             f"a plot needs matplotlib, which cannot be imported ({error}): pip install 'lema[bench]'"
         ) from error
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    kind = os.path.splitext(path)[1].removeprefix(".").lower()
+    if kind and kind not in kinds:
+        raise ConfigError(f"{os.fspath(path)!r} cannot be a plot: its ending is none of {', '.join(sorted(kinds))}")
 
 
 def plot(evaluation: Evaluation, path: str | os.PathLike[str], title: str = "") -> None:
@@ -35,12 +40,8 @@ def plot(evaluation: Evaluation, path: str | os.PathLike[str], title: str = "") 
     Raises:
         ConfigError: matplotlib is missing, or does not know the kind.
     """
-    need_matplotlib()
-    figure = _figure(evaluation, title)
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:  # what matplotlib says to an unknown ending
-        raise ConfigError(f"{os.fspath(path)!r} cannot be a plot: {error}") from error
+    check_plot(path)
+    _figure(evaluation, title).savefig(path, dpi=120)
 
 
 def _figure(evaluation: Evaluation, title: str) -> Figure:

@@ -56,6 +56,7 @@ def check_files(paths: Sequence[Path]) -> Checked:
     checked = Checked()
     asked: dict[str, Fault] = {}
     for path in paths:
+        before_it = checked.rows
         for line, raw in _lines(path):
             checked.rows += 1
             row, faults = _row_of(raw)
@@ -70,7 +71,7 @@ def check_files(paths: Sequence[Path]) -> Checked:
             checked.faults += [Fault(path, line, what) for what in faults]
             if not faults:
                 checked.counts[row["category"], row["confidence"]] += 1
-        if not checked.rows:
+        if checked.rows == before_it:
             checked.faults.append(Fault(path, 1, "there are no rows"))
     return checked
 

@@ -76,7 +76,7 @@ def _slice(random: Random) -> Fact:
         (f"What does '{word}'[{begin}:{end}] give in Python?",
          f"In Python, what is the slice from {begin} to {end} of the string '{word}'?"),
         f"'{word[begin:end]}'",
-        f"A slice has its first index and stops before its last; this one has {end - begin} letters.",
+        f"A slice has its first index and stops before its last; letters in this one: {end - begin}.",
         accepted=(word[begin:end],),
     )  # fmt: skip
 

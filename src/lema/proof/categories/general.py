@@ -9,7 +9,18 @@ from collections.abc import Iterator
 from random import Random
 
 from ..facts.tables import table
-from ..facts.words import GROUPS, MONTHS, MORSE, OPPOSITES, SPELLING, SPELT, SPORTS, YOUNG
+from ..facts.words import (
+    GROUPS,
+    MONTHS,
+    MORSE,
+    OPPOSITES,
+    OTHER_GROUPS,
+    OTHER_OPPOSITES,
+    SPELLING,
+    SPELT,
+    SPORTS,
+    YOUNG,
+)
 from ..rows import COMMON_WORDS, Fact, unique
 from ..unsettled import unsettled
 
@@ -78,13 +89,14 @@ def _leap(random: Random) -> Fact:
     why = (
         f"{year} can be divided by 400." if year % 400 == 0
         else f"{year} can be divided by 100, but not by 400." if year % 100 == 0
-        else f"{year} can {'' if leap else 'not '}be divided by 4."
+        else f"{year} can{'' if leap else 'not'} be divided by 4."
     )  # fmt: skip
     return Fact(
         f"leap/{year}",
         (f"Is {year} a leap year?", f"Does February have 29 days in {year}?"),
         "Yes" if leap else "No",
         why,
+        accepted=(f"{year} is {'' if leap else 'not '}a leap year",),
     )
 
 
@@ -207,7 +219,8 @@ def _pairs() -> Iterator[Fact]:
                 yield Fact(
                     f"opposite/{word}", (f"What is the opposite of {word}?",
                     f"Which word means the opposite of {word}?"),
-                    opposite.capitalize(), f"The opposite of {opposite} is {word}.", subjects=(one,),
+                    opposite.capitalize(), f"The opposite of {opposite} is {word}.",
+                    accepted=OTHER_OPPOSITES.get(word, ()), subjects=(one,),
                 )  # fmt: skip
     for animal, young in YOUNG.items():
         same = sorted(other for other, word in YOUNG.items() if word == young and other != animal)
@@ -222,7 +235,7 @@ def _pairs() -> Iterator[Fact]:
             f"group/{animals}", (f"What is a group of {animals} called?",
             f"Which word is used for a group of {animals}?"),
             group.capitalize(), f"One speaks of {group} of {animals.split(' on ')[0]}.",
-            accepted=(group[2:].capitalize(),),
+            accepted=(group[2:].capitalize(), *OTHER_GROUPS.get(animals, ())),
         )  # fmt: skip
     for sport, (players, remark) in SPORTS.items():
         yield Fact(

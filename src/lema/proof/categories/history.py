@@ -8,7 +8,7 @@ from itertools import pairwise
 from random import Random
 
 from ..facts.events import ABOUT_THEN, EVENTS
-from ..facts.rulers import LATER_MONARCHS, MONARCHS, PRESIDENTS
+from ..facts.rulers import LATER_MONARCHS, MONARCHS, OTHER_SUCCESSORS, PRESIDENTS
 from ..rows import Fact, unique
 from ..unsettled import unsettled
 
@@ -30,7 +30,7 @@ def facts(random: Random) -> Iterator[Fact]:
             f"about/{event}",
             (f"In about which year was {event}?", f"About when was {event}?", f"Roughly what is the date of {event}?"),
             f"About {said}",
-            f"Historians can only estimate it; it was in the {_century(year)}.",
+            "It can only be estimated, or is a date that historians agreed on.",
             "Medium",
             (said, str(abs(year)), f"Around {said}", *((f"About {-year} BC", f"{-year} BC") if year < 0 else ())),
         )
@@ -40,7 +40,7 @@ def facts(random: Random) -> Iterator[Fact]:
     yield from unique(_decade, random, 120)
     yield from _presidents()
     yield from _monarchs("England", MONARCHS)
-    yield from _monarchs("Great Britain", LATER_MONARCHS)
+    yield from _monarchs("Britain", LATER_MONARCHS)
     yield from _unsettled()
 
 
@@ -135,16 +135,27 @@ def _decade(random: Random) -> Fact:
     )
 
 
+def _short(name: str) -> tuple[str, ...]:
+    """Shorter forms of a president's name that are nobody else's."""
+    others = {form for other, _ in PRESIDENTS if other != name for form in (other, *_last_and_first(other))}
+    return tuple(form for form in _last_and_first(name) if form != name and form not in others)
+
+
+def _last_and_first(name: str) -> tuple[str, str]:
+    first, *_, last = name.split()
+    return last, f"{first} {last}"
+
+
 def _presidents() -> Iterator[Fact]:
     times = Counter(name for name, _ in PRESIDENTS)
     for index, (name, year) in enumerate(PRESIDENTS):
-        count, surname = index + 1, name.split()[-1]
+        count = index + 1
         ordinal = _century(count * 100).removesuffix(" century")
         yield Fact(
             f"president/{count}/name",
             (f"Who was the {ordinal} president of the United States?",
              f"Which person was US president number {count}?"),
-            name, f"The term began in {year}.", accepted=(surname,), subjects=(f"president {count}",),
+            name, f"The term began in {year}.", accepted=_short(name), subjects=(f"president {count}",),
         )  # fmt: skip
         if times[name] > 1:
             continue
@@ -159,7 +170,7 @@ def _presidents() -> Iterator[Fact]:
             yield Fact(
                 f"president/{count}/before",
                 (f"Which US president came right before {name}?", f"Who was US president immediately before {name}?"),
-                before, f"{name} followed in {year}.", accepted=(before.split()[-1],),
+                before, f"{name} followed in {year}.", accepted=_short(before),
                 subjects=(f"president {count - 1}", f"president {count}"),
             )  # fmt: skip
         if index + 1 < len(PRESIDENTS):
@@ -167,7 +178,7 @@ def _presidents() -> Iterator[Fact]:
             yield Fact(
                 f"president/{count}/after",
                 (f"Which US president came right after {name}?", f"Who followed {name} as US president?"),
-                after, f"That term began in {then}.", accepted=(after.split()[-1],),
+                after, f"That term began in {then}.", accepted=_short(after),
                 subjects=(f"president {count}", f"president {count + 1}"),
             )  # fmt: skip
 
@@ -183,7 +194,8 @@ def _monarchs(country: str, monarchs: Sequence[tuple[str, int]]) -> Iterator[Fac
         yield Fact(
             f"monarch/{country}/{name}/next",
             (f"Who followed {name} on the throne of {country}?", f"Which monarch of {country} came after {name}?"),
-            later, f"{later} came to the throne in {then}.", subjects=(name, later),
+            later, f"{later} came to the throne in {then}.", accepted=OTHER_SUCCESSORS.get(name, ()),
+            subjects=(name, later),
         )  # fmt: skip
 
 

@@ -127,6 +127,7 @@ def _prime(random: Random) -> Fact:
     return _fact(
         f"prime/{a}", (f"Is {a} a prime number?", f"Is the number {a} prime?"), "No" if divisor else "Yes",
         f"{a} is {divisor} times {a // divisor}." if divisor else f"Only 1 and {a} divide it.",
+        (f"{a} is {'not ' if divisor else ''}a prime",),
     )  # fmt: skip
 
 
@@ -185,18 +186,18 @@ def _choose(random: Random) -> Fact:
     return _fact(
         f"choose/{n}/{k}",
         (f"In how many ways can {k} of {n} people be chosen?",
-         f"How many groups of {k} can be formed from {n} people?"),
+         f"How many different groups of {k} can be chosen from {n} people?"),
         math.comb(n, k), f"It is the binomial coefficient of {n} over {k}.",
     )  # fmt: skip
 
 
 def _fractions(random: Random) -> Fact:
     a, b = Fraction(random.randint(1, 7), random.randint(2, 9)), Fraction(random.randint(1, 7), random.randint(2, 9))
-    total = a + b
+    total, about = a + b, "" if (1000 * (a + b)).denominator == 1 else "about "
     return _fact(
         f"fractions/{a}+{b}",
         (f"What is {a} plus {b} as a fraction or whole number?", f"Add the numbers {a} and {b} and simplify."),
-        str(total), f"As a decimal it is about {number(float(total), 3)}.",
+        str(total), f"As a decimal it is {about}{number(float(total), 3)}.",
     )  # fmt: skip
 
 
@@ -257,8 +258,7 @@ def _roman(random: Random) -> Fact:
     value, back = random.randint(4, 2100), random.random() < 0.5
     rest, text = value, ""
     for worth, letters in _ROMAN:
-        text += letters * (rest // worth)
-        rest %= worth
+        text, rest = text + letters * (rest // worth), rest % worth
     if back:
         return _fact(
             f"roman/{value}", (f"Which number is {text} in Roman numerals?",

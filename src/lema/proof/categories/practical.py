@@ -81,11 +81,16 @@ def _conversion(random: Random, registry: Any) -> Fact:
         (f"How many {target} are {count} {source}?", f"Convert {count} {source} to {target}.",
          f"What is {count} {source} in {target}?"),
         said if exact else f"About {said}",
-        f"One of the {source} is {'' if abs(float(each) - factor) < 1e-9 else 'about '}{each} {target}.",
+        f"One {_one(source)} is {'' if abs(float(each) - factor) < 1e-9 else 'about '}{each} {target}.",
         "High" if exact else "Medium",
         tuple(dict.fromkeys((text, said, *(() if exact else (f"About {number(value, 1)} {target}", number(value,
         1)))))),
     )  # fmt: skip
+
+
+def _one(units_of: str) -> str:
+    """A unit's name in the singular."""
+    return {"inches": "inch", "feet": "foot"}.get(units_of, units_of.removesuffix("s"))
 
 
 def _temperature(random: Random) -> Fact:
@@ -121,6 +126,12 @@ def _lasting(minutes: int) -> str:
     return " and ".join(parts)
 
 
+def _halved(minutes: int, dots: bool = False) -> str:
+    """A time on the 12-hour clock."""
+    half = "am" if minutes % 1440 < 720 else "pm"
+    return f"{minutes // 60 % 12 or 12}:{minutes % 60:02d} {f'{half[0]}.m.' if dots else half}"
+
+
 def _arrival(random: Random) -> Fact:
     start, takes = random.randrange(0, 1440, 5), random.randrange(15, 600, 5)
     return Fact(
@@ -128,8 +139,9 @@ def _arrival(random: Random) -> Fact:
         (f"A train leaves at {_time(start)} and takes {_lasting(takes)}. When does it arrive?",
          f"What time is it {_lasting(takes)} after {_time(start)}?"),
         _time(start + takes),
-        f"{_lasting(takes).capitalize()} are {takes} minutes." if takes != 60 else "One hour is 60 minutes.",
-        accepted=(_time(start + takes).removeprefix("0"), f"At {_time(start + takes)}"),
+        f"{_lasting(takes).capitalize()} are {takes} minutes." if takes > 60
+        else f"Until the next full hour there are {60 - start % 60} minutes.",
+        accepted=(_halved(start + takes), _halved(start + takes, dots=True)),
     )  # fmt: skip
 
 
@@ -139,19 +151,18 @@ def _duration(random: Random) -> Fact:
         f"duration/{start}/{takes}",
         (f"How long is it from {_time(start)} to {_time(start + takes)} on the same day?",
          f"A meeting starts at {_time(start)} and ends at {_time(start + takes)}. How long does it last?"),
-        _lasting(takes), f"In minutes it is {takes}.", accepted=(f"{takes} minutes", f"{takes // 60}:{takes % 60:02d}"),
+        _lasting(takes), f"In minutes it is {takes}." if takes > 60 else "It is no more than an hour.",
+        accepted=(_lasting(takes).replace(" and", ""), f"{takes} minutes", f"{takes // 60}:{takes % 60:02d}"),
     )  # fmt: skip
 
 
 def _clock(random: Random) -> Fact:
     minutes = random.randrange(0, 1440)
-    hour, half = minutes // 60 % 12 or 12, "am" if minutes < 720 else "pm"
-    text = f"{hour}:{minutes % 60:02d} {half}"
     left = 1440 - minutes
     return Fact(
         f"clock/{minutes}", (f"What is {_time(minutes)} on a 12-hour clock?",
         f"How is {_time(minutes)} said with am or pm?"),
-        text, f"The day still has {_lasting(left)}.", accepted=(text.replace(" ", ""), text.upper()),
+        _halved(minutes), f"The day still has {_lasting(left)}.", accepted=(_halved(minutes, dots=True),),
     )  # fmt: skip
 
 
@@ -172,7 +183,7 @@ def _tip(random: Random) -> Fact:
     bill, share = random.randint(12, 160), random.choice((10, 15, 18, 20, 25))
     tip = bill * share / 100
     return Fact(
-        f"tip/{bill}/{share}", (f"How much is a {share}% tip on a bill of ${bill}?",
+        f"tip/{bill}/{share}", (f"How much is {'an' if share == 18 else 'a'} {share}% tip on a bill of ${bill}?",
         f"What tip is {share} percent of ${bill}?"),
         f"${tip:.2f}", f"With the tip the bill comes to ${bill + tip:.2f}.", accepted=(number(tip), f"${number(tip)}"),
     )  # fmt: skip

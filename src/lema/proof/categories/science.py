@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from ..facts.nature import COMPOUNDS, SI_UNITS
+from ..facts.nature import COMPOUNDS, OTHER_FORMULAS, OTHER_NAMES, OTHER_QUANTITIES, SI_UNITS
 from ..facts.planets import PLANETS, Planet
 from ..facts.tables import table
 from ..packages import package, units
@@ -81,6 +81,7 @@ def _elements() -> Iterator[Fact]:
             (f"Which element has the symbol {symbol}?", f"What element does the symbol {symbol} stand for?"),
             name.capitalize(),
             f"{symbol} is element number {z}.",
+            accepted=_british(name),
             subjects=(symbol,),
         )
         yield Fact(
@@ -88,6 +89,7 @@ def _elements() -> Iterator[Fact]:
             (f"Which element has atomic number {z}?", f"Atoms of which element have {z} protons?"),
             name.capitalize(),
             f"Its symbol is {symbol}.",
+            accepted=_british(name),
             subjects=(symbol,),
         )
         if z <= 92 and z not in (43, 61, 84, 85, 86, 87, 88, 89):  # stable enough to have an atomic weight
@@ -101,9 +103,13 @@ def _elements() -> Iterator[Fact]:
                 f"About {mass} u",
                 f"This is the mean over the isotopes found in nature; {name} is element {z}.",
                 "Medium",
-                (mass, f"{mass} u", f"{mass} g/mol", f"{element.mass:.0f}"),
+                (mass, *(number(element.mass, digits) for digits in (0, 2, 3))),
                 (symbol,),
             )
+
+
+def _british(name: str) -> tuple[str, ...]:
+    return (OTHER_NAMES[name].capitalize(),) if name in OTHER_NAMES else ()
 
 
 def _known_elements() -> list[Any]:
@@ -119,6 +125,7 @@ def _which_is_first(random: Random) -> Fact:
         (f"Which has the larger atomic number, {a} or {b}?", f"Does {a} or {b} have more protons per atom?"),
         high.name.capitalize(),
         f"{high.name.capitalize()} has {high.number} protons and {low.name} has {low.number}.",
+        accepted=_british(high.name),
         subjects=(low.symbol, high.symbol),
     )
 
@@ -135,6 +142,7 @@ def _compounds() -> Iterator[Fact]:
             (f"What is the chemical formula of {name}?", f"Which formula does {name} have?"),
             formula,
             f"Atoms of one unit: {parts}.",
+            accepted=OTHER_FORMULAS.get(name, ()),
             subjects=(name,),
         )
         yield Fact(
@@ -143,7 +151,7 @@ def _compounds() -> Iterator[Fact]:
             f"About {mass} g/mol",
             f"It is the sum over the atoms of {formula}.",
             "Medium",
-            (mass, f"{mass} g", f"{mass} grams", f"{compound.mass:.0f} g/mol"),
+            (mass, *(number(compound.mass, digits) for digits in (0, 2, 3))),
             (name,),
         )
         yield Fact(
@@ -176,7 +184,7 @@ def _planet(planet: Planet) -> Iterator[Fact]:
     if planet.moons is not None:
         yield Fact(
             f"planet/{name}/moons", (f"How many moons does {name} have?", f"What is the number of moons of {name}?"),
-            str(planet.moons), known, accepted=(f"{planet.moons} moons", ("none", "one", "two")[planet.moons]),
+            str(planet.moons), known, accepted=("none", "no moons") if planet.moons == 0 else (),
         )  # fmt: skip
     for what, value, unit, asked in (
         ("diameter", number(planet.diameter), "km", "diameter at the equator"),
@@ -205,7 +213,7 @@ def _constants() -> Iterator[Fact]:
             (f"What is the value of the {asked}?", f"Give the {asked} in SI units.", f"How large is the {asked}?"),
             f"{text} {unit}",
             use,
-            accepted=(text, short),
+            accepted=tuple(f"{value:.{few}g}" for few in range(digits, 2, -1)),
         )
 
 
@@ -220,7 +228,7 @@ def _units() -> Iterator[Fact]:
         yield Fact(
             f"unit/{unit}/quantity",
             (f"What does the SI unit {unit} measure?", f"The {unit} is the SI unit of which quantity?"),
-            quantity.capitalize(), explanation, subjects=(unit,),
+            quantity.capitalize(), explanation, accepted=OTHER_QUANTITIES.get(quantity, ()), subjects=(unit,),
         )  # fmt: skip
 
 
@@ -235,8 +243,8 @@ def _unsettled() -> Iterator[Fact]:
             )  # fmt: skip
         yield unsettled(
             "taste", f"planet/{planet.name}",
-            (f"Is {planet.name} the most beautiful planet?", f"Do you agree that {planet.name} is the best planet?"),
-            f"Beauty is no measurement; what is known is that {planet.name} {planet.known_for}.",
+            (f"Is {planet.name} the most beautiful planet?", f"Do you agree that {planet.name} looks best?"),
+            f"Beauty cannot be measured; what is known is that {planet.name} {planet.known_for}.",
         )  # fmt: skip
     for thing in ("stone", "key", "coin", "wire", "crystal", "meteorite", "ring", "bolt", "powder", "spoon"):
         yield unsettled(

@@ -12,7 +12,18 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from random import Random
 
-from ..facts.computing import ACRONYMS, COMMANDS, COSTS, FILE_TYPES, GIT, LANGUAGES, MEDIA_TYPES, PORTS, STATUS
+from ..facts.computing import (
+    ACRONYMS,
+    COMMANDS,
+    COSTS,
+    FILE_TYPES,
+    GIT,
+    LANGUAGES,
+    MEDIA_TYPES,
+    OTHER_WORDS,
+    PORTS,
+    STATUS,
+)
 from ..rows import Fact
 from ..unsettled import unsettled
 from . import bits
@@ -56,7 +67,8 @@ def _web() -> Iterator[Fact]:
         yield Fact(
             f"status/{code}/kind",
             (f"What kind of HTTP status is {code}?", f"To which class of HTTP status codes does {code} belong?"),
-            kind.capitalize(), f"Its reason phrase is {phrase}.", accepted=(f"{code // 100}xx",),
+            kind.capitalize(), f"Its reason phrase is {phrase}.",
+            accepted=(f"{code // 100}xx", *(("Successful",) if kind == "success" else ())),
             subjects=(str(code),),
         )  # fmt: skip
     for protocol, port in PORTS.items():
@@ -85,11 +97,12 @@ def _acronyms() -> Iterator[Fact]:
             f"acronym/{acronym}",
             (f"What does {acronym} stand for?", f"What is {acronym} short for?",
              f"Spell out the abbreviation {acronym}."),
-            words[0].upper() + words[1:], remark, subjects=(acronym,),
+            words[0].upper() + words[1:], remark, accepted=OTHER_WORDS.get(acronym, ()), subjects=(acronym,),
         )  # fmt: skip
         yield Fact(
             f"acronym-of/{acronym}",
             (f"What is the abbreviation of {words}?", f"Which abbreviation stands for {words}?"), acronym, remark,
+            accepted=(acronym.removesuffix(" address"),),
             subjects=(acronym,),
         )  # fmt: skip
 
@@ -163,7 +176,7 @@ def _characters() -> Iterator[Fact]:
         yield Fact(
             f"character/{code:04X}/name",
             (f"What is the Unicode name of the character U+{code:04X}?",
-             f"Which character has the code point U+{code:04X}?"),
+             f"What does Unicode call the character with the code point U+{code:04X}?"),
             name.capitalize(), f"It is written {sign}; in decimal its number is {code}.",
             accepted=() if sign.isalnum() else (sign,), subjects=(sign,),
         )  # fmt: skip

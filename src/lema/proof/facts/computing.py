@@ -16,7 +16,7 @@ STATUS = (
 
 PORTS = {
     "FTP control": 21, "SSH": 22, "Telnet": 23, "SMTP": 25, "DNS": 53, "HTTP": 80, "POP3": 110, "NTP": 123,
-    "IMAP": 143, "SNMP": 161, "BGP": 179, "IRC": 194, "LDAP": 389, "HTTPS": 443, "syslog over UDP": 514, "LDAPS": 636,
+    "IMAP": 143, "SNMP": 161, "BGP": 179, "TFTP": 69, "LDAP": 389, "HTTPS": 443, "syslog over UDP": 514, "LDAPS": 636,
     "IMAPS": 993, "POP3S": 995, "MQTT": 1883, "NFS": 2049, "MySQL": 3306, "RDP": 3389, "PostgreSQL": 5432, "AMQP": 5672,
     "VNC": 5900, "Redis": 6379, "MongoDB": 27017, "Kerberos": 88, "rsync": 873, "SIP": 5060,
 }  # fmt: skip
@@ -83,6 +83,11 @@ ACRONYMS = {
     "LoRA": ("low-rank adaptation", "It trains two small matrices beside each frozen one."),
     "PEFT": ("parameter-efficient fine-tuning", "LoRA is one of its methods."),
 }  # fmt: skip
+OTHER_WORDS = {
+    "RAID": ("redundant array of inexpensive disks",),
+    "HDD": ("hard drive",),
+    "ECC": ("error correction code",),
+}
 
 FILE_TYPES = {
     ".py": "Python", ".js": "JavaScript", ".ts": "TypeScript", ".rs": "Rust", ".go": "Go", ".java": "Java",

@@ -20,6 +20,23 @@ COMPOUNDS = {
     "urea": "CH4N2O", "caffeine": "C8H10N4O2", "aspirin": "C9H8O4", "citric acid": "C6H8O7", "titanium dioxide": "TiO2",
     "zinc oxide": "ZnO", "octane": "C8H18", "toluene": "C7H8", "formaldehyde": "CH2O",
 }  # fmt: skip
+OTHER_FORMULAS = {
+    "ethanol": ("C2H5OH", "CH3CH2OH"), "methanol": ("CH3OH",), "acetic acid": ("CH3COOH", "CH3CO2H"),
+    "calcium hydroxide": ("Ca(OH)2",), "ethene": ("CH2=CH2", "H2C=CH2"), "ethyne": ("HC≡CH", "CH≡CH"),
+    "urea": ("CO(NH2)2", "(NH2)2CO", "NH2CONH2"), "acetone": ("CH3COCH3", "(CH3)2CO"), "formaldehyde": ("HCHO", "H2CO"),
+    "toluene": ("C6H5CH3",), "citric acid": ("H3C6H5O7",),
+}  # fmt: skip
+"""As chemists write some of them, by groups."""
+OTHER_NAMES = {"aluminum": "aluminium", "cesium": "caesium", "sulfur": "sulphur"}
+"""British names of elements."""
+
+OTHER_QUANTITIES = {
+    "electric charge": ("Charge",), "electric current": ("Current",), "electric potential": ("Voltage",),
+    "electrical resistance": ("Resistance",), "electrical conductance": ("Conductance",),
+    "magnetic flux density": ("Magnetic field",), "thermodynamic temperature": ("Temperature",),
+    "absorbed radiation dose": ("Absorbed dose", "Radiation dose"), "radioactivity": ("Radioactive decay",),
+}  # fmt: skip
+"""Names of quantities in daily use."""
 
 SI_UNITS = (
     # quantity, unit, symbol, what it is made of

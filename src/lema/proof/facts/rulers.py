@@ -29,6 +29,9 @@ MONARCHS = (
     ("Edward VI", 1547), ("Mary I", 1553), ("Elizabeth I", 1558), ("James I", 1603), ("Charles I", 1625),
 )  # fmt: skip
 
+OTHER_SUCCESSORS = {"Edward IV": ("Henry VI",), "Edward VI": ("Lady Jane Grey", "Jane")}
+"""Henry VI came back in 1470; Lady Jane Grey was proclaimed in 1553."""
+
 LATER_MONARCHS = (
     ("George I", 1714), ("George II", 1727), ("George III", 1760), ("George IV", 1820),
     ("William IV", 1830), ("Victoria", 1837), ("Edward VII", 1901), ("George V", 1910), ("Edward VIII", 1936),

@@ -87,6 +87,19 @@ OPPOSITES = (
     "buy sell,push pull,win lose,remember forget,begin end,include exclude,expand contract,ascend descend,"
     "import export,maximum minimum,optimist pessimist,north south,east west,day night,summer winter"
 )
+OTHER_OPPOSITES = {
+    "big": ("little", "tiny"), "small": ("large",), "dark": ("bright",), "wet": ("arid",), "old": ("new",),
+    "weak": ("powerful",), "quiet": ("noisy",), "loud": ("silent", "soft"), "open": ("shut",), "near": ("distant",),
+    "thin": ("fat",), "narrow": ("broad",), "sharp": ("dull",), "sad": ("joyful",), "happy": ("unhappy",),
+    "brave": ("timid", "coward"), "cowardly": ("courageous",), "generous": ("stingy", "selfish"),
+    "mean": ("kind", "nice"), "polite": ("impolite",), "safe": ("unsafe",), "simple": ("complicated",),
+    "complex": ("easy",), "hard": ("easy",), "soft": ("loud",), "arrive": ("leave",), "depart": ("come",),
+    "accept": ("reject", "decline"), "refuse": ("agree",), "begin": ("finish", "stop"), "end": ("start",),
+    "expand": ("shrink",), "contract": ("enlarge",), "increase": ("reduce",), "temporary": ("lasting",),
+    "modern": ("old",), "ancient": ("new",), "fast": ("sluggish",), "rough": ("even",), "defeat": ("win", "triumph"),
+    "victory": ("loss",),
+}  # fmt: skip
+"""Other right answers to the same question."""
 
 YOUNG = {
     "cow": "calf", "dog": "puppy", "cat": "kitten", "horse": "foal", "sheep": "lamb", "goat": "kid", "pig": "piglet",
@@ -100,6 +113,7 @@ GROUPS = {
     "cattle": "a herd", "crows": "a murder", "geese on the ground": "a gaggle", "whales": "a pod", "ants": "a colony",
     "puppies": "a litter", "owls": "a parliament",
 }  # fmt: skip
+OTHER_GROUPS = {"fish": ("shoal",), "bees": ("hive", "colony"), "sheep": ("herd",), "whales": ("school",)}
 
 SPORTS = {
     # sport: players of a team on the field, what else is true of it
