@@ -33,7 +33,8 @@ NOTES = (
     "Questions that cannot be settled are not counted as right or wrong.",
     "Asked plainly: the question alone through the base model's own chat template. All answers are greedy.",
     "PEFT's arm sees the same rows in the same order with the same settings, the model whole in memory; its answers "
-    "come from plain transformers.",
+    "come from plain transformers. They go on until the model ends them, and text after the closing tag counts against "
+    "them; LEMA's end at the tag.",
     f"LEMA trains with ram_budget={RAM_BUDGET}: its layers stream from disk.",
 )
 
@@ -70,11 +71,12 @@ def _checks_of_answers(arms: Mapping[str, Any], numbers: Mapping[str, dict[str, 
     base = next((arm for name, arm in arms.items() if name.startswith("base") and arm["strict"]), None)
     plain = next((arm for arm in arms.values() if not arm["strict"]), None)
     lema = next((arm for name, arm in arms.items() if name.startswith("adapter")), None)
-    peft = arms.get("PEFT adapter")
+    peft, moved = arms.get("PEFT adapter"), arms.get("LEMA's adapter in PEFT")
     found = [Check("at least 300 held-out questions", asked >= 300 if asked else None, str(asked))]
     for arm, claim, holds in (
         (base, "the base model keeps the format in at most 1% of its replies", lambda share: share <= 0.01),
         (lema, "the adapter keeps it in at least 99%", lambda share: share >= STRICT),
+        (moved, "the same in plain PEFT, where only its own end token stops it", lambda share: share >= STRICT),
         (peft, "plain PEFT's adapter keeps it in at least 99%", lambda share: share >= STRICT),
     ):
         found.append(Check(claim, holds(arm["strict"]["share"]) if arm else None, _shown(arm and arm["strict"])))

@@ -117,13 +117,14 @@ def ask_lema(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ask_peft(options: argparse.Namespace) -> dict[str, Any]:
-    """PEFT's adapter in plain transformers, scored the same way."""
+    """Both adapters in plain transformers, which nothing but their own end token stops, scored the same way."""
     from lema.proof.evaluate import Arm, evaluate, read_questions
 
-    model, tokenizer = _plain(options.folder, options.work / "peft")
-    questions = read_questions(options.work / HELD_OUT, options.questions)
-    found = evaluate(questions, [Arm("PEFT adapter", _answerer(model, tokenizer))])
-    found.save(options.work / "answers-peft.json")
+    questions, arms = read_questions(options.work / HELD_OUT, options.questions), []
+    for name, adapter in (("PEFT adapter", "peft"), ("LEMA's adapter in PEFT", "lema/final")):
+        model, tokenizer = _plain(options.folder, options.work / adapter)
+        arms.append(Arm(name, _answerer(model, tokenizer)))
+    evaluate(questions, arms).save(options.work / "answers-peft.json")
     return _without_rows(options.work / "answers-peft.json")
 
 
