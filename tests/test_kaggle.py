@@ -21,6 +21,7 @@ from lema.kaggle.client import Kernels, save_request
 from lema.kaggle.credentials import Credentials, find
 from lema.kaggle.folder import Order, build, next_title, read
 from lema.kaggle.metadata import metadata
+from lema.kaggle.notebook import parameters_of
 from lema.kaggle.patience import Patience
 
 pytestmark = pytest.mark.xdist_group("kaggle")  # one port
@@ -313,6 +314,7 @@ def test_a_server_that_asks_for_hours_is_not_waited_for(server: KaggleServer, cl
             "Your notebook raised",
             r"failed: Your notebook raised. The end of its log:\n  one\n  ValueError: two",
         ),
+        ("ERROR", None, r"failed. The end of its log:(\n.*)+lema kaggle pull alice/lema-proof --any-state"),
         ("ERROR", "You exceeded your GPU quota", r"want of accelerator quota.*--resume-from alice/lema-proof"),
         ("CANCEL_ACKNOWLEDGED", None, r"was cancelled; a cancelled run may leave no outputs"),
     ],
@@ -355,6 +357,31 @@ def test_a_log_that_never_goes_on_is_an_error(server: KaggleServer, kernels: Ker
     server.faults["logs"] = ["drop"] * 50
     with pytest.raises(KaggleError, match=r"log of alice/lema-proof: no answer"):
         watch.follow_log(kernels, REF, lambda _: None)
+
+
+def test_a_log_in_which_nothing_happens_for_a_while_is_no_fault(
+    server: KaggleServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"line {i}\n" for i in range(6)]
+    server.kernel(REF, states=["RUNNING"] * 9 + ["COMPLETE"], log=lines)
+    monkeypatch.setattr("lema.kaggle.transport.TIMEOUT", (5.0, 0.1))
+    own = Kernels(Credentials("a test", USER, key=KEY), clock.patience(tries=2))
+    server.faults["logs"] = [("silent", 2)] * 8
+    written: list[str] = []
+    assert watch.follow_log(own, REF, written.append).state == "COMPLETE"
+    assert written == lines
+
+
+def test_the_log_of_the_run_before_is_not_followed(
+    server: KaggleServer, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = server.kernel(
+        "alice/lema-inference", states=["COMPLETE", "COMPLETE", "RUNNING", "COMPLETE"], files=OUTPUTS
+    )
+    done = cli(monkeypatch, clock, "run", "inference", "--follow", "-o", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    asked = server.calls[server.calls.index("SaveKernel") + 1 :]
+    assert asked[:4] == ["GetKernelSessionStatus"] * 3 + ["logs"] and len(kernel.versions) == 2
 
 
 def test_logs_of_an_ended_kernel(server: KaggleServer, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +443,19 @@ def test_bytes_of_two_versions_are_never_put_together(server: KaggleServer, kern
     with pytest.raises(KaggleError):
         download.pull(kernels, REF, tmp_path)
     kernel.files["a.bin"] = b"z" * 5000
+    download.pull(kernels, REF, tmp_path)
+    assert (tmp_path / "a.bin").read_bytes() == b"z" * 5000
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("cut", [3000, 10])
+def test_a_new_version_of_a_file_replaces_one_of_the_same_size_also_after_a_break(
+    server: KaggleServer, kernels: Kernels, tmp_path: Path, cut: int
+) -> None:
+    kernel = server.kernel(REF, files={"a.bin": b"x" * 5000})
+    download.pull(kernels, REF, tmp_path)
+    kernel.files["a.bin"] = b"z" * 5000
+    server.faults["file"] = [("cut", cut)]
     download.pull(kernels, REF, tmp_path)
     assert (tmp_path / "a.bin").read_bytes() == b"z" * 5000
 
@@ -514,6 +554,25 @@ def test_the_official_package_is_never_imported(server: KaggleServer, tmp_path: 
     assert ended.stdout.split() == [USER, "False"]
 
 
+def test_a_folder_built_for_somebody_else_is_not_pushed(
+    server: KaggleServer, clock: Clock, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = cli(monkeypatch, clock, "push", str(folder), "--user", "bob")
+    assert refused.exit_code == 1 and "build it again with --user bob" in refused.stderr.replace("\n", " ")
+    assert "SaveKernel" not in server.calls
+
+
+def test_parameters_keep_the_types_of_the_notebook(
+    server: KaggleServer, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"TOKENS": "128", "STEPS": "3", "HOURS": "2"}
+    words = [word for name, value in given.items() for word in ("--set", f"{name.lower()}={value}")]
+    assert cli(monkeypatch, clock, "build", "benchmark", "-o", str(tmp_path), *words).exit_code == 0
+    written = parameters_of((tmp_path / "lema-benchmark.ipynb").read_text())
+    assert {name: written[name] for name in given} == {"TOKENS": "'128'", "STEPS": "3", "HOURS": "2.0"}
+    assert read(tmp_path)[2] == 3 * 3600
+
+
 def test_user_names_from_the_command_line_are_checked() -> None:
     with pytest.raises(KaggleError, match="no Kaggle user name"):
         credentials.check_user("a b", "--user")
@@ -529,6 +588,12 @@ def test_user_names_from_the_command_line_are_checked() -> None:
         (Order("inference", USER, resume_from="a/bcdef"), "trains nothing"),
         (Order("proof", USER, parameters={"COLOUR": 1}), "no parameter COLOUR"),
         (Order("proof", "your_username"), "no Kaggle user name"),
+        (Order("proof", USER, parameters={"HOURS": "20"}), "at most 11"),
+        (Order("proof", USER, parameters={"HOURS": "long"}), "HOURS=long must be a number"),
+        (Order("proof", USER, parameters={"ROWS": "many"}), "ROWS=many must be a whole number"),
+        (Order("inference", USER, parameters={"COMPARE": "perhaps"}), "COMPARE=perhaps must be true or false"),
+        (Order("proof", USER, accelerator="TpuV6E8"), "computes on NVIDIA cards"),
+        (Order("proof", USER, title="LEMA proof", resume_from=REF), "cannot take its own outputs"),
     ],
 )
 def test_orders_kaggle_would_refuse(tmp_path: Path, order: Order, said: str) -> None:

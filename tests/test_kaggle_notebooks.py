@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import io
 import json
 import lzma
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,8 +26,8 @@ from lema.cli.app import app
 from lema.errors import CheckpointError, ConfigError, DeviceError, KaggleError, LemaError, WeightsNotFoundError
 from lema.kaggle.inside import Card, Session, collect, find_adapter, from_environment, prepare_card
 from lema.kaggle.metadata import LONGEST_HOURS, NOTEBOOKS, metadata
-from lema.kaggle.notebook import LARGEST, build_notebook, parameters_of
-from lema.kaggle.wheel import build_wheel
+from lema.kaggle.notebook import LARGEST, _benchmark_files, build_notebook, parameters_of
+from lema.kaggle.wheel import build_wheel, package_files
 from lema.utils.tiny_model import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,19 @@ def test_an_installed_wheel_builds_notebooks_that_carry_it(tmp_path: Path) -> No
     assert carried(ended.stdout) == {n: archive.read(n) for archive in [unzipped(content)] for n in archive.namelist()}
 
 
+def test_benchmarks_come_from_inside_a_wheel_or_from_beside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "lema"
+    (package / "kaggle" / "benchmarks").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "kaggle" / "benchmarks" / "published.py").write_text("inside = True")
+    monkeypatch.setattr(lema, "__file__", str(package / "__init__.py"))
+    content = _benchmark_files(None)
+    assert unzipped(content).namelist() == ["benchmarks/published.py"]
+    assert [name for name, _ in package_files()] == ["lema/__init__.py"]  # other notebooks do not carry them
+
+
 def test_the_benchmark_notebook_needs_benchmarks(tmp_path: Path) -> None:
     with pytest.raises(KaggleError, match="--benchmarks"):
         build_notebook("benchmark", benchmarks=tmp_path)
@@ -147,6 +162,13 @@ def test_a_p100_gets_an_older_torch() -> None:
     commands: list[Sequence[str]] = []
     assert prepare_card(lambda: next(asked), commands.append).has_kernels
     assert "torch>=2.6,<2.15" in commands[-1] and commands[-1][-1].endswith("/cu126")
+    assert commands[0][:3] == ["uninstall", "-y", "torch"]  # else pip finds that the image's will do
+
+
+def test_a_torch_that_cannot_be_replaced_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(DeviceError, match=r"pip uninstall .* failed.*internet"):
+        prepare_card(lambda: card((6, 0), IMAGE))
 
 
 def test_a_card_without_any_build_is_said_to_have_none() -> None:
@@ -236,6 +258,64 @@ def test_no_adapter_and_no_checkpoint_are_said(tmp_path: Path) -> None:
         session_in(tmp_path).adapter()
     with pytest.raises(ConfigError, match=r"no recipe 'x'.*lema_reply"):
         session_in(tmp_path).recipe("x")
+
+
+def test_what_comes_after_training_is_given_up_when_the_time_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_in(tmp_path)
+    monkeypatch.setattr(session, "lema", lambda *words, **options: session.python(*words, **options))
+    assert session.lema_in_time("-c", "print('done')") is True
+    session.hours = 1.0  # and it began an hour ago
+    assert session.lema_in_time("-c", "import time; print('begun', flush=True); time.sleep(200)") is False
+    assert "given up: the 1 hours" in capsys.readouterr().out
+
+
+def installing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, versions: dict[str, str], fails: bool = False, name: str = "proof"
+) -> list[list[str]]:
+    """The pip commands of the cells that install, on a machine that has other versions of some packages."""
+    run, version, commands = subprocess.run, importlib.metadata.version, []
+
+    def pip(command: list[str], **options: Any) -> Any:
+        if "--target" in command:
+            return run(command, **options)
+        commands.append(command)
+        return subprocess.CompletedProcess(command, int(fails))
+
+    cells = code_of(build_notebook(name))
+    first = next(number for number, text in enumerate(cells) if "WHEEL_NAME," in text)
+    names: dict[str, Any] = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", pip)
+        patched.setattr(importlib.metadata, "version", lambda name: versions.get(name) or version(name))
+        patched.setattr(sys, "path", list(sys.path))
+        patched.setenv("PYTHONPATH", "")
+        patched.setattr(tempfile, "tempdir", str(tmp_path))
+        for source in cells[first : first + 2]:
+            exec(compile(source, "cell", "exec"), names)
+    return commands
+
+
+def test_what_the_image_lacks_is_installed_and_torch_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = importlib.metadata.version("torch")
+    assert installing(monkeypatch, tmp_path, {}) == []
+    (command,) = installing(monkeypatch, tmp_path, {"transformers": "4.53.3"})
+    assert command[-1].startswith("transformers") and ">=5.17" in command[-1]
+    kept = Path(command[command.index("--constraint") + 1])
+    assert kept.read_text() == f"torch=={here}\n"
+    (command,) = installing(monkeypatch, tmp_path, {"torchao": "0.10.0"})  # beside it PEFT fails
+    assert command[-4:] == ["uninstall", "--yes", "--quiet", "torchao"]
+    (command,) = installing(monkeypatch, tmp_path, {"pint": "0.1"})  # for facts
+    assert command[-1].startswith("pint")
+    assert installing(monkeypatch, tmp_path, {"pint": "0.1", "matplotlib": "1.0"}, name="inference") == []
+
+
+def test_packages_that_cannot_be_had_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"transformers.*--no-internet.*--dataset"):
+        installing(monkeypatch, tmp_path, {"transformers": "4.53.3"}, fails=True)
 
 
 def test_a_verb_that_fails_fails_the_cell(tmp_path: Path) -> None:
@@ -374,8 +454,9 @@ def test_a_kernel_goes_on_where_the_one_before_had_to_stop(
     first, second = (json.loads((folder / n / "result.json").read_text()) for n in ("output", "output-lema-proof-2"))
     assert (first["status"], second["status"]) == ("stopped", "stopped")
     assert 0 < first["global_step"] < second["global_step"]
+    assert f"--set MODEL={model} --set ROWS=48" in both.stdout
     assert f"goes on after step {first['global_step']}" in logs["alice/lema-proof-2"]
-    assert "lema kaggle run proof --resume-from alice/lema-proof-2" in both.stdout
+    assert f"lema kaggle run proof --resume-from alice/lema-proof-2 -o {folder}" in both.stdout
 
 
 @pytest.mark.slow

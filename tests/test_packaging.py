@@ -24,7 +24,7 @@ import lema
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "lema"
-COMES_WITH = {"kagglesdk": "kaggle", "pyarrow": "datasets"}
+COMES_WITH = {"kagglesdk": "kaggle", "pyarrow": "datasets", "urllib3": "requests"}
 """Packages that are imported and come with another one by its own promise."""
 WITHOUT_EXTRAS = """
 import importlib, pkgutil, sys, lema
@@ -63,6 +63,16 @@ def of_extra(requirement: Requirement) -> str | None:
     return found[1] if found else None
 
 
+def test_an_editable_install_is_the_checkout(tmp_path: Path) -> None:
+    from hatchling.builders.wheel import WheelBuilder
+
+    with zipfile.ZipFile(
+        next(iter(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["editable"])))
+    ) as it:
+        names = [name for name in it.namelist() if ".dist-info/" not in name]
+        assert len(names) == 1 and it.read(names[0]).decode().strip() == str(ROOT / "src")
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
     files = {
         f"lema/{path.relative_to(PACKAGE).as_posix()}"
@@ -71,7 +81,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     }
     with zipfile.ZipFile(built[0]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == files
+    benchmarks = {f"lema/kaggle/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
+    assert names == files | benchmarks and "lema/kaggle/benchmarks/published.py" in names
     assert {"lema/py.typed", "lema/data/questions.jsonl", "lema/report/page.html", "lema/report/page.js"} <= names
     recipes = {Path(name).suffix for name in names if name.startswith("lema/recipes/")}
     assert {".yaml", ".jinja"} <= recipes

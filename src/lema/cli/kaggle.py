@@ -5,7 +5,7 @@ It knows options and what is said meanwhile; notebooks, calls and files are the 
 
 from __future__ import annotations
 
-import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +86,7 @@ def push(
 
     Example: lema kaggle push kaggle/proof
     """
-    pushed = _push(_kernels(user), folder, accelerator)
+    pushed = _push(_kernels(user), folder, accelerator, user)
     typer.echo(f"next: lema kaggle status {pushed.ref}")
 
 
@@ -188,11 +188,12 @@ def run(
 
     Example: lema kaggle run llama2 --parts 3
     """
-    from ..kaggle.folder import Order, build
-    from ..kaggle.watch import check_end, follow_log, wait_for_end
+    from ..kaggle.folder import Order, build, next_title
+    from ..kaggle.watch import check_end, follow_log, wait_for_end, wait_for_start
 
     kernels = _kernels(user)
     folder = output or Path("kaggle") / notebook
+    given = _given(output, user, accelerator, hours, attach, dataset, public, internet, parameters, benchmarks)
     for part in range(1, parts + 1):
         order = Order(
             notebook, kernels.user, title, accelerator or _accelerator(), hours, resume_from, attach or (),
@@ -201,6 +202,7 @@ def run(
         build(order, folder)
         ref = _push(kernels, folder, None).ref
         if follow:
+            wait_for_start(kernels, ref)
             follow_log(kernels, ref, lambda text: typer.echo(text, nl=False))
         check_end(kernels, ref, wait_for_end(kernels, ref, pushed=not follow, say=typer.echo))
         target = folder / "output"
@@ -209,10 +211,11 @@ def run(
         if _pull(kernels, ref, target, None) != "stopped":
             return
         resume_from = ref
+        title = title and next_title(title, ref)
         if part < parts:
             typer.echo(f"training stopped before its end, part {part + 1} of at most {parts} goes on")
-    again = f"lema kaggle run {notebook} --resume-from {resume_from}"
-    typer.echo(f"training stopped before its end. Go on with:\n  {again}")
+    again = ["lema", "kaggle", "run", notebook, "--resume-from", ref, *(["--title", title] if title else []), *given]
+    typer.echo(f"training stopped before its end. Go on with:\n  {shlex.join(again)}")
 
 
 # -- parts of verbs --------------------------------------------------------------------------------
@@ -229,12 +232,27 @@ def _kernels(user: str | None) -> Kernels:
     return Kernels(credentials.find(), patience, user)
 
 
-def _push(kernels: Kernels, folder: Path, accelerator: str | None) -> Pushed:
+def _given(
+    output: Path | None, user: str | None, accelerator: str | None, hours: float | None, attach: list[str] | None,
+    dataset: list[str] | None, public: bool, internet: bool, parameters: list[str] | None, benchmarks: Path | None,
+) -> list[str]:  # fmt: skip
+    """The options of `run` as they were given, for a command that does the same again."""
+    single = {"-o": output, "--user": user, "--accelerator": accelerator, "--hours": hours, "--benchmarks": benchmarks}
+    several = {"--kernel": attach, "--dataset": dataset, "--set": parameters}
+    words = [word for name, value in single.items() if value is not None for word in (name, str(value))]
+    words += [word for name, values in several.items() for value in values or () for word in (name, value)]
+    return [*words, *(["--public"] if public else []), *([] if internet else ["--no-internet"])]
+
+
+def _push(kernels: Kernels, folder: Path, accelerator: str | None, user: str | None = None) -> Pushed:
     from ..kaggle.folder import read
-    from ..kaggle.metadata import CPU
+    from ..kaggle.metadata import CPU, check_accelerator
 
     described, source, seconds = read(folder)
+    if user is not None and user != described["id"].partition("/")[0]:
+        raise KaggleError(f"{folder} was built for {described['id']}: build it again with --user {user}")
     if accelerator is not None:
+        check_accelerator(accelerator)
         described |= {
             "machine_shape": None if accelerator == CPU else accelerator,
             "enable_gpu": accelerator != CPU,
@@ -279,16 +297,11 @@ def _accelerator() -> str:
 
 
 def _parameters(pairs: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE as values: true, false and numbers are such, anything else is text."""
+    """NAME=VALUE as texts by name; the notebook says of what type they are."""
     found: dict[str, Any] = {}
     for pair in pairs or ():
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"{pair!r} must be NAME=VALUE", param_hint="--set")
-        words = {"true": True, "false": False}
-        number = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text)
-        value: Any = words.get(text.lower(), text)
-        if number:
-            value = float(text) if number[1] or number[2] else int(text)
-        found[name.strip().upper()] = value
+        found[name.strip().upper()] = text
     return found

@@ -41,6 +41,4 @@ Parameters = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the notebook's first cell; repeatable."),
 ]
-Benchmarks = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="The benchmarks of a checkout, where this is not one.")
-]
+Benchmarks = Annotated[Path | None, typer.Option(metavar="DIR", help="Other benchmarks than those of this LEMA.")]

@@ -30,7 +30,7 @@ with kaggle_extra():
 from .advice import explained
 from .answers import OutputFile, Pushed, Quota, Status
 from .patience import DROPPED, RETRIED, Patience
-from .transport import Transport
+from .transport import Transport, unless_silent
 
 T = TypeVar("T")
 _ENVIRONMENTS = ("PROD", "LOCALHOST", "ADMIN", "STAGING", "QA", "TEST")
@@ -120,13 +120,14 @@ class Kernels:
         """What the latest run writes, from its first line on, while it is written.
 
         Raises:
-            requests.RequestException: not tried again here: the stream would begin anew.
+            requests.ReadTimeout: nothing was written for longer than the transport waits.
+            requests.RequestException: anything else; not tried again here: the stream would begin anew.
         """
         with self._http.get("kernels/logs/stream", self.ref(kernel)) as response:
             if not response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
                 yield from _texts(response.content.decode("utf-8", "replace"))  # of a run that is over
                 return
-            for raw in response.iter_lines():
+            for raw in unless_silent(response.iter_lines()):
                 line = raw.decode("utf-8", "replace")
                 if not line.startswith("data:"):
                     continue

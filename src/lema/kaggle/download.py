@@ -1,8 +1,9 @@
 """What a kernel left behind, onto this disk: streamed, gone on with after a break, and never half a file in place.
 
 A file grows as NAME.part beside its place and is moved there when whole. `.lema-pull.json` keeps what the server said
-a file is (ETag or Last-Modified, and size), so that bytes of two versions are never put together (RFC 9110, 13.1.5:
-If-Range) and a whole file is not fetched twice. It knows files and HTTP; it knows nothing of kernels' contents.
+a file is (ETag or Last-Modified, and size) and whether it is whole in its place, so that bytes of two versions are
+never put together (RFC 9110, 13.1.5: If-Range) and a whole file is not fetched twice. It knows files and HTTP; it knows
+nothing of kernels' contents.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def _fetch(session: requests.Session, file: OutputFile, target: Path, record: _R
         left = response.headers.get("Content-Length")
         size = None if left is None else int(left) + (have if continued else 0)
         now = {"identity": _identity(response), "size": size}
-        if now["identity"] and now == known and target.exists() and target.stat().st_size == size:
+        whole = {**now, "whole": True}
+        if now["identity"] and known == whole and target.exists() and target.stat().st_size == size:
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         record.set(file.name, now)
@@ -106,6 +108,7 @@ def _fetch(session: requests.Session, file: OutputFile, target: Path, record: _R
         if size is not None and growing.stat().st_size != size:
             raise requests.ConnectionError(f"{growing.stat().st_size} of {size} bytes came")
     os.replace(growing, target)
+    record.set(file.name, whole)
     return True
 
 

@@ -52,13 +52,11 @@ def build(order: Order, folder: Path) -> Path:
     title = order.title or (next_title(kind.title, order.resume_from) if order.resume_from else kind.title)
     parameters = dict(order.parameters)
     if order.hours is not None:
-        if not 0 < order.hours <= LONGEST_HOURS:
-            raise KaggleError(
-                f"hours={order.hours:g} must be more than 0 and at most {LONGEST_HOURS:g}: Kaggle ends at 12"
-            )
-        parameters["HOURS"] = float(order.hours)
+        parameters["HOURS"] = order.hours
+    if "HOURS" in parameters:
+        parameters["HOURS"] = hours = _hours(parameters["HOURS"])
         if "RESERVE" in kind.parameters:
-            parameters.setdefault("RESERVE", min(float(kind.parameters["RESERVE"]), order.hours / 4))
+            parameters.setdefault("RESERVE", min(float(kind.parameters["RESERVE"]), hours / 4))
     kernels = list(order.kernels)
     if order.resume_from is not None:
         if kind.template != "training":
@@ -76,6 +74,16 @@ def build(order: Order, folder: Path) -> Path:
     _write(folder / name, text)
     _write(folder / FILE, json.dumps(described, indent=2) + "\n")
     return folder / name
+
+
+def _hours(given: Any) -> float:
+    try:
+        hours = float(given)
+    except ValueError as error:
+        raise KaggleError(f"HOURS={given} must be a number") from error
+    if not 0 < hours <= LONGEST_HOURS:
+        raise KaggleError(f"hours={hours:g} must be more than 0 and at most {LONGEST_HOURS:g}: Kaggle ends at 12")
+    return hours
 
 
 def next_title(title: str, resumed: str) -> str:

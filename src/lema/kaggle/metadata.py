@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import KaggleError
@@ -30,7 +30,6 @@ class Notebook:
     parameters: Mapping[str, Any]
     internet: bool = True
     """Models and missing packages are fetched."""
-    keywords: Sequence[str] = field(default=("gpu",))
 
 
 def _training(recipe: str, hours: float, reserve: float) -> dict[str, Any]:
@@ -71,6 +70,19 @@ def slug_of(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
+def check_accelerator(accelerator: str) -> str:
+    """An accelerator's ID; returns it.
+
+    Raises:
+        KaggleError: it is a TPU's, or none at all.
+    """
+    if not accelerator.strip() or accelerator.lower().startswith("tpu"):
+        raise KaggleError(
+            f"--accelerator {accelerator!r}: LEMA computes on NVIDIA cards, as {ACCELERATOR}, or on {CPU}"
+        )
+    return accelerator
+
+
 def metadata(
     user: str,
     title: str,
@@ -81,7 +93,6 @@ def metadata(
     private: bool = True,
     kernels: Sequence[str] = (),
     datasets: Sequence[str] = (),
-    keywords: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`kernel-metadata.json` of a notebook.
 
@@ -90,15 +101,19 @@ def metadata(
         kernels, datasets: OWNER/SLUG of what is attached.
 
     Raises:
-        KaggleError: a title Kaggle refuses, or a source that is not OWNER/SLUG.
+        KaggleError: a title Kaggle refuses, a TPU, a source that is not OWNER/SLUG, or one that is this kernel itself.
     """
+    check_accelerator(accelerator)
     if len(title) < 5 or len(slug_of(title)) < 5 or len(title) > 50:
         raise KaggleError(f"title {title!r}: Kaggle wants 5 to 50 characters, at least 5 of them letters or digits")
     for source in (*kernels, *datasets):
         if not re.fullmatch(r"[^/\s]+/[^/\s]{5,}", source):
             raise KaggleError(f"{source!r} must be OWNER/SLUG, as in the address of the kernel or data set")
+    ref = f"{user}/{slug_of(title)}"
+    if ref in kernels:
+        raise KaggleError(f"{ref} cannot take its own outputs: give this kernel a name of its own with --title")
     return {
-        "id": f"{user}/{slug_of(title)}",
+        "id": ref,
         "title": title,
         "code_file": code_file,
         "language": "python",
@@ -112,7 +127,7 @@ def metadata(
         "competition_sources": [],
         "kernel_sources": list(kernels),
         "model_sources": [],
-        "keywords": list(keywords),
+        "keywords": [],
         "docker_image": None,
         "docker_image_pinning_type": "latest",
     }

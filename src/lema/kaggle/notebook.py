@@ -5,6 +5,7 @@ It knows cells and archives; what the cells do is the templates'.
 
 from __future__ import annotations
 
+import ast
 import base64
 import functools
 import json
@@ -29,6 +30,8 @@ LARGEST = 1_000_000
 """Bytes of a notebook's JSON; Kaggle does not save larger ones."""
 _CELL = re.compile(r"^# %%(?P<kind> \[markdown\])?(?: tags=(?P<tags>\[.*\]))?\n", re.MULTILINE)
 _BENCHMARKS = "benchmarks"
+_EXTRAS = {"training": ("proof", "bench"), "inference": (), "benchmark": ("bench",)}
+"""Of the package, that a template needs: facts for its data, plots."""
 
 
 def build_notebook(
@@ -39,7 +42,7 @@ def build_notebook(
     Args:
         name: of `metadata.NOTEBOOKS`.
         parameters: values of its first cell, by name, besides those the notebook has of itself.
-        benchmarks: folder of the benchmarks, for the notebook that runs them; default: the checkout's.
+        benchmarks: folder of the benchmarks, for the notebook that runs them; default: the package's or checkout's.
 
     Raises:
         KaggleError: an unknown notebook or parameter, or it became too large for Kaggle.
@@ -52,7 +55,8 @@ def build_notebook(
         "language_info": {"name": "python"},
         "lema": {"notebook": name, "version": lema.__version__},
     }
-    archive = _archive_cell(_benchmark_files(benchmarks) if kind.template == "benchmark" else None)
+    carried = _benchmark_files(benchmarks) if kind.template == "benchmark" else None
+    archive = _archive_cell(carried, _EXTRAS[kind.template])
     for markdown, tags, source in _cells(kind.template):
         for cell_markdown, cell_tags, text in _cells("install") if "install" in tags else [(markdown, tags, source)]:
             if "parameters" in cell_tags:
@@ -95,18 +99,35 @@ def _cells(template: str) -> list[tuple[bool, list[str], str]]:
 
 def _with_parameters(source: str, values: Mapping[str, Any]) -> str:
     for name, value in values.items():
-        pattern = rf"^{re.escape(name)} = [^#\n]*?(?P<note>  #.*)?$"
+        pattern = rf"^{re.escape(name)} = (?P<own>[^#\n]*?)(?P<note>  #.*)?$"
         found = re.search(pattern, source, re.MULTILINE)
         if found is None:
             known = ", ".join(re.findall(r"^([A-Z_]+) = ", source, re.MULTILINE))
             raise KaggleError(f"this notebook has no parameter {name}; it has {known}")
+        value = _as_own(name, value, found["own"])
         source = f"{source[: found.start()]}{name} = {value!r}{found['note'] or ''}{source[found.end() :]}"
     return source
 
 
-def _archive_cell(benchmarks: bytes | None) -> str:
+def _as_own(name: str, value: Any, written: str) -> Any:
+    """A value in the type of the one a template has, where that is a plain one."""
+    try:
+        own = ast.literal_eval(written)
+    except ValueError:  # an expression
+        return value
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        if isinstance(own, bool):
+            return words[str(value).lower()]
+        return type(own)(str(value))
+    except (KeyError, ValueError) as error:
+        kind = "true or false" if isinstance(own, bool) else "a whole number" if isinstance(own, int) else "a number"
+        raise KaggleError(f"{name}={value} must be {kind}") from error
+
+
+def _archive_cell(benchmarks: bytes | None, extras: tuple[str, ...]) -> str:
     name, wheel = _wheel()
-    return f"WHEEL_NAME, WHEEL = {name!r}, {wheel!r}\nBENCHMARKS = {_encoded(benchmarks)!r}"
+    return f"WHEEL_NAME, WHEEL = {name!r}, {wheel!r}\nBENCHMARKS = {_encoded(benchmarks)!r}\nEXTRAS = {extras!r}"
 
 
 @functools.cache
@@ -121,10 +142,12 @@ def _encoded(archive: bytes | None) -> str:
 
 
 def _benchmark_files(folder: Path | None) -> bytes:
-    root = folder or Path(lema.__file__).parents[2] / _BENCHMARKS
-    found = sorted(root.glob("*.py"))
-    if not any(path.name == "published.py" for path in found):
+    package = Path(lema.__file__).parent  # a wheel has them inside, a checkout beside
+    places = [package / "kaggle" / _BENCHMARKS, package.parents[1] / _BENCHMARKS] if folder is None else [folder]
+    root = next((place for place in places if (place / "published.py").is_file()), None)
+    if root is None:
         raise KaggleError(
-            f"{root} has no benchmarks, and this notebook carries them: give --benchmarks CHECKOUT/benchmarks"
+            f"{places[-1]} has no benchmarks, and this notebook carries them: give --benchmarks CHECKOUT/benchmarks"
         )
+    found = sorted(root.glob("*.py"))
     return zipped([(f"{_BENCHMARKS}/{path.name}", path.read_bytes()) for path in found], compressed=False)

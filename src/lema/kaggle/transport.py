@@ -6,12 +6,14 @@ It knows sessions and addresses; it knows nothing of calls and what they mean.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from .extra import kaggle_extra
 
 with kaggle_extra():
     import requests
+    import urllib3
     from kagglesdk.kaggle_http_client import KaggleHttpClient
 
 TIMEOUT = (15.0, 120.0)
@@ -50,6 +52,16 @@ class Transport(KaggleHttpClient):
             with response:
                 response.raise_for_status()
         return response
+
+
+def unless_silent(stream: Iterator[bytes]) -> Iterator[bytes]:
+    """The same, with a `ReadTimeout` where requests calls a silence in the midst of an answer a lost connection."""
+    try:
+        yield from stream
+    except requests.ConnectionError as error:
+        if error.args and isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError):
+            raise requests.ReadTimeout(*error.args) from error
+        raise
 
 
 class _WithTimeout(requests.adapters.HTTPAdapter):

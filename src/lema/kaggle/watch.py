@@ -48,6 +48,14 @@ def wait_for_end(kernels: Kernels, kernel: str, *, pushed: bool = False, say: Ca
         wait = min(wait * 1.5, LONGEST_POLL)
 
 
+def wait_for_start(kernels: Kernels, kernel: str) -> None:
+    """Until a run that was just asked for is seen, or `SETTLE` is over; till then the log may be an older run's."""
+    patience = kernels.patience
+    began = patience.now()
+    while kernels.status(kernel).ended and patience.now() - began < SETTLE:
+        patience.sleep(FIRST_POLL)
+
+
 def follow_log(kernels: Kernels, kernel: str, write: Callable[[str], None]) -> Status:
     """Write the log as it grows, until the run has ended; a stream that breaks off is taken up where it was.
 
@@ -61,6 +69,10 @@ def follow_log(kernels: Kernels, kernel: str, write: Callable[[str], None]) -> S
                 if number > seen:
                     seen, failures = number, 0
                     write(text)
+        except requests.ReadTimeout:  # nothing was written for a while, which is no fault
+            if (status := kernels.status(kernel)).ended:
+                return status
+            continue
         except requests.RequestException as error:
             answered = error.response is not None and error.response.status_code in _NOT_YET
             if not (answered or isinstance(error, DROPPED)):
@@ -98,7 +110,10 @@ def check_end(kernels: Kernels, kernel: str, status: Status) -> None:
         raise KaggleError(f"{kernel} has not ended, it is {status.state.lower()}: lema kaggle status {kernel}")
     tail = kernels.log(kernel).splitlines()[-_LOG_TAIL:]
     shown = "\n".join(f"  {line}" for line in tail) or "  (the log is empty)"
-    raise KaggleError(f"{kernel} failed{reason}. The end of its log:\n{shown}\nAll of it: lema kaggle logs {kernel}")
+    raise KaggleError(
+        f"{kernel} failed{reason}. The end of its log:\n{shown}\nAll of it: lema kaggle logs {kernel}\n"
+        f"What it left, if anything: lema kaggle pull {kernel} --any-state"
+    )
 
 
 def _more_patient(kernels: Kernels) -> Kernels:

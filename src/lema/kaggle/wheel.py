@@ -20,7 +20,7 @@ from ..errors import KaggleError
 
 PACKAGE = "lema"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_LEFT_OUT = ("__pycache__",)
+_LEFT_OUT = ("__pycache__", "benchmarks")  # these only the notebook that runs them carries
 
 
 def package_files() -> list[tuple[str, bytes]]:

@@ -27,7 +27,7 @@ print(json.dumps({
 """
 CU126 = "https://download.pytorch.org/whl/cu126"
 _OLD_CARDS = (
-    ["uninstall", "-y", "torchvision", "torchaudio"],  # those of the image belong to the other torch
+    ["uninstall", "-y", "torch", "torchvision", "torchaudio"],  # left there, pip would find it will do
     ["install", "--quiet", "torch>=2.6,<2.15", "--index-url", CU126],
 )
 """pip commands for cards below capability 7.0, whose kernels only the CUDA 12.6 builds before torch 2.15 have."""
@@ -131,4 +131,9 @@ def _ask() -> Card:
 
 
 def _pip(command: Sequence[str]) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *command], check=True)
+    ended = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *command], check=False)
+    if ended.returncode:
+        raise DeviceError(
+            f"pip {' '.join(command)} failed, see above; this card needs another torch than the image's, which comes "
+            "from the internet. Turn it on, or build the notebook with --accelerator NvidiaTeslaT4"
+        )

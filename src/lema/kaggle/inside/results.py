@@ -47,7 +47,7 @@ def collect(session: Session, adapter: Path, finished: bool, facts: Mapping[str,
         "status": "finished" if finished else "stopped",
         "global_step": state["global_step"],
         "max_steps": state["max_steps"],
-        "hours": round((session.now() - session.began) / 3600, 3),
+        "hours": session.hours_taken(),
         **facts,
     }
     (session.work / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,6 +77,10 @@ class Session:
         """Checkpoints and metrics of the training."""
         return self.work / "run"
 
+    def hours_taken(self) -> float:
+        """Hours since the notebook began."""
+        return round((self.now() - self.began) / 3600, 3)
+
     def hours_for_training(self, reserve: float) -> float:
         """Hours that are left when `reserve` is kept for what comes after; never quite none."""
         return max(self.hours - (self.now() - self.began) / 3600 - reserve, _SHORTEST)
@@ -91,19 +96,46 @@ class Session:
         """
         return self.python("-m", "lema", *words, **options)
 
-    def python(self, *words: str | os.PathLike[str], **options: Any) -> str:
-        """Run Python likewise."""
+    def lema_in_time(self, *words: str | os.PathLike[str]) -> bool:
+        """Run a verb, and give it up when the notebook's time is over; whether it got done.
+
+        Raises:
+            LemaError: it failed.
+        """
+        left = self.hours - (self.now() - self.began) / 3600
+        try:
+            self.lema(*words, within=max(3600 * left, 1.0))
+        except subprocess.TimeoutExpired:
+            print(f"given up: the {self.hours:g} hours of this notebook are over", flush=True)
+            return False
+        return True
+
+    def python(self, *words: str | os.PathLike[str], within: float | None = None, **options: Any) -> str:
+        """Run Python likewise; ended after `within` seconds, with `subprocess.TimeoutExpired`."""
         command = [sys.executable, *(os.fspath(word) for word in words)]
         print("$", shlex.join(["python", *command[1:]]), flush=True)
-        said = []
+        said, over = [], threading.Event()
         options.setdefault("env", {**os.environ, "TERM": "dumb"})  # logs are read as text
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options
         ) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                said.append(line)
-                print(line, end="", flush=True)
+
+            def end() -> None:
+                over.set()
+                process.kill()
+
+            clock = threading.Timer(within or 0, end)
+            if within is not None:
+                clock.start()
+            try:
+                for line in process.stdout:
+                    said.append(line)
+                    print(line, end="", flush=True)
+            finally:
+                clock.cancel()
+        if over.is_set() and within is not None:
+            raise subprocess.TimeoutExpired(command, within)
         if process.returncode:
             raise LemaError(f"{shlex.join(command[1:])} ended with status {process.returncode}")
         return "".join(said)
@@ -128,8 +160,9 @@ class Session:
                  if (match := _NUMBER.fullmatch(path.parent.name))]  # fmt: skip
         if not found:
             raise CheckpointError(
-                f"no checkpoint below {self.inputs}: the kernel gone on from must be attached and have saved one "
-                "(lema kaggle build ... --resume-from OWNER/SLUG); without --resume-from training begins anew"
+                f"no checkpoint below {self.inputs}: the kernel gone on from must be attached (lema kaggle build ... "
+                "--resume-from OWNER/SLUG) and have stopped before the end of its training, with a checkpoint saved; "
+                "without --resume-from training begins anew"
             )
         step, source = max(found)
         target = self.run_folder / source.name

@@ -60,6 +60,7 @@ def answers(name: str, *more: str) -> list[dict]:
         "generate", adapter, "--file", questions, "--json", "--stop", "[/LEMA_REPLY]", "--seed", "0",
         "--temperature", str(TEMPERATURE), "--top-p", str(TOP_P), "--max-new-tokens", str(MAX_NEW_TOKENS),
         "--set", f"dtype={card.dtype}", *(["--base", MODEL] if MODEL else []), *more,
+        within=3600 * session.hours_for_training(0),
     )  # fmt: skip
     lines = [line for line in said.splitlines() if line.startswith("{")]
     (session.work / name).write_text("\n".join(lines) + "\n")

@@ -1,11 +1,12 @@
 # %% [markdown]
 # ## The package
 # This notebook carries LEMA inside: the next cell unpacks it and puts it on the path. What it needs and the image
-# lacks comes from PyPI; torch stays as it is.
+# lacks comes from PyPI, or without the internet from wheels in attached data sets; torch stays as it is.
 
 # %% tags=["archive"]
 WHEEL_NAME, WHEEL = "", ""
 BENCHMARKS = ""
+EXTRAS = ()
 
 # %%
 import base64
@@ -36,9 +37,9 @@ installed = next(iter(importlib.metadata.distributions(name="lema", path=[str(un
 
 
 def wanted(requirement: Requirement) -> bool:
-    """Whether this machine needs it: always, or for the proof's data or the benchmarks' plots."""
+    """Whether this notebook needs it: always, or for the proof's data or for plots."""
     marker = requirement.marker
-    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", "proof", "bench"))
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *EXTRAS))
 
 
 def there(requirement: Requirement) -> bool:
@@ -54,7 +55,22 @@ missing = [f"{one.name}{one.specifier}" for one in needed if not there(one)]
 if missing:
     kept = unpacked / "constraints.txt"
     kept.write_text(f"torch=={importlib.metadata.version('torch')}\n")
-    print("from PyPI:", *missing, flush=True)
-    subprocess.run([*pip, "--constraint", str(kept), *missing], check=True)
+    attached = sorted({str(wheel.parent) for wheel in pathlib.Path("/kaggle/input").rglob("*.whl")})
+    links = [word for folder in attached for word in ("--find-links", folder)]
+    print("from PyPI or", attached or "nothing attached:", *missing, flush=True)
+    if subprocess.run([*pip, "--constraint", str(kept), *links, *missing], check=False).returncode:
+        raise SystemExit(
+            "These packages are missing here and could not be installed, see above: "
+            + " ".join(missing)
+            + ". Give the "
+            "notebook the internet (build without --no-internet; the account's phone number has to be confirmed), or "
+            "attach a data set that has their wheels (--dataset OWNER/SLUG)."
+        )
+refused = Requirement("torchao>=0.16")  # PEFT fails where an older one is installed; nothing here uses it
+try:
+    if not refused.specifier.contains(importlib.metadata.version(refused.name), prereleases=True):
+        subprocess.run([*pip[:-2], "uninstall", "--yes", "--quiet", refused.name], check=True)
+except importlib.metadata.PackageNotFoundError:
+    pass
 importlib.invalidate_caches()
 print(f"lema {installed.version} in {unpacked}")

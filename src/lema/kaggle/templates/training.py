@@ -30,8 +30,10 @@ BEGAN = time.time()
 # ## The card
 
 # %%
+import json
 import shlex
 
+import lema
 from lema.kaggle.inside import Session, collect, from_environment, prepare_card
 
 globals().update(from_environment(globals()))
@@ -74,39 +76,41 @@ words = [word for name, value in settings.items() for word in ("--set", f"{name}
 session.lema("train", session.recipe(RECIPE), "--plain", "--resume", "auto", *words)
 adapter, finished = session.adapter()
 print(adapter, "finished" if finished else "stopped by its time limit, to be gone on with")
+facts = {"notebook": NOTEBOOK, "lema": lema.__version__, "card": str(card), "rows": ROWS}
+result = collect(session, adapter, finished, facts)  # now: it is left behind whatever becomes of the rest
+adapter = session.work / "adapter"
 
 # %% [markdown]
 # ## Measured, on questions it has not seen
 
 # %%
-session.lema(
+evaluated = session.lema_in_time(
     "eval", adapter, "--data", held_out, "--format", "lema-reply", "--limit", str(EVAL_LIMIT),
     "--json", session.work / "eval.json", "--plot", session.work / "eval.png",
 )  # fmt: skip
-session.lema(
+session.lema_in_time(
     "generate", adapter, "-p", "What is the capital of Norway?", "--max-new-tokens", "96", "--stop", "[/LEMA_REPLY]"
 )
 
 # %% [markdown]
 # ## Merged
-# The merged model is compared with base and adapter and asked once. It stays on this machine: with the adapter that
-# is left behind, `lema merge` makes it again anywhere.
+# As long as there is time, the merged model is compared with base and adapter and asked once. It stays on this machine:
+# with the adapter that is left behind, `lema merge` makes it again anywhere.
 
 # %%
 merged = session.scratch / "merged"
-session.lema("merge", adapter, merged)
-session.lema("generate", merged, "-p", "What is the capital of Norway?", "--max-new-tokens", "96")
+was_merged = session.lema_in_time("merge", adapter, merged)
+if was_merged:
+    session.lema_in_time(
+        "generate", merged, "-p", "What is the capital of Norway?", "--max-new-tokens", "96",
+        "--set", f"device={card.device}", "--set", f"dtype={card.dtype}",
+    )  # fmt: skip
 
 # %% [markdown]
 # ## What is left behind
 
 # %%
-import json
-
-import lema
-
 session.lema("report", session.run_folder)
-result = collect(
-    session, adapter, finished, {"notebook": NOTEBOOK, "lema": lema.__version__, "card": str(card), "rows": ROWS}
-)
+result |= {"evaluated": evaluated, "merged": was_merged, "hours": session.hours_taken()}
+(session.work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 print(json.dumps(result, indent=2))
