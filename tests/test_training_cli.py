@@ -54,7 +54,7 @@ def test_from_a_model_and_rows_to_an_adapter(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     said = lema("init", *parts).stdout
-    assert "22 rows of the form messages" in said
+    assert "22 rows of the form messages" in said and "none is held out" in said
     assert "lema train run.yaml --dry-run" in said
     written = RunConfig.from_yaml(tmp_path / "run.yaml")
     assert written.lema.max_seq_length == 64, "the model's own limit"

@@ -104,6 +104,8 @@ def init(
         raise
     aside.replace(out)
     typer.echo(f"{out}: {len(rows):,} rows of the form {kind}, {dtype} on {device}")
+    if len(rows) < 100:
+        typer.echo("fewer than 100 rows: none is held out to evaluate on; eval_size or eval_file changes that")
     typer.echo(f"next:\n  lema data check {out}\n  lema train {out} --dry-run\n  lema train {out}")
 
 
@@ -112,7 +114,7 @@ def _device() -> tuple[str, str, str]:
     import torch
 
     if not torch.cuda.is_available():
-        return "cpu", "float32", "exact, and fastest on most CPUs"
+        return "cpu", "float32", "exact; `lema doctor` measures whether bfloat16 is faster"
     if torch.cuda.get_device_capability()[0] >= 8:
         return "cuda", "bfloat16", f"{torch.cuda.get_device_name()} computes in it"
     return "cuda", "float16", f"{torch.cuda.get_device_name()} has no bfloat16 arithmetic"
