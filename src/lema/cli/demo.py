@@ -40,7 +40,7 @@ def demo(
     """Teach a small real model the [LEMA_REPLY] format by streaming it from disk, and show that it learned it.
 
     Data, training, evaluation before and after, a chat, the merge, and the merged model in plain transformers. Every
-    command is shown before it runs. Some minutes on two cores.
+    command is shown before it runs. About five minutes on two cores.
 
     Example: lema demo --output demo-output
     """
