@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lema", *words], stdin=slave, stdout=slave, stderr=slave, env=environment,
             start_new_session=True,
+            # as a terminal's shell has it; the background jobs of a script inherit that it is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(slave)
 
