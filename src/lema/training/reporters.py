@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .callbacks import TrainerCallback
 _PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
-class Reporter(TrainerCallback):
+class Reporter(TrainerCallback, ABC):
     """A callback that tells a tracker, and that must be ended whatever becomes of the run."""
 
     _ended = False
@@ -33,8 +34,9 @@ class Reporter(TrainerCallback):
             self._ended = True
             self._close(failed)
 
+    @abstractmethod
     def _close(self, failed: bool) -> None:
-        raise NotImplementedError
+        """Tell the tracker itself."""
 
 
 @contextlib.contextmanager
