@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from lema.core import accelerator as accelerator_module
+from lema.core import pins as pins_module
 from lema.core.accelerator import PIECE_BYTES, STAGING_BYTES, AcceleratorBackend, DeviceEvent, HostPins, cut
 from lema.core.binding import page_aligned
 from lema.core.boundaries import BoundaryStore, Handle, KeptBoundaries, OffloadedBoundaries
-from lema.core.layout import PAGE
+from lema.core.layout import PAGE, Move
 from lema.core.ring import Load, Ring
 from lema.core.schedule import Phase, Schedule
 from lema.core.simulated import SimulatedDevice, SimulatedEvent
@@ -61,7 +62,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     driver = FakeDriver()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(accelerator_module, "_clear_error", lambda device: None)
+    monkeypatch.setattr(pins_module, "_clear_error", lambda device: None)
     return driver
 
 
@@ -140,7 +141,7 @@ def test_pieces_cover_everything_once() -> None:
 def test_a_device_that_is_lost_is_told_to_everybody_and_its_host_slot_stays(tmp_path: Path) -> None:
     class Lost(SimulatedEvent):
         def synchronize(self) -> None:
-            if threading.current_thread().name == "lema-copier":
+            if threading.current_thread().name == "lema-returner":
                 raise RuntimeError("device lost")
             super().synchronize()
 
@@ -311,6 +312,7 @@ def tier_of(backend: AcceleratorBackend, pool: ThreadPoolExecutor, contents: lis
     buffers = [page_aligned(max(sizes.values())) for _ in range(2)]
     if pin and not all(backend.pin(buffer) for buffer in buffers):
         pytest.skip("pinning is refused here")
+    moves = {unit: [Move(0, 0, size)] for unit, size in sizes.items()}
     plan = Schedule.training(UNITS)
 
     def read(load: Load) -> None:
@@ -320,7 +322,7 @@ def tier_of(backend: AcceleratorBackend, pool: ThreadPoolExecutor, contents: lis
 
     host = Ring(slots, plan.loads(slots), 2, lambda load: pool.submit(read, load))
     return SimpleNamespace(
-        host=host, plan=plan, tier=DeviceTier(backend, host, buffers, slots, plan, 2, sizes), buffers=buffers
+        host=host, plan=plan, tier=DeviceTier(backend, host, buffers, slots, plan, 2, moves), buffers=buffers
     )
 
 

@@ -30,7 +30,7 @@ from lema.config import LemaConfig
 from lema.core import reader as reader_module
 from lema.core.binding import page_aligned
 from lema.core.gbi import GlobalBinaryIndex, TensorRecord
-from lema.core.layout import SlotLayout, whole_tensor
+from lema.core.layout import Move, SlotLayout, whole_tensor
 from lema.core.lora import LoRAManager
 from lema.core.memory import TripleBufferManager
 from lema.core.reader import DiskReader, ReadJob
@@ -231,7 +231,8 @@ class Run:
         )
         self.buffers = [page_aligned(max(sizes.values())) for _ in range(shape.host_slots)]
         self.host = Ring(host_slot_of, self.plans[0].loads(slot_of), shape.depth, self.fill)
-        self.tier = tier(self.device, self.host, self.buffers, slot_of, self.plans[0], max(shape.depth, 1), sizes)
+        moves = {unit: [Move(0, 0, size)] for unit, size in sizes.items()}
+        self.tier = tier(self.device, self.host, self.buffers, slot_of, self.plans[0], max(shape.depth, 1), moves)
         for name in ("release", "finished"):
             setattr(self.tier.ring, name, self.then_pause(getattr(self.tier.ring, name)))
 

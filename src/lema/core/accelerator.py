@@ -1,7 +1,6 @@
 """The real device: CUDA, ROCm, XPU or whatever else torch calls an accelerator.
 
-It knows torch's streams, events and copies, and how host memory is pinned; it knows nothing of slots,
-layers or when something is copied.
+It knows torch's streams, events and copies; it knows nothing of slots, layers or when something is copied.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import DeviceError, StreamingError
-from .binding import keep_from_children
-from .layout import PAGE
+from ..errors import DeviceError
+from .layout import ALIGNMENT
+from .pins import HostPins
 from .transport import Event, Stream
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 256
 PIECE_BYTES = 32 << 20
 """Bytes of one transfer: small ones of other streams get in between, and a piece still takes a millisecond."""
 STAGING_BYTES = 16 << 20
@@ -31,7 +30,6 @@ STAGING_BYTES = 16 << 20
 
 _LONGEST_WAIT = 600.0
 _POLL_SECONDS = 0.0002
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of this process
 
 
 class StagedCopier:
@@ -110,8 +108,25 @@ def cut(nbytes: int, piece: int) -> list[tuple[int, int]]:
     return [(start, min(start + piece, nbytes)) for start in range(0, nbytes, piece)]
 
 
-class DeviceEvent(torch.Event):
-    """An event whose wait sleeps between looks: torch's own spins, and takes a core from the readers."""
+class DeviceEvent:
+    """An event whose wait sleeps between looks: torch's own spins, and takes a core from the readers.
+
+    It holds torch's event instead of being one: `torch.Stream` takes `torch.Event` itself and no subclass of it.
+
+    Args:
+        device: with an index.
+        enable_timing: whether it knows when it was reached.
+    """
+
+    __slots__ = ("raw",)
+
+    def __init__(self, device: torch.device, *, enable_timing: bool = False) -> None:
+        self.raw = torch.Event(device, enable_timing=enable_timing)
+        """Torch's own."""
+
+    def query(self) -> bool:
+        """Whether the last record has been reached; never recorded counts as reached."""
+        return bool(self.raw.query())
 
     def synchronize(self) -> None:
         """Block until the last record has been reached.
@@ -124,81 +139,30 @@ class DeviceEvent(torch.Event):
         while not self.query():
             if time.monotonic() > give_up:
                 raise DeviceError(
-                    f"{self.device} did not finish its work within {_LONGEST_WAIT:.0f} seconds. If it is not merely "
-                    "slow, look for errors of its driver (dmesg) and start again"
+                    f"{self.raw.device} did not finish its work within {_LONGEST_WAIT:.0f} seconds. If it is not "
+                    "merely slow, look for errors of its driver (dmesg) and start again"
                 )
             time.sleep(_POLL_SECONDS)
 
     def seconds_after(self, earlier: DeviceEvent) -> float:
         """Seconds from another event to this one; both have timing and have been reached."""
-        return float(earlier.elapsed_time(self)) / 1000
+        return float(earlier.raw.elapsed_time(self.raw)) / 1000
 
 
-class HostPins:
-    """Host memory registered with CUDA's or ROCm's driver, in place and exactly as large as it is.
+@dataclass(frozen=True, slots=True)
+class DeviceStream:
+    """A stream of torch's that takes `DeviceEvent`s; equal to another of the same stream."""
 
-    It keeps what it pinned alive: memory freed while registered could never be registered again.
-    """
+    raw: torch.Stream
+    """Torch's own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers: dict[int, torch.Tensor] = {}
-        self._lock = threading.Lock()
+    def wait_event(self, event: DeviceEvent) -> None:
+        """Let later work of this stream start only after the event."""
+        self.raw.wait_event(event.raw)
 
-    def add(self, buffer: torch.Tensor) -> str:
-        """Register a `binding.page_aligned` buffer; why that was refused, or nothing.
-
-        Raises:
-            StreamingError: some of the memory is pinned already.
-        """
-        start, nbytes = buffer.data_ptr(), buffer.numel() * buffer.dtype.itemsize
-        assert buffer.device.type == "cpu" and buffer.is_contiguous(), "only flat host memory can be pinned"
-        assert start % PAGE == 0, "memory that shares pages with other memory must not be pinned"
-        with self._lock:
-            if any(start < at + held.numel() and at < start + nbytes for at, held in self._buffers.items()):
-                raise StreamingError("the same host memory was pinned twice")
-            if self._device.type != "cuda":
-                return f"torch cannot register memory for {self._device.type}"
-            with torch.cuda.device(self._device):
-                result = int(torch.cuda.cudart().cudaHostRegister(start, nbytes, _PORTABLE))
-            if result != 0:
-                _clear_error(self._device)
-                return f"CUDA error {result}"
-            self._buffers[start] = buffer.detach().view(torch.uint8)
-            keep_from_children(self._buffers[start])
-            return ""
-
-    def remove(self, buffer: torch.Tensor) -> None:
-        """Unregister a buffer; nothing if it is not registered."""
-        with self._lock:
-            if (held := self._buffers.pop(buffer.data_ptr(), None)) is not None:
-                self._unregister(held)
-
-    def clear(self) -> None:
-        """Unregister everything."""
-        with self._lock:
-            while self._buffers:
-                self._unregister(self._buffers.popitem()[1])
-
-    def hold(self, host: torch.Tensor) -> bool:
-        """Whether uint8 `[n]` on the host lies in registered memory."""
-        start, end = host.data_ptr(), host.data_ptr() + host.numel()
-        with self._lock:
-            return any(at <= start and end <= at + held.numel() for at, held in self._buffers.items())
-
-    def _unregister(self, held: torch.Tensor) -> None:
-        with torch.cuda.device(self._device):
-            result = int(torch.cuda.cudart().cudaHostUnregister(held.data_ptr()))
-        keep_from_children(held, False)
-        if result != 0:
-            _clear_error(self._device)
-            logger.warning("unpinning host memory failed with CUDA error %d", result)
-
-
-def _clear_error(device: torch.device) -> None:
-    """Take back an error that was handled: CUDA remembers it, and torch would report it at its next kernel."""
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device=device).add_(1)
+    def record_event(self, event: DeviceEvent) -> None:
+        """Mark this place of the stream in the event."""
+        self.raw.record_event(event.raw)
 
 
 class AcceleratorBackend:
@@ -227,7 +191,7 @@ class AcceleratorBackend:
             raise DeviceError(f"device {str(device)!r} was asked for, but torch {torch.__version__} sees {found} here")
         try:
             self.device = torch.empty(0, device=wanted).device
-            self._streams = {"weights": torch.Stream(self.device)}
+            self._streams = {"weights": DeviceStream(torch.Stream(self.device))}
         except RuntimeError as error:  # no such index, or a kind of device without streams
             raise DeviceError(f"device {str(device)!r} cannot be used: {error}") from error
         self._pins = HostPins(self.device)
@@ -248,24 +212,24 @@ class AcceleratorBackend:
 
     def event(self) -> DeviceEvent:
         """A new event, without timing."""
-        return DeviceEvent(self.device, enable_timing=False)
+        return DeviceEvent(self.device)
 
     def timing_event(self) -> DeviceEvent:
         """A new event, with timing."""
         return DeviceEvent(self.device, enable_timing=True)
 
-    def copy_stream(self, name: str = "weights") -> torch.Stream:
+    def copy_stream(self, name: str = "weights") -> DeviceStream:
         """The stream of this name; the same name gives the same stream."""
         with self._lock:
             if name not in self._streams:
-                self._streams[name] = torch.Stream(self.device)
+                self._streams[name] = DeviceStream(torch.Stream(self.device))
             return self._streams[name]
 
-    def compute_stream(self) -> torch.Stream:
+    def compute_stream(self) -> DeviceStream:
         """The current stream of the calling thread."""
-        return torch.accelerator.current_stream(self.device)
+        return DeviceStream(torch.accelerator.current_stream(self.device))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: torch.Stream) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: DeviceStream) -> None:
         """Enqueue a copy; see `DeviceBackend.copy` for what the two may be."""
         host = target if target.device.type == "cpu" else source
         if host.device.type != "cpu":
@@ -314,7 +278,7 @@ class AcceleratorBackend:
         """Wait for the copy streams and unpin what is pinned. May be called again."""
         _shut_down(self.device, self._streams, self._pins)
 
-    def _enqueue(self, target: torch.Tensor, source: torch.Tensor, stream: torch.Stream) -> None:
+    def _enqueue(self, target: torch.Tensor, source: torch.Tensor, stream: DeviceStream) -> None:
         with _current(stream):
             for start, end in cut(target.numel(), PIECE_BYTES):
                 target[start:end].copy_(source[start:end], non_blocking=True)
@@ -337,18 +301,18 @@ def _staging_buffer() -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _current(stream: torch.Stream) -> Iterator[None]:
+def _current(stream: DeviceStream) -> Iterator[None]:
     """Make a stream the current one of this thread, and put back stream and device as they were.
 
     Not `with stream:`, which torch 2.6 lacks and which keeps what it puts back on the stream object, where
     two threads would find each other's.
     """
     outer = torch.accelerator.current_stream()
-    if outer == stream:
+    if outer == stream.raw:
         yield
         return
-    inner = torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)
+    inner = torch.accelerator.current_stream(stream.raw.device)
+    torch.accelerator.set_stream(stream.raw)
     try:
         yield
     finally:
@@ -357,13 +321,13 @@ def _current(stream: torch.Stream) -> Iterator[None]:
             torch.accelerator.set_stream(outer)
 
 
-def _reach(device: torch.device, stream: torch.Stream) -> None:
-    event = DeviceEvent(device, enable_timing=False)
+def _reach(device: torch.device, stream: DeviceStream) -> None:
+    event = DeviceEvent(device)
     stream.record_event(event)
     event.synchronize()
 
 
-def _shut_down(device: torch.device, streams: dict[str, torch.Stream], pins: HostPins) -> None:
+def _shut_down(device: torch.device, streams: dict[str, DeviceStream], pins: HostPins) -> None:
     try:
         for stream in streams.values():
             _reach(device, stream)

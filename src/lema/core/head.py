@@ -12,7 +12,7 @@ import torch
 
 from .binding import drop_pages, typed_view
 from .lane import Lane
-from .layout import PAGE, Extent, ParameterSource, SlotLayout, align_up
+from .layout import PAGE, Extent, Move, ParameterSource, SlotLayout, align_up
 from .reader import DiskReader
 from .ring import Load
 from .schedule import Phase, Schedule, Visit
@@ -49,21 +49,23 @@ class HeadChunks:
         self.ranges = [(start, min(start + rows, vocab)) for start in range(0, vocab, rows)]
         width = hidden * source.dtype.itemsize
         begin = record.offset + first * source.dtype.itemsize
-        extents, nbytes = {}, {}
+        extents, nbytes, moves, places = {}, {}, {}, []
         for chunk, (start, end) in enumerate(self.ranges):
-            offset = begin + start * width
-            extents[chunk] = [Extent(record.file, offset, (end - start) * width, offset % PAGE, (record,))]
-            nbytes[chunk] = align_up(offset % PAGE + (end - start) * width, PAGE)
+            offset, size = begin + start * width, (end - start) * width
+            extents[chunk] = [Extent(record.file, offset, size, offset % PAGE, (record,))]
+            nbytes[chunk] = align_up(offset % PAGE + size, PAGE)
+            moves[chunk] = [Move(offset % PAGE, 0, size)]
+            places.append(offset % PAGE if backend is None else 0)
         slots = {chunk: chunk % 2 for chunk in extents}
         host = {chunk: chunk for chunk in extents} if in_ram else slots
         self.lane = Lane(
-            extents, nbytes, reader, host, slots, depth=None, on_overwrite=self._raise_versions, backend=backend,
-            stream="head",
+            extents, nbytes, reader, host, slots, moves=moves, depth=None, on_overwrite=self._raise_versions,
+            backend=backend, stream="head",
         )  # fmt: skip
         self.nbytes = self.lane.host_bytes
         self.device = self.lane.buffers[0].device
         self._views = [
-            typed_view(self.lane.buffer_of[c], extents[c][0].slot_offset, source.dtype, (end - start, hidden))
+            typed_view(self.lane.buffer_of[c], places[c], source.dtype, (end - start, hidden))
             for c, (start, end) in enumerate(self.ranges)
         ]
         self.lane.predict(Schedule.inference(len(self.ranges)))

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 from .binding import page_aligned
-from .layout import Extent
+from .layout import Extent, Move
 from .reader import DiskReader, ReadJob
 from .ring import Load, Ring
 from .schedule import Phase, Schedule
@@ -25,10 +25,11 @@ class Lane:
 
     Args:
         extents: what to read for each unit.
-        nbytes: bytes each unit takes in a slot.
+        nbytes: bytes each unit takes in a host slot.
         reader: reads them.
         host: host slot of each unit.
         device: device slot of each unit; unused without a backend.
+        moves: how the bytes of each unit get from its host slot to its device slot; unused without a backend.
         depth: visits planned ahead; None: as many as the slots allow.
         on_overwrite: called just before a slot of the compute place starts to be filled; held weakly if a method.
         backend: the device; None: computed in host slots.
@@ -44,6 +45,7 @@ class Lane:
         host: dict[int, int],
         device: dict[int, int],
         *,
+        moves: Mapping[int, Sequence[Move]] = {},
         depth: int | None,
         on_overwrite: Callable[[Load], None],
         backend: DeviceBackend | None = None,
@@ -68,7 +70,7 @@ class Lane:
             self._host.learns = False  # the first cycle has loads that later ones do not have
             behind = None if depth is None else max(depth, 1)
             self._tier = DeviceTier(
-                backend, self._host, self._host_buffers, device, Schedule(()), behind, dict(nbytes), stream
+                backend, self._host, self._host_buffers, device, Schedule(()), behind, moves, stream
             )
             self.ring, self.buffers = self._tier.ring, self._tier.buffers
         self.ring.on_overwrite = _weakly(on_overwrite) if hasattr(on_overwrite, "__self__") else on_overwrite

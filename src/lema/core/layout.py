@@ -6,7 +6,7 @@ It knows tensors' records, shapes and offsets; it reads nothing and knows nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import torch
 from .gbi import TensorRecord
 
 PAGE = 4096
-_SCRATCH_ALIGN = 64
+ALIGNMENT = 256
+"""Of parameters in device memory and in scratch: what cudaMalloc gives, and the fastest kernels want 16 to 128."""
 
 
 def align_up(value: int, alignment: int) -> int:
@@ -113,6 +114,15 @@ class ScratchView:
     runs: tuple[tuple[Piece, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A run of bytes that goes from a host slot to a device slot as one: offsets in both, in bytes."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
 class SlotLayout:
     """Where everything of one unit lies.
 
@@ -121,17 +131,24 @@ class SlotLayout:
     bytes are what the computation wants are views of the slot; the others (other type, several file
     tensors, odd offset) have a place in the scratch that all units share and are decoded there.
 
+    Where the unit is computed in another slot than the one it is read into, its tensors lie there one after
+    the other, each at a multiple of 256 bytes whatever its offset in the file, and `moves` says how they get there.
+
     Args:
         sources: parameters of the unit in the order the module wants them.
         packed: put every parameter into scratch, one after the other without gaps (a flat buffer).
+        moved: the unit is computed in a device slot.
     """
 
-    def __init__(self, sources: Sequence[ParameterSource], packed: bool = False) -> None:
+    def __init__(self, sources: Sequence[ParameterSource], packed: bool = False, moved: bool = False) -> None:
         self.sources = tuple(sources)
         self.extents = _merge_extents(piece.record for source in sources for piece in source.pieces)
         self.nbytes = align_up(max((e.slot_offset + e.nbytes for e in self.extents), default=0), PAGE)
         self.read_bytes = sum(extent.nbytes for extent in self.extents)
         place = {r: e.slot_offset + r.offset - e.offset for e in self.extents for r in e.records}
+        self.moves: tuple[Move, ...] = ()
+        if moved:
+            place, self.moves = _align(place)
         self.direct: list[SlotView] = []
         self.decoded: list[ScratchView] = []
         scratch = 0
@@ -140,13 +157,29 @@ class SlotLayout:
                 (piece, place.get(piece.record, 0) + piece.source * piece.record.dtype.itemsize)
                 for piece in source.pieces
             )
-            if source.plain and not packed:
+            if source.plain and not packed and not (moved and runs[0][1] % ALIGNMENT):
                 self.direct.append(SlotView(source, runs[0][1]))
             else:
-                scratch = scratch if packed else align_up(scratch, _SCRATCH_ALIGN)
+                scratch = scratch if packed else align_up(scratch, ALIGNMENT)
                 self.decoded.append(ScratchView(source, scratch, runs))
                 scratch += source.nbytes
         self.scratch_nbytes = scratch
+
+
+def _align(place: Mapping[TensorRecord, int]) -> tuple[dict[TensorRecord, int], tuple[Move, ...]]:
+    """Aligned places for tensors that lie at `place`, in its order, and the fewest moves there."""
+    aligned: dict[TensorRecord, int] = {}
+    moves: list[Move] = []
+    end = 0
+    for record, source in place.items():
+        aligned[record] = target = align_up(end, ALIGNMENT)
+        end = target + record.nbytes
+        last = moves[-1] if moves else None
+        if last is not None and (last.source + last.nbytes, last.target + last.nbytes) == (source, target):
+            moves[-1] = Move(last.source, last.target, last.nbytes + record.nbytes)
+        else:
+            moves.append(Move(source, target, record.nbytes))
+    return aligned, tuple(moves)
 
 
 def _merge_extents(records: Iterable[TensorRecord]) -> tuple[Extent, ...]:

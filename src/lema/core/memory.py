@@ -139,7 +139,9 @@ class TripleBufferManager:
         """Resident set between layers from which on idle heap is given back; None: no plan, or not on this heap."""
         self._reader = DiskReader(num_readers, direct_io)
         self.backend = backend
-        self._layouts = {unit: SlotLayout(units[unit], adapter.packs_units) for unit in self.streamed}
+        self._layouts = {
+            unit: SlotLayout(units[unit], adapter.packs_units, moved=backend is not None) for unit in self.streamed
+        }
 
         in_ram = frozenset(plan.in_ram) if plan else frozenset[int]()
         if plan is None and self.strategy is MemoryStrategy.RESIDENT:
@@ -152,6 +154,7 @@ class TripleBufferManager:
             self._reader,
             host,
             place(self.streamed, on_device, device_slots)[0],
+            moves={unit: layout.moves for unit, layout in self._layouts.items()},
             depth=prefetch_depth,
             on_overwrite=self._raise_versions,
             backend=backend,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import LemaError
+from .layout import Move
 from .ring import Load, Ring
 from .schedule import Phase, Schedule
 from .timeline import COPY, Timeline, TimingEvent
@@ -108,43 +109,58 @@ class ComputeWaits:
         """Mark where it goes on."""
         self._backend.compute_stream().record_event(pair[1])
         self._open.append(pair)
+        self._collect()
 
     @property
     def seconds(self) -> float:
         """Sum of the waits that are over."""
+        self._collect()
+        return self._seconds
+
+    def _collect(self) -> None:
         while self._open and self._open[0][1].query():
             pair = self._open.popleft()
             self._seconds += pair[1].seconds_after(pair[0])
             self._spare.append(pair)
-        return self._seconds
 
 
 class DeviceTier:
-    """Device slots filled from host slots by one copier thread.
+    """Device slots filled from host slots.
 
-    Layout: as many device slots as the ring has, a `ready` and a `free` event each. The ring before
-    (host slots) is visited once for every device load.
+    Layout: as many device slots as the ring has, a `ready` and a `free` event each, and a `copied` event for every
+    host slot. The ring before (host slots) is visited once for every device load.
 
-    Mechanics: the copier takes a load, acquires the unit in the host ring, lets the copy stream wait
-    for `free` and enqueues the copy, then records `ready` and reports the load, so an `acquire` can
-    only find recorded events. It then waits for that copy alone before it releases the host slot. The
-    user's `acquire` makes the compute stream wait for `ready`; `release` records `free` on it before the
-    ring may plan the next load of the slot. So every wait comes after the record it is meant for.
+    Mechanics: the copier thread takes a load, acquires the unit in the host ring, lets the copy stream wait
+    for `free`, enqueues the copy, records `copied` and `ready` and reports the load, so an `acquire` can
+    only find recorded events. It goes on to the next load at once: a copy waits for its slot, never for the copy
+    before it. The returner thread waits for the copies in their order and releases each host slot behind its own;
+    until then the copier does not ask for the slot again. The user's `acquire` makes the compute stream wait for
+    `ready`; `release` records `free` on it before the ring may plan the next load of the slot. So every wait comes
+    after the record it is meant for.
+
+    Args:
+        host: the ring before.
+        host_buffers: its slots.
+        slot_of: device slot of every unit.
+        depth: visits planned ahead; None: as many as the slots allow.
+        moves: how the bytes of a unit get from its host slot to its device slot.
+        stream: of the copies.
     """
 
     def __init__(
         self,
         backend: DeviceBackend,
         host: Ring,
-        host_buffers: list[torch.Tensor],
+        host_buffers: Sequence[torch.Tensor],
         slot_of: dict[int, int],
         schedule: Schedule,
         depth: int | None,
-        nbytes: dict[int, int],
+        moves: Mapping[int, Sequence[Move]],
         stream: str = "weights",
     ) -> None:
-        num_slots = max(slot_of.values(), default=-1) + 1
-        sizes = [max(nbytes[u] for u, slot in slot_of.items() if slot == number) for number in range(num_slots)]
+        sizes = [0] * (max(slot_of.values(), default=-1) + 1)
+        for unit, slot in slot_of.items():
+            sizes[slot] = max(sizes[slot], *(move.target + move.nbytes for move in moves[unit]), 0)
         self.buffers = [backend.device_buffer(size) for size in sizes]
         self.copied_bytes = 0
         self.timeline = Timeline(backend)
@@ -152,14 +168,28 @@ class DeviceTier:
         """What the timeline calls a unit."""
         self._backend = backend
         self._host = host
-        self._host_buffers = host_buffers
-        self._nbytes = nbytes
-        self._ready = [backend.event() for _ in range(num_slots)]
-        self._free = [backend.event() for _ in range(num_slots)]
+        self._nbytes = {unit: sum(move.nbytes for move in moves[unit]) for unit in slot_of}
+        self._copies = {
+            unit: [
+                (
+                    self.buffers[slot][move.target : move.target + move.nbytes],
+                    host_buffers[host.slot_of[unit]][move.source : move.source + move.nbytes],
+                )
+                for move in moves[unit]
+            ]
+            for unit, slot in slot_of.items()
+        }
+        self._ready = [backend.event() for _ in sizes]
+        self._free = [backend.event() for _ in sizes]
+        self._copied = [backend.event() for _ in host_buffers]
         self._stream = backend.copy_stream(stream)
         self._waits = ComputeWaits(backend)
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._travelling: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._read_from: set[int] = set()
+        """Host slots whose copies have not been seen to end."""
+        self._returned = threading.Condition()
+        self._threads: tuple[threading.Thread, ...] = ()
         self._lost: RuntimeError | None = None
         self.ring = Ring(slot_of, schedule, depth, self._fill)
 
@@ -183,21 +213,29 @@ class DeviceTier:
         self.ring.release(unit)
 
     def stop(self) -> None:
-        """End the copier after what is queued; it starts again with the next load."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        """End the threads after what is queued and under way; they start again with the next load."""
+        threads, self._threads = self._threads, ()
+        if threads:
             self._queue.put(None)
-            if thread is not threading.current_thread():  # where the collector ends a forgotten manager
-                thread.join()
+            if threading.current_thread() not in threads:  # where the collector ends a forgotten manager
+                for thread in threads:
+                    thread.join()
 
     def _fill(self, load: Load) -> None:
         self._queue.put(load)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="lema-copier", daemon=True)
-            self._thread.start()
+        if not self._threads:
+            self._threads = (
+                threading.Thread(target=self._copy_loads, name="lema-copier", daemon=True),
+                threading.Thread(target=self._return_slots, name="lema-returner", daemon=True),
+            )
+            for thread in self._threads:
+                thread.start()
 
-    def _run(self) -> None:
+    # -- the copier --------------------------------------------------------------------------------
+
+    def _copy_loads(self) -> None:
         while (load := self._queue.get()) is not None:
+            self._wait_for_host_slot(self._host.slot_of[load.unit])
             if load.cancelled or self._lost is not None:
                 self.ring.finished(load, self._lost)
                 continue
@@ -206,22 +244,41 @@ class DeviceTier:
             except LemaError as error:
                 self.ring.finished(load, error)
                 continue
-            nbytes = self._nbytes[load.unit]
-            target, source = self.buffers[load.slot][:nbytes], self._host_buffers[host_slot][:nbytes]
             try:
-                self._stream.wait_event(self._free[load.slot])
-                with self.timeline.span(COPY, self.names(load.unit), nbytes, self._stream):
-                    self._backend.copy(target, source, self._stream)
-                self._stream.record_event(self._ready[load.slot])
+                self._enqueue(load, host_slot)
             except RuntimeError as error:  # torch's, when the device failed
                 self._host.release(load.unit)
                 self.ring.finished(load, error)
                 continue
-            self.copied_bytes += nbytes
+            self.copied_bytes += self._nbytes[load.unit]
+            self._read_from.add(host_slot)
+            self._travelling.put(load.unit)
             self.ring.finished(load)
+        self._travelling.put(None)
+
+    def _wait_for_host_slot(self, slot: int) -> None:
+        with self._returned:
+            self._returned.wait_for(lambda: slot not in self._read_from or self._lost is not None)
+
+    def _enqueue(self, load: Load, host_slot: int) -> None:
+        self._stream.wait_event(self._free[load.slot])
+        with self.timeline.span(COPY, self.names(load.unit), self._nbytes[load.unit], self._stream):
+            for target, source in self._copies[load.unit]:
+                self._backend.copy(target, source, self._stream)
+        for event in (self._copied[host_slot], self._ready[load.slot]):
+            self._stream.record_event(event)
+
+    # -- the returner ------------------------------------------------------------------------------
+
+    def _return_slots(self) -> None:
+        while (unit := self._travelling.get()) is not None:
+            slot = self._host.slot_of[unit]
             try:
-                self._ready[load.slot].synchronize()
+                self._copied[slot].synchronize()
             except RuntimeError as error:  # the copy may still read the host slot, which is never released then
                 self._lost = error
-                continue
-            self._host.release(load.unit)
+            else:
+                self._host.release(unit)
+            with self._returned:
+                self._read_from.discard(slot)
+                self._returned.notify_all()
