@@ -41,6 +41,7 @@ from lema import LemaConfig, LemaModel, LemaTrainer, MemoryStrategy
 from lema.core.gbi import GlobalBinaryIndex
 from lema.core.lora import LoRAManager
 from lema.core.memory import TripleBufferManager
+from lema.engine.loss_scale import LossScale
 from lema.models import GPT2Adapter, LlamaAdapter, get_adapter, register_adapter
 from lema.models.base import LemaModelAdapter, bind_flat_buffer
 
@@ -397,7 +398,7 @@ def test_a_resumed_run_is_one_never_stopped(llama: Path, tmp_path: Path, calls: 
         torch.manual_seed(11)
         trainer = model.get_trainer()
         if dtype == "float16":
-            trainer._scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # not the default, so it must be resumed
+            trainer._loss_scale = LossScale(True, 1024.0)  # not the default, so it must be resumed
         expected = run(trainer, 0, 12)
         state = {n: p.detach().clone() for n, p in adapter_of(model.hf_model).items()}
         steps = trainer.global_step
@@ -406,13 +407,13 @@ def test_a_resumed_run_is_one_never_stopped(llama: Path, tmp_path: Path, calls: 
         torch.manual_seed(11)
         trainer = model.get_trainer()
         if dtype == "float16":
-            trainer._scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # not the default, so it must be resumed
+            trainer._loss_scale = LossScale(True, 1024.0)  # not the default, so it must be resumed
         assert run(trainer, 0, calls) == expected[:calls]
         trainer.save_checkpoint(tmp_path / "here")
     torch.manual_seed(999)
     with LemaModel.from_pretrained(tmp_path / "here") as model:
         trainer = model.get_trainer(resume_from=tmp_path / "here")
-        assert dtype == "float32" or trainer._scaler.get_scale() == 1024.0
+        assert dtype == "float32" or trainer.loss_scale == 1024.0
         assert run(trainer, calls, 12) == expected[calls:]
         assert trainer.global_step == steps
         assert not differing(state, {n: p.detach() for n, p in adapter_of(model.hf_model).items()})

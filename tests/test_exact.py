@@ -40,6 +40,7 @@ from lema.core.gbi import GlobalBinaryIndex
 from lema.core.lora import LoRAManager
 from lema.core.memory import TripleBufferManager
 from lema.core.schedule import Schedule
+from lema.engine.loss_scale import LossScale
 from lema.engine.trainer import LemaTrainer
 from lema.models import get_adapter
 from lema.utils.demo_model import locate_smollm2, smollm2_folder
@@ -302,7 +303,7 @@ def test_half_precision_out_of_a_float32_file(tiny: Any, family: str, dtype: tor
     scale = 1.0
     if dtype == torch.float16:
         scale = 256.0
-        trainer._scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer._loss_scale = LossScale(True, scale)
     expected_loss, expected = plain_step(pair.plain, batch, scale)
     loss, found = lema_step(pair.model, batch, trainer)
     assert relative(loss, expected_loss) <= 1e-6

@@ -181,9 +181,9 @@ class TripleBufferManager:
 
     def _make_scratch(self) -> torch.Tensor:
         nbytes = max((layout.scratch_nbytes for layout in self._layouts.values()), default=0)
-        if not nbytes:
-            return torch.empty(0, dtype=torch.uint8)
-        return page_aligned(nbytes) if self.backend is None else self.backend.device_buffer(nbytes)
+        if self.backend is not None:
+            return self.backend.device_buffer(nbytes)
+        return page_aligned(nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
 
     # -- binding ---------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class TripleBufferManager:
     def _bind_rest(self) -> None:
         views = {}
         by_rows = self.adapter.gathered_by_rows()
-        device = self._scratch.device if self.backend is None else self.backend.device_buffer(0).device
+        device = self.compute_device
         for source in self.adapter.rest_sources(self.gbi):
             if source.name in by_rows and len(source.pieces) == 1:
                 record = source.pieces[0].record
@@ -318,6 +318,11 @@ class TripleBufferManager:
             wait_seconds=sum(lane.wait_seconds for lane in lanes),
             read_seconds=self._reader.read_seconds,
         )
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where layers are computed."""
+        return self._scratch.device
 
     @property
     def slot_bytes(self) -> int:

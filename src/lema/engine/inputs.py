@@ -29,8 +29,15 @@ class Batch:
     num_tokens: int
 
     def on(self, device: torch.device) -> Batch:
-        """The batch where it is computed; ids remember their values on the host, targets are there too."""
-        moved = {name: with_host_twin(value, device) for name, value in self.model_inputs.items()}
+        """The batch where it is computed; ids remember their values on the host, targets are there too.
+
+        On a device a batch without a mask gets one of ones, unless it is packed: without any, transformers reads the
+        positions of the device to find out whether it is.
+        """
+        inputs = dict(self.model_inputs)
+        if device.type != "cpu" and "attention_mask" not in inputs and not is_packed(None, inputs.get("position_ids")):
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        moved = {name: with_host_twin(value, device) for name, value in inputs.items()}
         return dataclasses.replace(self, model_inputs=moved)
 
 

@@ -1,6 +1,6 @@
 """What a trainer keeps on disk and takes back: everything that the next step depends on.
 
-It knows a trainer's optimizer, scaler, window and masters; it knows nothing of how a step is computed.
+It knows a trainer's optimizer, loss scale, window and masters; it knows nothing of how a step is computed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..models.causal_lm import CausalLM
 from .base_config import config_facts
 from .checkpoint import load_checkpoint, save_checkpoint
 from .host_optimizer import HostMasters
+from .loss_scale import LossScale
 from .optimizer import keep_state_apart
 from .window import Window
 
@@ -35,7 +36,7 @@ class Resumable:
     optimizer: torch.optim.Optimizer
     global_step: int
     _masters: HostMasters | None
-    _scaler: torch.amp.GradScaler
+    _loss_scale: LossScale
     _window: Window
     _state_settled = False
     _base_weights: dict[str, Any] | None = None
@@ -57,7 +58,7 @@ class Resumable:
         state = {
             "global_step": self.global_step,
             "window": self._window.state(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self._loss_scale.state_dict(),
             "base_weights": self.base_weights(),
             "base_config": config_facts(self.lm.module),
         }
@@ -86,8 +87,8 @@ class Resumable:
         self._window.restore(state["window"])
         self._state_settled = False
         self._settle_state()
-        if self._scaler.is_enabled() and state["scaler"]:
-            self._scaler.load_state_dict(state["scaler"])
+        if self._loss_scale.enabled and state["scaler"]:
+            self._loss_scale.load_state_dict(state["scaler"])
         return trainer_state
 
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:

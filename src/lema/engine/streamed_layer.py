@@ -18,6 +18,7 @@ from ..core.heap import HeapGuard
 from ..core.memory import HEAD, TripleBufferManager
 from ..core.schedule import Phase
 from .arguments import Arguments, BatchRules, check_replayable, holds_cache
+from .draws import Draws
 from .randomness import RandomState
 from .vocabulary import HeadChunks, chunked_linear
 
@@ -59,6 +60,7 @@ class StreamedLayer:
         self.memory = memory
         self.batching = batching
         self.heap = HeapGuard(None)
+        self.draws = Draws()
         self.keeps_graph = False
         """Whether the forward keeps its graph; where weights were reloaded since, the backward recomputes after all."""
         self._layer = layer
@@ -92,7 +94,7 @@ class StreamedLayer:
             if holds_cache(*arguments):
                 return self.run(hidden, arguments)
             call = LayerCall(self, arguments, hidden.shape[0], Autocast.now(hidden.device.type))
-            return call.rebuild(call.forward(hidden))
+            return call.rebuild(call.forward(hidden, replayed=False))
 
 
 class StreamedHead(StreamedLayer):
@@ -191,15 +193,12 @@ class LayerCall:
         for number, (start, end) in enumerate(cuts):
             yield number, slice(start, end), rules.rows(self.arguments, self.batch, start, end)
 
-    def forward(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """Tensors of the output, without a graph; the random state is noted where the layer drew from it."""
+    def forward(self, hidden: torch.Tensor, replayed: bool = True) -> list[torch.Tensor]:
+        """Tensors of the output, without a graph; for a replay the random state is noted where the layer drew."""
         parts: list[list[torch.Tensor]] = []
         for number, rows, arguments in self.micro_batches():
-            random_state = RandomState.now(hidden.device) if self.layer.training else None
-            with self.autocast.restored():
+            with self.autocast.restored(), self._noted(number, hidden.device, replayed):
                 self.template, tensors = _take_apart(self.layer.run(hidden[rows], arguments))
-            if random_state is not None and random_state.moved():
-                self.random_states[number] = random_state
             parts.append(tensors)
         return parts[0] if len(parts) == 1 else [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
@@ -207,12 +206,9 @@ class LayerCall:
         """Like `forward`, keeping each micro-batch's graph; the tensors returned have none."""
         graphs: list[_Graph] = []
         for number, rows, arguments in self.micro_batches():
-            random_state = RandomState.now(hidden.device) if self.layer.training else None
             part = hidden[rows].detach().requires_grad_(input_wanted)
-            with torch.enable_grad(), self.autocast.restored():
+            with torch.enable_grad(), self.autocast.restored(), self._noted(number, hidden.device):
                 self.template, tensors = _take_apart(self.layer.run(part, arguments))
-            if random_state is not None and random_state.moved():
-                self.random_states[number] = random_state
             graphs.append(_Graph(part, tensors))
         outputs = [[output.detach() for output in graph.outputs] for graph in graphs]
         joined = outputs[0] if len(outputs) == 1 else [torch.cat(pieces) for pieces in zip(*outputs, strict=True)]
@@ -224,6 +220,18 @@ class LayerCall:
         with self.replaying(number):
             _, outputs = _take_apart(self.layer.run(part, arguments))
         return _Graph(part, outputs)
+
+    @contextlib.contextmanager
+    def _noted(self, number: int, device: torch.device, wanted: bool = True) -> Iterator[None]:
+        """Note the random state before the block if the block draws."""
+        if not (wanted and self.layer.training and self.layer.draws.noting):
+            yield
+            return
+        random_state = RandomState.now(device)
+        yield
+        if random_state.moved():
+            self.random_states[number] = random_state
+            self.layer.draws.drew()
 
     @contextlib.contextmanager
     def replaying(self, number: int) -> Iterator[None]:

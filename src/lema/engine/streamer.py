@@ -17,6 +17,7 @@ from ..core.schedule import Schedule
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
 from .arguments import BatchRules
+from .draws import Draws
 from .guards import guard
 from .streamed_layer import Batching, ChunkedHead, StreamedHead, StreamedLayer
 
@@ -51,8 +52,9 @@ class LayerStreamer:
         for streamed, layer in zip(self.layers, lm.layers, strict=True):
             layer.__dict__["forward"] = streamed
         self.heap = HeapGuard(memory.heap_limit, plan is not None and plan.keeps_idle_heap)
+        self.draws = Draws(lm.layers)
         for streamed in self.layers:
-            streamed.heap = self.heap
+            streamed.heap, streamed.draws = self.heap, self.draws
         for unit in plan.keep_activations if plan is not None else ():
             self.layers[unit].keeps_graph = True
         if memory.head_chunks is not None and isinstance(lm.head, nn.Linear):
@@ -60,6 +62,7 @@ class LayerStreamer:
         elif memory.streams_head and lm.head is not None:
             lm.head.__dict__["forward"] = StreamedHead(lm.head, memory)
         lm.module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        lm.module.register_forward_hook(self._end)
         guard(lm, memory)
 
     def prepare(self, batch: int) -> None:
@@ -87,6 +90,10 @@ class LayerStreamer:
         if lowest < count:
             kwargs.setdefault("use_cache", False)
             self.memory.predict(Schedule.training(count, lowest))
+            self.draws.begin(self.memory.compute_device)
         else:
             self.memory.predict(Schedule.inference(count))
         return args, kwargs
+
+    def _end(self, *_: Any) -> None:
+        self.draws.end()

@@ -31,6 +31,7 @@ from .head_loss import HeadLoss
 from .host_optimizer import HostMasters
 from .inputs import Batch, make_batch
 from .loss import LossResult
+from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer
 from .randomness import RandomState
 from .resumable import Resumable
@@ -105,11 +106,7 @@ class LemaTrainer(Resumable):
         self._warned = False
         self._window = Window(config.gradient_accumulation_steps)
         hosted = lora_manager is not None and self.memory.plan is not None and self.memory.plan.optimizer == "host"
-        # where the masters are: a scale on the card would reach them by copies nobody waits for
-        self._scale_device = torch.device("cpu") if hosted else self.device
-        self._scaler = torch.amp.GradScaler(
-            self._scale_device.type, enabled=config.dtype == "float16" and lora_manager is not None
-        )
+        self._loss_scale = LossScale(enabled=config.dtype == "float16" and lora_manager is not None)
         if lora_manager is not None:
             check_optimizer(self.optimizer, lora_manager.get_trainable_parameters())
         self._masters: HostMasters | None = None
@@ -153,7 +150,7 @@ class LemaTrainer(Resumable):
             random_state = RandomState.now(self.device)
             hidden = self.lm.hidden_states(**batch.model_inputs)
             self._turn()
-            result = self.loss(hidden, batch.targets, denominator, scale=self._loss_scale(), with_logits=return_logits)
+            result = self.loss(hidden, batch.targets, denominator, scale=self.loss_scale, with_logits=return_logits)
             self._check_loss(result, batch, random_state)
             self._turn()
             hidden.backward(result.gradient)
@@ -235,16 +232,16 @@ class LemaTrainer(Resumable):
         self._window.settle(parameters)
         self.updating = True
         self.updates += 1
-        norm = step_optimizer(self.optimizer, self._scaler, parameters, self.config.max_grad_norm)
+        norm = step_optimizer(self.optimizer, self._loss_scale, parameters, self.config.max_grad_norm)
         overflow = not math.isfinite(norm)
-        if overflow and not self._scaler.is_enabled():
+        if overflow and not self._loss_scale.enabled:
             self.updating = False
             self.updates -= 1
             self._refuse_gradients(norm)
         self._settle_state()
         self.discard_window()
         if overflow:
-            logger.warning("fp16 overflow: update skipped, loss scale now %g", self._scaler.get_scale())
+            logger.warning("fp16 overflow: update skipped, loss scale now %g", self.loss_scale)
         else:
             self.global_step += 1
         self.updating = False
@@ -289,7 +286,7 @@ class LemaTrainer(Resumable):
     @property
     def loss_scale(self) -> float:
         """What fp16 multiplies the loss with; 1 elsewhere."""
-        return float(self._scaler.get_scale()) if self._scaler.is_enabled() else 1.0
+        return self._loss_scale.factor
 
     # -- training --------------------------------------------------------------------------------
 
@@ -332,11 +329,6 @@ class LemaTrainer(Resumable):
         stepped = "grad_norm" in outcome and not outcome["skipped"]
         if stepped and self.config.save_steps > 0 and self.global_step % self.config.save_steps == 0:
             self.save_checkpoint(Path(self.config.output_dir) / f"checkpoint-{self.global_step}")
-
-    def _loss_scale(self) -> float:
-        if not self._scaler.is_enabled():
-            return 1.0
-        return float(self._scaler.scale(torch.ones((), device=self._scale_device)))
 
     def _check_loss(self, result: LossResult, batch: Batch, random_state: RandomState) -> None:
         if result.loss == result.loss and abs(result.loss) != float("inf"):

@@ -12,34 +12,37 @@ import torch
 from torch import nn
 
 from ..core.binding import page_aligned, typed_view
+from .loss_scale import LossScale
 
 
 def step_optimizer(
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    loss_scale: LossScale,
     parameters: Sequence[nn.Parameter],
     max_grad_norm: float | None,
 ) -> float:
-    """Unscale, clip and step; returns the global norm before clipping.
+    """Unscale, clip and step; returns the global norm before clipping, the one number the host waits for.
 
-    A norm that is not finite is returned without a step where no loss scale explains it, and else makes the
-    scaler skip the step and lower its scale.
+    Where the norm is not finite nothing is stepped, and a loss scale is lowered. That is also so where only the sum
+    of squares overflowed: what no gradient shows is no reason to step.
     """
-    scaler.unscale_(optimizer)
     gradients = [p.grad for p in parameters if p.grad is not None]
+    loss_scale.unscale(gradients)
     norm = float(nn.utils.get_total_norm(gradients))
     finite = math.isfinite(norm)
-    if not finite and not scaler.is_enabled():
-        return norm
-    if not finite and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-        # The sum of squares overflowed although no gradient did: the scaler has seen nothing, and would step.
-        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
-        return norm
-    if max_grad_norm is not None and finite:
-        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(norm))
-    scaler.step(optimizer)
-    scaler.update()
+    if finite:
+        if max_grad_norm is not None:
+            _clip(gradients, norm, max_grad_norm)
+        optimizer.step()
+    loss_scale.update(finite)
     return norm
+
+
+def _clip(gradients: list[torch.Tensor], norm: float, max_norm: float) -> None:
+    """As `torch.nn.utils.clip_grads_with_norm_`, to the last bit, with a factor that need not travel to the device."""
+    factor = float(torch.clamp(max_norm / (torch.tensor(norm) + 1e-6), max=1.0))
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
 
 
 class GradientBuffer:

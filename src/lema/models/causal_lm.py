@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 
 from ..errors import UnsupportedError
+from .masks import padding_known
 from .skeleton import replaced_forwards
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class TransformersCausalLM:
             captured.append(output)
             return type(output)(last_hidden_state=output.last_hidden_state.detach()[:, :0])
 
-        with self._decoder_forward(first_half):
+        with self._decoder_forward(first_half), padding_known(inputs.get("attention_mask")):
             self._model(**inputs, use_cache=False)
         if not captured:
             raise UnsupportedError(f"{type(self._model).__name__} does not call its decoder the way LEMA expects")

@@ -10,15 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.host_copies import to_device
+
 
 def with_host_twin(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Token ids on a device that remember their values on the host, so that looking them up waits for nothing."""
     if ids.device == device:
         return ids
-    there: Any = ids.to(device)
+    there: Any = to_device(ids, device)
     there.lema_host_ids = ids
     moved: torch.Tensor = there
     return moved
+
+
+def host_twin(values: torch.Tensor | None) -> torch.Tensor | None:
+    """The same values on the host, where `with_host_twin` moved them."""
+    return getattr(values, "lema_host_ids", None)
 
 
 def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -36,11 +43,12 @@ def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, d
     forward = type(module).forward
 
     def gathered(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        ids = getattr(input_ids, "lema_host_ids", input_ids).to(table.device)
+        ids = host_twin(input_ids)
+        ids = input_ids.to(table.device) if ids is None else ids
         rows, places = torch.unique(ids, return_inverse=True)
-        places = places.to(device)
+        places = to_device(places, device)
         weight, padding = module._parameters["weight"], module.padding_idx
-        small = table.index_select(0, rows).to(dtype).to(device)
+        small = to_device(table.index_select(0, rows).to(dtype), device)
         module._parameters["weight"] = nn.Parameter(small, requires_grad=False)
         module.padding_idx = None
         try:
