@@ -67,7 +67,6 @@ class HeadLoss:
     ) -> LossResult:  # fmt: skip
         hidden = hidden.detach()
         positions = self._chunk or targets.numel()
-        targets = targets.to(hidden.device)
         result = vocabulary_loss(self._lm, hidden, targets, denominator, chunks, positions=positions, **wanted)
         logits = vocabulary_logits(self._lm, hidden, chunks) if with_logits else None
         return dataclasses.replace(result, logits=logits)

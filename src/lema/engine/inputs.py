@@ -99,7 +99,7 @@ def make_batch(
 
 
 def _as_rows(name: str, value: Any) -> torch.Tensor:
-    tensor = torch.as_tensor(value)
+    tensor = torch.as_tensor(value).cpu()
     if tensor.is_floating_point() or tensor.dim() not in (1, 2):
         raise InputError(
             f"{name} must hold whole numbers of shape [batch, seq], not {tensor.dtype} {list(tensor.shape)}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from ..core.host_copies import to_device
 from ..models.causal_lm import CausalLM
 
 IGNORE_INDEX = -100
@@ -22,15 +23,30 @@ def shift_left(labels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LossResult:
-    """Loss summed over targets and divided by the denominator, as float and (unless evaluated) its gradient."""
+    """Loss summed over targets and divided by the denominator, and (unless evaluated) its gradient.
 
-    loss: float
+    Everything may still be on its way: what is read as a number of the host waits for the device.
+    """
+
+    parts: torch.Tensor
+    """`[n]`: what the pieces add to the loss, times the divisor."""
     gradient: torch.Tensor | None
     """`[batch, seq, hidden]`, times the loss scale."""
     logits: torch.Tensor | None
     """`[batch, seq, vocab]`, only on request."""
-    correct: int | None = None
-    """Targets that are the first of the largest logits, only on request."""
+    right: torch.Tensor | None = None
+    """`[n]`: in each piece, targets that are the first of the largest logits; only on request."""
+    divisor: float = 1.0
+
+    @property
+    def loss(self) -> float:
+        """The loss, read."""
+        return float(sum(self.parts.tolist()) / self.divisor)
+
+    @property
+    def correct(self) -> int | None:
+        """Targets that are the first of the largest logits, read; None where they were not counted."""
+        return None if self.right is None else int(sum(self.right.tolist()))
 
 
 def compute_loss(
@@ -50,7 +66,7 @@ def compute_loss(
 
     Args:
         hidden: `[batch, seq, hidden]` from the decoder.
-        targets: `[batch, seq]`, already shifted, -100 where there is none; best on the host, which picks the positions.
+        targets: `[batch, seq]`, already shifted, -100 where there is none; on the host, or the host waits for them.
         denominator: target tokens the sum is divided by.
         chunk_size: targets a chunk, positions without one are skipped; None: the model's own loss on all rows.
         scale: loss scale, applied before the gradient is formed.
@@ -58,29 +74,32 @@ def compute_loss(
     """
     hidden = hidden.detach()
     if chunk_size is None:
-        targets = targets.to(hidden.device)
+        targets = to_device(targets, hidden.device)
         loss, gradient, everything = _piece(lm, hidden, targets, denominator, scale, with_gradient, smoothing)
-        right = _count_right(everything, targets) if with_accuracy else None
-        return LossResult(float(loss), gradient, everything if with_logits else None, right)
+        right = _count_right(everything, targets).view(1) if with_accuracy else None
+        return LossResult(loss.view(1), gradient, everything if with_logits else None, right)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    flat = targets.reshape(-1)
+    flat = targets.reshape(-1).cpu()
     losses: list[torch.Tensor] = []
+    counts: list[torch.Tensor] = []
     whole = torch.zeros_like(rows) if with_gradient else None
-    right = 0 if with_accuracy else None
-    for positions in (flat != IGNORE_INDEX).nonzero().squeeze(1).split(chunk_size):
-        wanted = flat[positions].unsqueeze(0).to(rows.device)
-        positions = positions.to(rows.device)
+    for where in (flat != IGNORE_INDEX).nonzero().squeeze(1).split(chunk_size):
+        wanted, positions = to_device(flat[where].unsqueeze(0), rows.device), to_device(where, rows.device)
         chunk = rows.index_select(0, positions).unsqueeze(0)
         loss, gradient, piece = _piece(lm, chunk, wanted, denominator, scale, with_gradient, smoothing)
         losses.append(loss)
-        if right is not None:
-            right += _count_right(piece, wanted)
+        if with_accuracy:
+            counts.append(_count_right(piece, wanted))
         if whole is not None and gradient is not None:
             whole.index_copy_(0, positions, gradient.squeeze(0))
     with torch.no_grad():
         logits = lm.logits(hidden) if with_logits else None
-    total = sum(torch.stack(losses).tolist()) if losses else 0.0
-    return LossResult(total, None if whole is None else whole.view_as(hidden), logits, right)
+    right = _joined(counts, rows) if with_accuracy else None
+    return LossResult(_joined(losses, rows), None if whole is None else whole.view_as(hidden), logits, right)
+
+
+def _joined(numbers: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    return torch.stack(numbers) if numbers else like.new_zeros(0)
 
 
 def smoothed_loss(logits: torch.Tensor, targets: torch.Tensor, denominator: float, smoothing: float) -> torch.Tensor:
@@ -95,8 +114,8 @@ def smoothed_loss(logits: torch.Tensor, targets: torch.Tensor, denominator: floa
     return summed / denominator
 
 
-def _count_right(logits: torch.Tensor, targets: torch.Tensor) -> int:
-    return int((logits.argmax(-1) == targets).sum())
+def _count_right(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (logits.argmax(-1) == targets).sum()
 
 
 def _piece(

@@ -151,10 +151,10 @@ class LemaTrainer(Resumable):
             hidden = self.lm.hidden_states(**batch.model_inputs)
             self._turn()
             result = self.loss(hidden, batch.targets, denominator, scale=self.loss_scale, with_logits=return_logits)
-            self._check_loss(result, batch, random_state)
             self._turn()
             hidden.backward(result.gradient)
             del hidden
+            loss = self._checked_loss(result, batch, random_state)
             self._window.add(batch.num_targets)
             if self._window.full:
                 self._turn()
@@ -162,7 +162,7 @@ class LemaTrainer(Resumable):
                     outcome.update(self._update())
                 self._turn()
         self._save_if_due(outcome)
-        return result.logits, result.loss * denominator / batch.num_targets
+        return result.logits, loss * denominator / batch.num_targets
 
     def eval_step(
         self,
@@ -330,13 +330,15 @@ class LemaTrainer(Resumable):
         if stepped and self.config.save_steps > 0 and self.global_step % self.config.save_steps == 0:
             self.save_checkpoint(Path(self.config.output_dir) / f"checkpoint-{self.global_step}")
 
-    def _check_loss(self, result: LossResult, batch: Batch, random_state: RandomState) -> None:
-        if result.loss == result.loss and abs(result.loss) != float("inf"):
-            return
+    def _checked_loss(self, result: LossResult, batch: Batch, random_state: RandomState) -> float:
+        """The loss, read only now that the backward is enqueued, before anything of it can reach the optimizer."""
+        loss = result.loss
+        if math.isfinite(loss):
+            return loss
         place = first_bad_activation(self.lm, batch, random_state)
         self.discard_window()
         raise NonFiniteError(
-            f"the loss is {result.loss} at step {self.global_step + 1}, first seen in the output of {place}; the "
+            f"the loss is {loss} at step {self.global_step + 1}, first seen in the output of {place}; the "
             "optimizer was not stepped. Lower the learning rate, or use bfloat16 or float32 if this is float16"
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..core.host_copies import to_device
 from ..errors import InputError, UnsupportedError
 from ..models.causal_lm import CausalLM
 from ..models.skeleton import replaced_forwards
@@ -55,7 +56,7 @@ def vocabulary_loss(
 
     Args:
         hidden: `[batch, seq, hidden]` from the decoder.
-        targets: `[batch, seq]`, already shifted, -100 where there is none.
+        targets: `[batch, seq]`, already shifted, -100 where there is none; on the host, or the host waits for them.
         denominator: target tokens the sum is divided by.
         positions: targets at once; at most `positions` times a chunk's rows logits are there at a time.
         scale: loss scale, applied before the gradient is rounded to the type of the hidden states.
@@ -65,17 +66,18 @@ def vocabulary_loss(
         InputError: a target is outside the vocabulary.
         UnsupportedError: the family does something to logits that pieces of the vocabulary do not show.
     """
-    flat = targets.reshape(-1)
+    flat = targets.reshape(-1).cpu()
     where = (flat != IGNORE_INDEX).nonzero().squeeze(1)
     count = where.shape[0]
     gradient = hidden.new_zeros(hidden.shape) if with_gradient else None
     if count == 0:
-        return LossResult(0.0, gradient, None, 0 if with_accuracy else None)
+        return LossResult(hidden.new_zeros(0), gradient, None, hidden.new_zeros(0) if with_accuracy else None)
     check_head(lm, hidden, chunks.ranges)
     wanted, order = flat[where].sort(stable=True)
     cuts = _cuts(wanted, chunks.ranges)
     blocks = [slice(start, min(start + positions, count)) for start in range(0, count, positions)]
-    softmax = _OnlineSoftmax(lm, hidden.reshape(-1, hidden.shape[-1]), where[order], wanted, with_gradient)
+    where, wanted = to_device(where[order], hidden.device), to_device(wanted, hidden.device)
+    softmax = _OnlineSoftmax(lm, hidden.reshape(-1, hidden.shape[-1]), where, wanted, with_gradient)
     softmax.keep_best, softmax.smoothing = with_accuracy, smoothing
     for number, (start, end) in enumerate(chunks.ranges):
         with chunks.use(number) as weight:
@@ -85,8 +87,8 @@ def vocabulary_loss(
             for block in blocks:
                 softmax.add(chunk, block)
     losses = [softmax.finish(block, scale / denominator, gradient) for block in blocks]
-    right = softmax.right if with_accuracy else None
-    return LossResult(sum(torch.stack(losses).tolist()) / denominator, gradient, None, right)
+    right = torch.stack(softmax.right) if with_accuracy else None
+    return LossResult(torch.stack(losses), gradient, None, right, divisor=denominator)
 
 
 @torch.no_grad()
@@ -160,7 +162,7 @@ class _OnlineSoftmax:
         self._target_outputs: torch.Tensor | None = None
         self.keep_best = False
         """Whether to note which other token has the largest logit."""
-        self.right = 0
+        self.right: list[torch.Tensor] = []
         """Targets whose logit is the largest, of equal ones the first; counted as blocks are finished."""
         self.smoothing = 0.0
         self._logits = rows.new_zeros((count, 1), dtype=self._dtype)
@@ -269,7 +271,7 @@ class _OnlineSoftmax:
         if self.keep_best:
             first = self._wanted[block].unsqueeze(1) < self._best[block]
             largest = self._maximum[block]
-            self.right += int(((target > largest) | ((target == largest) & first)).sum())
+            self.right.append(((target > largest) | ((target == largest) & first)).sum())
         distance = (self._maximum[block] - target).add_(self._sum[block].log())
         if gradient is not None:
             assert self._target_rows is not None
