@@ -18,7 +18,7 @@ def head_gradient_bound(
 ) -> torch.Tensor:
     """The largest error of each position's gradient, as a norm: `[batch, seq]`, 0 where there is no target.
 
-    A product of width n is off by at most n eps/2 |h| |W| (Higham, Accuracy and Stability of Numerical Algorithms, 3.5).
+    A product of width n is off by at most n eps/2 |h| |W| (Higham, Accuracy and Stability of Numerical Algorithms, 3).
     Logits that are off by at most d move a softmax by at most d in the 1-norm, and by at most 4 d (1 - p) exp(2 d)
     where its largest is p: an error that is large beside 1 matters only where two tokens are nearly as likely.
 
