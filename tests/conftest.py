@@ -1,9 +1,32 @@
-"""What every test file shares: tests marked `accelerator` are skipped where torch sees none."""
+"""What every test file shares: tests marked `accelerator` are skipped where torch sees none; the seed of their order is
+said at the end, and `--optimized` takes the asserts from the processes they start."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--optimized", action="store_true", help="processes that tests start run as under python -O")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--optimized"):
+        return
+    os.environ["PYTHONOPTIMIZE"] = "1"  # not for this process, whose asserts are the tests
+    if not __debug__ or subprocess.run([sys.executable, "-c", "assert False"]).returncode:
+        raise pytest.UsageError("--optimized: a process of its own has no asserts, and this one has to have them")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    seed = config.getoption("randomly_seed", None)
+    if seed is not None:
+        terminalreporter.write_line(f"this order and these random numbers again: --randomly-seed={seed}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
