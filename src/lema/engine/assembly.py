@@ -22,6 +22,7 @@ from ..errors import DeviceError, UnsupportedError
 from ..models.base import LemaModelAdapter
 from ..models.transformers_adapter import TransformersAdapter
 from .dry_run import DryRun
+from .head_loss import loss_chunk
 
 _PLANNED = (
     "ram_budget", "vram_budget", "ram_layers", "device_layers", "keep_activations", "head", "boundaries",
@@ -80,13 +81,16 @@ def assemble_plan(
     on_cpu = hardware.device == "cpu"
     compute_budget = ram if on_cpu else vram
     keep = 0 if config.gradient_checkpointing or compute_budget is None else None
+    positions = config.batch_size * config.max_seq_length
+    chunk = loss_chunk(config.loss_chunk_size, positions, sizes.vocab)
+    planned = config.loss_chunk_size == "auto" and not plain
     choices = Choices(
         device_layers=_first(config.device_layers, 0 if compute_budget is None else None),
         ram_layers=_first(config.ram_layers, (len(sizes.units) if resident else 0) if ram is None else None),
         keep_activations=_first(config.keep_activations, keep),
         micro_batch_size=_first(config.micro_batch_size, config.batch_size if plain else None),
-        loss_chunk_size=config.loss_chunk_size,
-        exact_loss=plain and config.loss_chunk_size is None,
+        loss_chunk_size=None if planned else chunk,
+        exact_loss=chunk is None and not planned,
         head=config.head,
         boundaries=_first(config.boundaries, "device" if compute_budget is None else None),
         optimizer=_first(config.optimizer_place, "device" if compute_budget is None else None),

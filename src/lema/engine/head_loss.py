@@ -23,6 +23,23 @@ from .vocabulary import check_head, vocabulary_logits, vocabulary_loss
 
 logger = logging.getLogger(__name__)
 
+LARGE_LOGITS = 32 << 20
+"""Bytes of float32 logits from which 'auto' cuts the loss; fewer are no more than what a layer takes."""
+AUTO_CHUNK = 512
+"""Positions of a piece then: with a run of the vocabulary of 16 MiB its logits take 8 to 16 MiB."""
+
+
+def loss_chunk(setting: int | str | None, positions: int, vocab: int) -> int | None:
+    """Target positions a piece of the loss, for a setting as `LemaConfig.loss_chunk_size`; None: all at once.
+
+    Args:
+        positions: of the whole batch.
+        vocab: logits a position.
+    """
+    if not isinstance(setting, str):
+        return setting
+    return AUTO_CHUNK if positions * vocab * 4 > LARGE_LOGITS else None
+
 
 class HeadLoss:
     """The loss of hidden states and its gradient there, the head being where memory has it.
@@ -48,33 +65,34 @@ class HeadLoss:
         """As `compute_loss`: `hidden` is `[batch, seq, hidden]`, `targets` `[batch, seq]`."""
         wanted: dict[str, Any] = {"scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy}
         wanted["smoothing"] = self.smoothing if with_gradient else 0.0
+        chunk = self._chunk_of(targets)
         chunks = self._memory.head_chunks
         if chunks is not None:
             with self._memory.timeline.span(COMPUTE, "head and loss"):
-                return self._pieces(hidden, targets, denominator, chunks, with_logits, wanted)
+                return self._pieces(hidden, targets, denominator, chunks, chunk, with_logits, wanted)
         with self._memory.use(HEAD):
-            if self._slices_head():
+            if chunk is not None and self._slices_head():
                 assert self._lm.head is not None
                 weight: Any = self._lm.head.weight
-                return self._pieces(hidden, targets, denominator, SlicedHead(weight), with_logits, wanted)
+                return self._pieces(hidden, targets, denominator, SlicedHead(weight), chunk, with_logits, wanted)
             return compute_loss(
-                self._lm, hidden, targets, denominator, chunk_size=self._chunk, with_logits=with_logits, **wanted
+                self._lm, hidden, targets, denominator, chunk_size=chunk, with_logits=with_logits, **wanted
             )
 
     def _pieces(
         self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, chunks: HeadChunks | SlicedHead,
-        with_logits: bool, wanted: dict[str, Any],
+        chunk: int | None, with_logits: bool, wanted: dict[str, Any],
     ) -> LossResult:  # fmt: skip
         hidden = hidden.detach()
-        positions = self._chunk or targets.numel()
+        positions = chunk or targets.numel()
         result = vocabulary_loss(self._lm, hidden, targets, denominator, chunks, positions=positions, **wanted)
         logits = vocabulary_logits(self._lm, hidden, chunks) if with_logits else None
         return dataclasses.replace(result, logits=logits)
 
     def _slices_head(self) -> bool:
-        """Whether a chunked loss may cut the vocabulary too: not in exact mode, and where the family allows it."""
+        """Whether a chunked loss may cut the vocabulary too, which the family has to allow."""
         head = self._lm.head
-        if self._chunk is None or type(head) is not nn.Linear:
+        if type(head) is not nn.Linear:
             return False
         if self._sliceable is None:
             device = torch.device(self._config.device)
@@ -87,7 +105,8 @@ class HeadLoss:
                 self._sliceable = False
         return self._sliceable
 
-    @property
-    def _chunk(self) -> int | None:
+    def _chunk_of(self, targets: torch.Tensor) -> int | None:
         plan = self._memory.plan
-        return self._config.loss_chunk_size if plan is None else plan.loss_chunk_size
+        if plan is not None:
+            return plan.loss_chunk_size
+        return loss_chunk(self._config.loss_chunk_size, targets.numel(), self._lm.vocab_size)

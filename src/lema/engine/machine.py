@@ -128,10 +128,11 @@ class TrainerMachine:
             "device": _device_name(trainer.config),
             "threads": torch.get_num_threads(),
             "micro_batch_size": trainer.streamer.batching.micro_batch_size,
+            "loss_chunk_size": trainer.config.loss_chunk_size if plan is None else plan.loss_chunk_size,
         }
         if plan is not None:
             found |= {
-                "loss_chunk_size": plan.loss_chunk_size, "head_chunked": plan.head == "chunked",
+                "head_chunked": plan.head == "chunked",
                 "head_rows": plan.head_rows, "optimizer_place": plan.optimizer,
             }  # fmt: skip
         return found

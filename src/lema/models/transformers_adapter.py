@@ -88,6 +88,10 @@ class TransformersAdapter(LemaModelAdapter):
     @property
     def model(self) -> PreTrainedModel:
         """The skeleton: transformers' model, its weights bound or still empty."""
+        return self._build()
+
+    def _build(self) -> PreTrainedModel:
+        """Make the skeleton and what is known of it, unless it is there."""
         if self._model is None:
             model = build_skeleton(copy.deepcopy(self.config), self.dtype, self._attn)
             self._layers_path, layers = find_layers(model)
@@ -102,7 +106,7 @@ class TransformersAdapter(LemaModelAdapter):
 
     def causal_lm(self) -> TransformersCausalLM:
         """The whole model, its layers ready to be driven."""
-        assert self.model is not None
+        self._build()
         return self._lm
 
     @property

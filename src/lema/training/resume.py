@@ -22,6 +22,8 @@ _FREE = {
     "eval_steps", "load_best_model_at_end", "early_stopping_patience",
     "sample_prompts", "sample_max_new_tokens", "save_total_limit", "on_save_error", "max_dropped", "max_train_hours",
 }  # fmt: skip
+_NOW_CALLED = {"loss_chunk_size": (None, "auto")}
+"""What was the default once, and is it no longer, beside what is: a run that set neither goes on."""
 _LENGTH = ("max_steps", "num_train_epochs")
 
 
@@ -33,7 +35,11 @@ def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
 def check_resume(checkpoint: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """`CheckpointError` unless a checkpoint's settings and those of now give the same numbers; says which differ."""
     before, now = compared(saved), compared(settings)
-    differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    differ = [
+        name
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and (before.get(name), now.get(name)) != _NOW_CALLED.get(name)
+    ]
     warmup = now.get("warmup_steps", 0)
     if now.get("lr_scheduler_type") == "constant" and (warmup == 0 or warmup >= 1):
         differ = [name for name in differ if name not in _LENGTH]  # a longer run begins like a shorter one
