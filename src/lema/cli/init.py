@@ -110,14 +110,15 @@ def init(
 
 
 def _device() -> tuple[str, str, str]:
-    """Device, type and why that type; bfloat16 arithmetic is there from compute capability 8 on."""
-    import torch
+    """Device, type and why that type."""
+    from ..core.device import default_device, device_name, supports_bfloat16
 
-    if not torch.cuda.is_available():
-        return "cpu", "float32", "exact; `lema doctor` measures whether bfloat16 is faster"
-    if torch.cuda.get_device_capability()[0] >= 8:
-        return "cuda", "bfloat16", f"{torch.cuda.get_device_name()} computes in it"
-    return "cuda", "float16", f"{torch.cuda.get_device_name()} has no bfloat16 arithmetic"
+    device = default_device()
+    if device == "cpu":
+        return device, "float32", "exact; `lema doctor` measures whether bfloat16 is faster"
+    if supports_bfloat16(device):
+        return device, "bfloat16", f"{device_name(device)} computes in it"
+    return device, "float16", f"{device_name(device)} has no bfloat16 arithmetic"
 
 
 def _positions(model: str) -> int | None:
