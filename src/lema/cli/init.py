@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +87,9 @@ def init(
     longest = _positions(model)
     device, dtype, why = _device()
     steps = max(len(rows) // 8, 1)
+    file = shlex.quote(str(out))
     text = _TEMPLATE.format(
-        file=out, model=_yaml(model), data=_yaml(str(data)), kind=kind, found=f"{len(rows):,} rows of the form {kind}",
+        file=file, model=_yaml(model), data=_yaml(str(data)), kind=kind, found=f"{len(rows):,} rows of the form {kind}",
         device=device, dtype=dtype, dtype_why=why, length=min(512, longest or 512),
         length_why=f"; the model takes {longest:,}" if longest else "", output=_yaml(_output(out)),
         eval_size=0.05 if len(rows) >= 100 else 0, logging=1 if steps < 100 else 10,
@@ -106,7 +108,7 @@ def init(
     typer.echo(f"{out}: {len(rows):,} rows of the form {kind}, {dtype} on {device}")
     if len(rows) < 100:
         typer.echo("fewer than 100 rows: none is held out to evaluate on; eval_size or eval_file changes that")
-    typer.echo(f"next:\n  lema data check {out}\n  lema train {out} --dry-run\n  lema train {out}")
+    typer.echo(f"next:\n  lema data check {file}\n  lema train {file} --dry-run\n  lema train {file}")
 
 
 def _device() -> tuple[str, str, str]:
