@@ -10,18 +10,16 @@ import sys
 import pytest
 import torch
 
-from virtual_device import plugin
-from virtual_device.plugin import no_fault_on_the_virtual_device, virtual  # noqa: F401
+from virtual_device.plugin import MISSING
+
+pytest_plugins = ["virtual_device.plugin"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    plugin.pytest_addoption(parser)
     parser.addoption("--optimized", action="store_true", help="processes that tests start run as under python -O")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    plugin.pytest_configure(config)
     if not config.getoption("--optimized"):
         return
     os.environ["PYTHONOPTIMIZE"] = "1"  # not for this process, whose asserts are the tests
@@ -38,7 +36,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.accelerator.is_available():
         return
-    reason = config.stash.get(plugin.MISSING, "needs an accelerator, and torch sees none here")
+    skip = pytest.mark.skip(reason=config.stash.get(MISSING, "needs an accelerator, and torch sees none here"))
     for item in items:
         if "accelerator" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(skip)
