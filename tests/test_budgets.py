@@ -62,7 +62,6 @@ from lema.models.base import LemaModelAdapter
 
 pytestmark = [
     pytest.mark.timeout(120),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
 LAYERS, ROWS, LENGTH = 4, 4, 10

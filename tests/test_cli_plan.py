@@ -24,7 +24,7 @@ from lema.cli.app import app
 from lema.cli.plan_table import show
 from lema.cli.settings import parse_value
 from lema.config import LemaConfig
-from lema.core import budget, probe
+from lema.core import budget, device, probe
 from lema.core.budget import format_bytes
 from lema.core.hardware import Hardware
 from lema.core.plan import MemoryPlan, describe
@@ -279,8 +279,8 @@ def test_nothing_of_this_machine_is_asked_for_another_one(write: Write, monkeypa
         raise AssertionError("this machine was asked")
 
     for owner, names in (
-        (probe, ("profile", "measure")), (assembly, ("free_ram", "free_device_memory", "check_device")),
-        (budget, ("free_ram", "free_device_memory", "total_ram", "accelerator_module")),
+        (probe, ("profile", "measure")), (assembly, ("free_ram", "device_memory", "check_device")),
+        (budget, ("free_ram", "total_ram")), (device, ("accelerator_module",)),
         (torch.cuda, ("_lazy_init", "get_device_capability", "mem_get_info", "get_device_name")),
         (torch.accelerator, ("synchronize",)),
     ):  # fmt: skip

@@ -47,7 +47,6 @@ from lema.utils.demo_model import locate_smollm2, smollm2_folder
 
 pytestmark = [
     pytest.mark.timeout(120),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]

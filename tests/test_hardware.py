@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,20 +19,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lema
 from lema.cache import cache_folder
+from lema.config import LemaConfig
 from lema.core import budget, probe
-from lema.core.budget import (
-    format_bytes,
-    free_device_memory,
-    free_ram,
-    parse_bytes,
-    resolve_budget,
+from lema.core.budget import format_bytes, free_ram, parse_bytes, resolve_budget, total_ram
+from lema.core.cuda import CONTEXT_BYTES
+from lema.core.device import (
+    check_device,
+    compute_dtypes,
+    default_device,
+    device_memory,
+    device_name,
+    peak_memory,
+    supports_bfloat16,
     total_device_memory,
-    total_ram,
 )
 from lema.core.hardware import CARDS, Hardware, parse_link
-from lema.core.probe import compute_dtypes, disk_rate, measure, profile, supports_bfloat16
+from lema.core.probe import disk_rate, measure, profile
 from lema.core.reader import DiskReader
+from lema.engine.assembly import resolve_budgets
+from lema.engine.step_report import peak_bytes
 from lema.errors import ConfigError, DeviceError, ReadError, WeightsNotFoundError
 
 pytestmark = pytest.mark.timeout(60)
@@ -260,34 +268,123 @@ def test_limits_of_the_process(kernel: Kernel) -> None:
 
 def test_this_machine() -> None:
     assert 0 < free_ram() <= total_ram()
-    assert free_device_memory("cpu") == total_device_memory("cpu") == 0
+    assert device_memory("cpu").available == total_device_memory("cpu") == peak_memory("cpu") == 0
 
 
-def pretend_accelerator(monkeypatch: pytest.MonkeyPatch, module: Any, count: int = 1) -> None:
+# -- a device, whichever it is ---------------------------------------------------------------------
+
+COUNTERS = ("get_memory_info", "memory_reserved", "memory_allocated", "max_memory_allocated")
+
+
+def pretend_accelerator(monkeypatch: pytest.MonkeyPatch, module: Any, count: int = 1, kind: str = "xpu") -> None:
+    """A torch that has an accelerator with this module, and counts nothing itself, as torch 2.6 does."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    for name in COUNTERS:
+        monkeypatch.delattr(torch.accelerator, name, raising=False)
 
 
-def test_what_the_allocator_holds_unused_is_free_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(
-        mem_get_info=lambda _: (5 * GB, 24 * GB), memory_reserved=lambda _: 3 * GB, memory_allocated=lambda _: GB
-    )
+def counting(**more: Any) -> SimpleNamespace:
+    """A device's module that says all that is asked."""
+    return SimpleNamespace(
+        mem_get_info=lambda _: (5 * GB, 24 * GB), memory_reserved=lambda _: 3 * GB, memory_allocated=lambda _: GB,
+        max_memory_allocated=lambda _: 2 * GB, get_rng_state=None, set_rng_state=None, **more,
+    )  # fmt: skip
+
+
+def without(name: str) -> SimpleNamespace:
+    module = counting()
+    delattr(module, name)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["xpu", "cuda", "mtia"])
+def test_any_accelerator_says_what_it_has(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    pretend_accelerator(monkeypatch, counting(get_device_name=lambda _: "a card"), kind=kind)
+    assert default_device() == kind
+    assert device_memory(kind).available == 7 * GB  # what the allocator holds unused is free
+    assert total_device_memory(f"{kind}:0") == 24 * GB
+    assert peak_memory(kind) == peak_bytes(kind) == 2 * GB
+    assert device_name(kind) == "a card"
+    check_device(kind)
+    with pytest.raises(DeviceError, match=rf"{kind}:1.*torch sees 1"):
+        check_device(f"{kind}:1")
+    with pytest.raises(DeviceError, match=f"torch.* sees {kind}.*device='{kind}' or device='cpu'"):
+        check_device("hpu")
+    with pytest.raises(DeviceError, match=f"choose '{kind}' or 'cpu'"):
+        check_device("cudda")
+
+
+def test_the_common_counters_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_accelerator(monkeypatch, counting())
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda _: (6 * GB, 16 * GB), raising=False)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _: 5 * GB, raising=False)
+    assert total_device_memory("xpu") == 16 * GB
+    assert peak_memory("xpu") == 5 * GB
+
+    def refuses(_: object) -> int:
+        raise RuntimeError("Allocator for xpu is not a DeviceAllocator")
+
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", refuses, raising=False)
+    assert peak_memory("xpu") == 2 * GB
+
+
+def test_what_a_device_cannot_say_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_accelerator(monkeypatch, without("mem_get_info"))
+    with pytest.raises(DeviceError, match=r"torch\.xpu\.mem_get_info.*vram_budget to a size"):
+        device_memory("xpu")
+    with pytest.raises(DeviceError, match="total_memory"):
+        total_device_memory("xpu")
+    config = LemaConfig("a model", device="xpu", vram_budget="auto")
+    with pytest.raises(DeviceError, match="how much memory is free"):
+        resolve_budgets(config)
+    assert resolve_budgets(config.replace(vram_budget="6GB")) == (None, 6 * GB)  # a size needs no counters
+    pretend_accelerator(monkeypatch, without("max_memory_allocated"))
+    with pytest.raises(DeviceError, match="max_memory_allocated"):
+        check_device("xpu")
+    pretend_accelerator(monkeypatch, without("set_rng_state"))
+    with pytest.raises(DeviceError, match=r"torch\.xpu has no set_rng_state.*dropout"):
+        check_device("xpu")
+
+
+def test_what_can_be_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = without("mem_get_info")
+    module.get_device_properties = lambda _: SimpleNamespace(name="a card", total_memory=8 * GB)
     pretend_accelerator(monkeypatch, module)
-    assert free_device_memory("cuda") == 7 * GB
-    assert total_device_memory("cuda:0") == 24 * GB
-    with pytest.raises(DeviceError, match=r"cuda:1.*torch sees 1"):
-        free_device_memory("cuda:1")
-    with pytest.raises(DeviceError, match="torch sees cuda"):
-        free_device_memory("xpu")
-    pretend_accelerator(monkeypatch, SimpleNamespace())
-    with pytest.raises(DeviceError, match="how much memory"):
-        free_device_memory("cuda")
-    pretend_accelerator(monkeypatch, module, count=0)
-    for ask in (free_device_memory, measure, profile):
+    assert total_device_memory("xpu") == 8 * GB
+    assert device_name("xpu") == "a card"
+    for counter in ("memory_reserved", "memory_allocated"):  # one without the other says nothing
+        pretend_accelerator(monkeypatch, without(counter))
+        assert device_memory("xpu").available == 5 * GB
+    assert device_name("xpu") == "xpu"
+
+
+def test_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_accelerator(monkeypatch, counting(), count=0)
+    assert default_device() == "cpu"
+    for ask in (device_memory, measure, profile, check_device, peak_memory):
         with pytest.raises(DeviceError, match="no accelerator"):
             ask("cuda")
+
+
+def test_a_budget_of_all_that_is_free_has_the_context_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan counts the context, and what a driver calls free is without it: it is there once that is asked."""
+    for kind, context in (("xpu", 0), ("cuda", CONTEXT_BYTES)):
+        pretend_accelerator(monkeypatch, counting(), kind=kind)
+        config = LemaConfig("a model", device=kind, vram_budget="auto")
+        assert resolve_budgets(config)[1] == resolve_budget("auto", 7 * GB + context)
+
+
+def test_what_is_cudas_alone_is_in_one_place() -> None:
+    package = Path(lema.__file__).parent
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if re.search(r"torch\.cuda\b", file.read_text(encoding="utf-8"))
+    }
+    assert {name for name in found if not name.startswith("kaggle")} == {"core/cuda.py"}
 
 
 # -- machines, stated ------------------------------------------------------------------------------
@@ -316,6 +413,8 @@ def test_a_machine_by_hand_needs_no_more_than_it_has() -> None:
         ({"dvice": "cuda"}, "dvice.*did you mean 'device'"),
         ({"device": "cudda"}, "did you mean 'cuda'"),
         ({"device": ["cuda"]}, "device.*unknown"),
+        ({"device": "cuda:1"}, "no kind of device"),
+        ({"device": "meta"}, "no kind of device"),
         ({"device": "cpu"}, "leave both out"),
         ({"source": "guessed"}, "source 'guessed' is unknown"),
         ({"name": ""}, "name is empty"),
@@ -718,7 +817,7 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_accelerator(tmp_path: Path) -> None:
     machine = measure("cuda", tmp_path)
     assert machine.device == "cuda"
-    assert 0 < free_device_memory("cuda") <= machine.vram_bytes
+    assert 0 < device_memory("cuda").available <= machine.vram_bytes
     assert 1e8 < machine.link_bytes_per_s < 1e12
     assert machine.flops["float16"] > 1e11
     assert ("bfloat16" in machine.flops) == (torch.cuda.get_device_capability() >= (8, 0))

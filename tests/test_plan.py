@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lema.core.cuda import CONTEXT_BYTES
 from lema.core.hardware import Hardware
 from lema.core.memory import place
 from lema.core.plan import (
@@ -394,7 +395,7 @@ def test_more_layers_than_there_are_means_all(name: str) -> None:
 
 def test_on_a_device_a_head_stays_or_comes_in_chunks() -> None:
     """As a whole it is streamed for the CPU only."""
-    for vram in (None, 20 * GB, 2 * GB, 800 * MB, 500 * MB, 420 * MB):
+    for vram in (None, 20 * GB, 2 * GB, *(CONTEXT_BYTES + n * MB for n in (820, 520, 440))):
         plan = plan_for(None, vram, machine=gpu())
         assert plan.head != "streamed"
         held = {"resident": model().head, "chunked": 2 * plan.head_rows * model().head // model().vocab}[plan.head]
@@ -404,9 +405,16 @@ def test_on_a_device_a_head_stays_or_comes_in_chunks() -> None:
         plan_for(None, 20 * GB, head="streamed")
 
 
+def test_a_device_has_room_for_its_context_and_two_workspaces_of_the_largest_cards() -> None:
+    parts = plan_for(None, 20 * GB, machine=gpu()).device_bytes
+    assert parts["overhead"] >= 2 * 32 * 2**20
+    assert parts["context"] == CONTEXT_BYTES >= 426 * 2**20
+    assert plan_for(None, 20 * GB, machine=dataclasses.replace(gpu(), device="xpu")).device_bytes["context"] == 0
+
+
 def test_a_head_in_chunks_comes_from_ram_where_there_is_room() -> None:
     rest: dict[str, Any] = {"machine": gpu(disk=GB // 10, link=2 * GB), "head": "chunked"}
-    roomy, tight = plan_for(20 * GB, 420 * MB, **rest), plan_for(400 * MB, 420 * MB, **rest)
+    roomy, tight = (plan_for(ram, CONTEXT_BYTES + 440 * MB, **rest) for ram in (20 * GB, 400 * MB))
     assert roomy.head_in_ram
     assert roomy.host_bytes["head"] == model().head
     assert not tight.head_in_ram
@@ -418,7 +426,7 @@ def test_a_head_in_chunks_comes_from_ram_where_there_is_room() -> None:
 
 @pytest.mark.parametrize("budget", [None, 50 * GB, 2 * GB, GB, 700 * MB])
 def test_an_exact_loss_stays_in_one_piece(budget: int | None) -> None:
-    for vram in (None, 2 * GB, 700 * MB):
+    for vram in (None, 2 * GB, CONTEXT_BYTES + 720 * MB):
         try:
             plan = plan_for(budget, vram, exact_loss=True)
         except ConfigError:
@@ -674,7 +682,8 @@ def test_a_smaller_micro_batch_is_taken_where_it_saves_time() -> None:
 
 def test_boundaries_and_optimizer_go_to_the_host_where_the_device_is_short() -> None:
     sizes, work = dataclasses.replace(model(), lora=20 * MB), load(batch=8, seq=512)
-    plans = [plan_for(20 * GB, vram, sizes=sizes, work=work) for vram in (20 * GB, 900 * MB, 600 * MB)]
+    short_of = 620 * MB + CONTEXT_BYTES
+    plans = [plan_for(20 * GB, vram, sizes=sizes, work=work) for vram in (20 * GB, 920 * MB + CONTEXT_BYTES, short_of)]
     places = [(plan.boundaries, plan.optimizer) for plan in plans]
     assert places[0] == ("device", "device")
     assert places[-1] == ("host", "host")
@@ -686,19 +695,20 @@ def test_boundaries_and_optimizer_go_to_the_host_where_the_device_is_short() -> 
     assert "boundaries" not in plans[0].host_bytes
     for name in ("boundaries", "optimizer"):
         with pytest.raises(ConfigError):
-            plan_for(20 * GB, 600 * MB, sizes=sizes, work=work, **{name: "device"})
+            plan_for(20 * GB, short_of, sizes=sizes, work=work, **{name: "device"})
 
 
 def test_the_device_comes_first_then_ram() -> None:
     """What does not fit on the device stays in RAM, and the disk gets the rest."""
     rest: dict[str, Any] = {"keep_activations": 0, "machine": gpu(disk=GB // 10, link=2 * GB)}
-    plan = plan_for(600 * MB, 800 * MB, **rest)
+    vram = CONTEXT_BYTES + 820 * MB
+    plan = plan_for(600 * MB, vram, **rest)
     assert plan.on_device
     assert plan.in_ram or plan.head_in_ram
     assert plan.from_disk
-    assert plan_for(2 * GB, 800 * MB, **rest).from_disk == ()
-    assert set(plan_for(2 * GB, 800 * MB, device_layers=2, **rest).on_device) == {3, 7}
-    chosen = plan_for(2 * GB, 800 * MB, device_layers=2, ram_layers=3, **rest)
+    assert plan_for(2 * GB, vram, **rest).from_disk == ()
+    assert set(plan_for(2 * GB, vram, device_layers=2, **rest).on_device) == {3, 7}
+    chosen = plan_for(2 * GB, vram, device_layers=2, ram_layers=3, **rest)
     assert (len(chosen.on_device), len(chosen.in_ram), len(chosen.from_disk)) == (2, 3, 3)
 
 

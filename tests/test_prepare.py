@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -722,7 +723,7 @@ def test_the_command(tmp_path: Path, torch_folder: Path, monkeypatch: pytest.Mon
     done = run.invoke(app, ["prepare", str(torch_folder), out, "--dtype", "bfloat16"])
     assert done.exit_code == 0, done.output
     assert re.search(r"30 tensors, 54\.7 KB of bfloat16, in 1 file\. Read back", done.stdout)
-    assert f"lema plan {out}" in done.stdout
+    assert f"lema plan {shlex.quote(out)}" in done.stdout
     done = run.invoke(app, ["prepare", out])
     assert done.exit_code == 0 and "nothing to do, it streams well as it is" in done.stdout
     done = run.invoke(app, ["prepare", out, "--json"])

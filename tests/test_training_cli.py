@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         patched.setattr(TrainingLoop, "_step", interrupted)
         said = lema("train", file, "--set", "save_steps=4", status=130).stdout
     assert "interrupted after step 3" in said
-    assert f"lema train {file} --set save_steps=4 --resume auto" in said
+    assert f"lema train {shlex.quote(str(file))} --set save_steps=4 --resume auto" in said
     saved = json.loads((tmp_path / "out" / "checkpoint-3" / "lema_config.json").read_text())
     assert isinstance(saved["ram_budget"], int), "what auto came to is kept for the resume"
     lema("train", file, "--resume", "auto")
@@ -108,7 +109,7 @@ def test_a_limit_of_time_is_no_failure(parts: tuple[Path, Path], tmp_path: Path)
     file = run_file(parts, tmp_path, save_steps=2)
     said = lema("train", file, "--set", "max_train_hours=1e-9").stdout
     assert "stopped after step 0 by max_train_hours=1e-09. Go on with:" in said
-    assert f"lema train {file} --set max_train_hours=1e-9 --resume auto" in said
+    assert f"lema train {shlex.quote(str(file))} --set max_train_hours=1e-9 --resume auto" in said
     assert "finished" in lema("train", file, "--resume", "auto").stdout
 
 

@@ -63,7 +63,7 @@ class LemaConfig:
     gbi_path: str | None = None
     """Weights, when they are not where the model is: a `.safetensors` file or a directory."""
     device: str = "cuda"
-    """Where layers are computed: 'cuda', 'cuda:1', 'cpu'."""
+    """Where layers are computed: 'cpu', or an accelerator as torch names it: 'cuda', 'cuda:1', 'xpu'."""
     strategy: MemoryStrategy = MemoryStrategy.STREAMING
     """'streaming' or 'resident', in any case."""
     ram_buffer_size: int = 2

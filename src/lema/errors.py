@@ -63,6 +63,10 @@ class DeviceError(LemaError, RuntimeError):
     """The device asked for is absent or cannot compute in the type asked for."""
 
 
+class DeviceMemoryError(DeviceError, MemoryError):
+    """The device has no room for what was to be allocated; says what was planned, what is taken and what to set."""
+
+
 class CheckpointError(LemaError):
     """A training checkpoint is incomplete, damaged, or belongs to another run."""
 

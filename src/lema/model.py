@@ -19,6 +19,7 @@ from .core.gbi import GlobalBinaryIndex
 from .core.lora import ADAPTER_CONFIG, LoRAManager
 from .core.memory import TripleBufferManager
 from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
+from .engine.device_memory import explained
 from .engine.generation import generate
 from .engine.guards import guard_peft
 from .engine.streamer import LayerStreamer
@@ -38,7 +39,7 @@ class LemaModel:
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
         UnsupportedError: a family LEMA cannot run rightly.
-        DeviceError: the device is absent or lacks the type.
+        DeviceError: the device is absent or lacks the type; `DeviceMemoryError`: it has no room.
     """
 
     def __init__(self, config: LemaConfig, adapter: LemaModelAdapter | None = None) -> None:
@@ -56,6 +57,10 @@ class LemaModel:
         """Make the adapters' parameters and install the streamed layers; further calls do nothing."""
         if self._streamer is not None:
             return
+        with explained(self.config.device, self.memory.plan):
+            self._install()
+
+    def _install(self) -> None:
         if self.lora_manager is not None:
             peft_model = self.lora_manager.attach(self.adapter)
             base = getattr(peft_model, "base_model", None)
@@ -91,15 +96,16 @@ class LemaModel:
             resume_from: a directory written by `save_checkpoint`; training goes on bit for bit.
         """
         self.initialize_lora()
-        trainer = LemaTrainer(
-            self.config,
-            self.adapter,
-            self.gbi,
-            self.lora_manager,
-            optimizer,
-            self.memory,
-            streamer=self._streamer,
-        )
+        with explained(self.config.device, self.memory.plan):
+            trainer = LemaTrainer(
+                self.config,
+                self.adapter,
+                self.gbi,
+                self.lora_manager,
+                optimizer,
+                self.memory,
+                streamer=self._streamer,
+            )
         if resume_from is not None:
             trainer.load_checkpoint(resume_from)
         return trainer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +87,9 @@ def init(
     longest = _positions(model)
     device, dtype, why = _device()
     steps = max(len(rows) // 8, 1)
+    file = shlex.quote(str(out))
     text = _TEMPLATE.format(
-        file=out, model=_yaml(model), data=_yaml(str(data)), kind=kind, found=f"{len(rows):,} rows of the form {kind}",
+        file=file, model=_yaml(model), data=_yaml(str(data)), kind=kind, found=f"{len(rows):,} rows of the form {kind}",
         device=device, dtype=dtype, dtype_why=why, length=min(512, longest or 512),
         length_why=f"; the model takes {longest:,}" if longest else "", output=_yaml(_output(out)),
         eval_size=0.05 if len(rows) >= 100 else 0, logging=1 if steps < 100 else 10,
@@ -106,18 +108,19 @@ def init(
     typer.echo(f"{out}: {len(rows):,} rows of the form {kind}, {dtype} on {device}")
     if len(rows) < 100:
         typer.echo("fewer than 100 rows: none is held out to evaluate on; eval_size or eval_file changes that")
-    typer.echo(f"next:\n  lema data check {out}\n  lema train {out} --dry-run\n  lema train {out}")
+    typer.echo(f"next:\n  lema data check {file}\n  lema train {file} --dry-run\n  lema train {file}")
 
 
 def _device() -> tuple[str, str, str]:
-    """Device, type and why that type; bfloat16 arithmetic is there from compute capability 8 on."""
-    import torch
+    """Device, type and why that type."""
+    from ..core.device import default_device, device_name, supports_bfloat16
 
-    if not torch.cuda.is_available():
-        return "cpu", "float32", "exact; `lema doctor` measures whether bfloat16 is faster"
-    if torch.cuda.get_device_capability()[0] >= 8:
-        return "cuda", "bfloat16", f"{torch.cuda.get_device_name()} computes in it"
-    return "cuda", "float16", f"{torch.cuda.get_device_name()} has no bfloat16 arithmetic"
+    device = default_device()
+    if device == "cpu":
+        return device, "float32", "exact; `lema doctor` measures whether bfloat16 is faster"
+    if supports_bfloat16(device):
+        return device, "bfloat16", f"{device_name(device)} computes in it"
+    return device, "float16", f"{device_name(device)} has no bfloat16 arithmetic"
 
 
 def _positions(model: str) -> int | None:

@@ -277,7 +277,8 @@ def _pull(kernels: Kernels, ref: str, folder: Path, only: str | None) -> str | N
     pull(kernels, ref, folder, only, say=typer.echo)
     adapter, result = folder / "adapter", folder / "result.json"
     if (adapter / "adapter_config.json").is_file():
-        typer.echo(f"adapter: {adapter}\nnext:\n  lema chat {adapter}\n  lema merge {adapter} merged")
+        quoted = shlex.quote(str(adapter))
+        typer.echo(f"adapter: {adapter}\nnext:\n  lema chat {quoted}\n  lema merge {quoted} merged")
     return str(json.loads(result.read_text(encoding="utf-8")).get("status")) if result.is_file() else None
 
 

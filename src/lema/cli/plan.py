@@ -60,7 +60,9 @@ def plan(
     device: Annotated[
         str | None,
         typer.Option(
-            help="cuda, cuda:1 or cpu. Default: that of --hardware, or a GPU if there is one.", metavar="NAME"
+            help="cpu, or an accelerator as torch names it: cuda, cuda:1, xpu. Default: that of --hardware, or the "
+            "accelerator that is there.",
+            metavar="NAME",
         ),
     ] = None,
     vram_budget: Annotated[
@@ -126,9 +128,10 @@ def plan(
 
 def _of_run(file: Path, hardware: str | None) -> dict[str, Any]:
     """What a run's engine is built with, `auto` budgets where the file says none."""
+    from ..core.device import default_device
     from ..training.run_config import RunConfig
 
-    run = RunConfig.from_yaml(file, defaults={"vram_budget": "auto", "ram_budget": "auto", "device": _fastest_device()})
+    run = RunConfig.from_yaml(file, defaults={"vram_budget": "auto", "ram_budget": "auto", "device": default_device()})
     values = run.engine_config().to_dict()
     if hardware is not None:  # which has a device of its own
         del values["device"]
@@ -142,12 +145,13 @@ def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Plann
         LemaError: settings, model, machine or budgets are not good, or nothing fits.
     """
     config = LemaConfig.from_dict(values)
+    from ..core.device import default_device
     from ..core.hardware import Hardware
     from ..engine.assembly import assemble_plan, resolve_budgets
 
     machine = Hardware.parse(spec) if spec is not None else None
     if "device" not in values:
-        config = config.replace(device=machine.device if machine is not None else _fastest_device())
+        config = config.replace(device=machine.device if machine is not None else default_device())
     elif machine is not None and config.device.partition(":")[0] != machine.device:
         raise ConfigError(f"device={config.device!r} is not what {machine.name} computes on: {machine.device}")
     with _opened(config) as (adapter, gbi):
@@ -177,12 +181,6 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "peaks": {"host": planned.plan.host_peak, "device": planned.plan.device_peak},
         "plan": describe(planned.plan),
     }
-
-
-def _fastest_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_budget(name: str, budget: int | None, there: int, machine: str) -> None:

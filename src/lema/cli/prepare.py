@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,7 +124,7 @@ def _show(prepared: Prepared) -> None:
             f"{len(prepared.overflowed)} tensors: {names}. Use --dtype bfloat16, which has the range of float32.",
             err=True,
         )
-    typer.echo(f"Next:  lema plan {prepared.path}")
+    typer.echo(f"Next:  lema plan {shlex.quote(str(prepared.path))}")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .plan import _fastest_device
 from .settings import parse_settings
 
 if TYPE_CHECKING:
@@ -70,12 +69,13 @@ def open_speaker(
 
     from transformers.utils import logging as transformers_logging
 
+    from ..core.device import default_device
     from ..reply import Speaker
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    overrides: dict[str, Any] = {"strategy": "resident", "device": _fastest_device(), **parse_settings(settings or ())}
+    overrides: dict[str, Any] = {"strategy": "resident", "device": default_device(), **parse_settings(settings or ())}
     if overrides["device"] != "cpu":
         overrides.setdefault("vram_budget", "auto")
     return Speaker.open(

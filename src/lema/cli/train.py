@@ -82,12 +82,12 @@ def train(
 
 def _read(file: Path, overrides: Mapping[str, str]) -> RunConfig:
     """The run's settings; `typer.BadParameter` if it is one of the overrides that is refused."""
+    from ..core.device import default_device
     from ..training.run_config import ALIASES, RunConfig, parse_overrides, setting_named
-    from .plan import _fastest_device
 
     with usage_of("--set"):
         parse_overrides(overrides)
-    defaults = {**dict.fromkeys(_BUDGETS, "auto"), "device": _fastest_device()}
+    defaults = {**dict.fromkeys(_BUDGETS, "auto"), "device": default_device()}
     try:
         return RunConfig.from_yaml(file, overrides, defaults)
     except ConfigError as error:

@@ -1,6 +1,6 @@
 """Sizes as people write them, how much memory is free now, and what a budget comes to in bytes.
 
-It knows the kernel's files and torch's counters; it knows nothing of models, slots or plans.
+It knows the kernel's files; it knows nothing of devices, models, slots or plans.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import torch
-
-from ..errors import ConfigError, DeviceError
+from ..errors import ConfigError
 
 MARGIN_BYTES = 256 << 20
 _MARGIN_SHARE = 10
@@ -216,42 +213,3 @@ def _pairs(path: Path) -> dict[str, int]:
     """Lines of a name and a number, with or without a colon between and a unit behind."""
     words = (line.split() for line in _lines(path))
     return {word[0].rstrip(":"): int(word[1]) for word in words if len(word) > 1 and word[1].isdigit()}
-
-
-# -- memory of the device ------------------------------------------------------------------------
-
-
-def free_device_memory(device: str | torch.device) -> int:
-    """Bytes free on an accelerator now, with what torch's allocator holds unused; 0 on the CPU, which has RAM only.
-
-    Raises:
-        DeviceError: the device is not there, or does not count its memory.
-    """
-    place = torch.device(device)
-    if place.type == "cpu":
-        return 0
-    module = accelerator_module(place)
-    free, _ = module.mem_get_info(place)
-    return int(free + module.memory_reserved(place) - module.memory_allocated(place))
-
-
-def total_device_memory(device: str | torch.device) -> int:
-    """Bytes of memory an accelerator has; 0 on the CPU. Raises `DeviceError` like `free_device_memory`."""
-    place = torch.device(device)
-    return 0 if place.type == "cpu" else int(accelerator_module(place).mem_get_info(place)[1])
-
-
-def accelerator_module(device: torch.device) -> Any:
-    """`torch.cuda`, `torch.xpu` and so on for a device that is there; `DeviceError` otherwise."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found is None or found.type != device.type:
-        raise DeviceError(
-            f"device={str(device)!r} was asked for, but this torch sees {found.type if found else 'no accelerator'}. "
-            "Install a torch build for your accelerator and driver, or choose device='cpu'"
-        )
-    if device.index is not None and device.index >= torch.accelerator.device_count():
-        raise DeviceError(f"device={str(device)!r} is not there: torch sees {torch.accelerator.device_count()} of them")
-    module = torch.get_device_module(device)
-    if not hasattr(module, "mem_get_info"):
-        raise DeviceError(f"device={str(device)!r} does not say how much memory it has: use 'cuda' or 'cpu'")
-    return module

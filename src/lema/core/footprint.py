@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .cuda import WORKSPACE_BYTES
+from .device import context_bytes
 from .plan import LayerCost, MemoryPlan, ModelSizes, Workload
 
 HEAD_CHUNK_BYTES = 16 << 20
 CPU_OVERHEAD = 112 << 20
 """Host bytes beyond the import floor that no tensor accounts for: threads, code paged in, compiled kernels. Measured on
 two models, what is left after everything counted: 107 to 120 MiB."""
-DEVICE_OVERHEAD = 48 << 20
+DEVICE_OVERHEAD = WORKSPACE_BYTES
 """Device bytes beyond the tensors counted: matmul workspaces, which the caching allocator counts too."""
+DEVICE_CONTEXT = "context"
+"""Name of the part of a plan's device bytes that torch does not count; see `cuda.CONTEXT_BYTES`."""
 HEAP_SLACK = 0.7
 """Share by which a layer's resident size on the C heap exceeds its activations alive at once: holes between them.
 Measured per layer on a 1.7B shape in bf16: 0.4 to 1.0."""
@@ -67,12 +71,13 @@ class Footprint:
         return parts
 
     def on_device(self, plan: MemoryPlan) -> dict[str, int]:
-        """Bytes of allocated device memory, by what they are for; empty on CPU."""
+        """Bytes of device memory this process takes, by what they are for; empty on CPU."""
         if self.on_cpu:
             return {}
         sizes = self.sizes
         shared = [sizes.units[u] for u in plan.streamed_to_compute]
         return {
+            DEVICE_CONTEXT: context_bytes(self.device),
             "overhead": DEVICE_OVERHEAD,
             "slots": min(plan.device_slots, len(shared)) * max(shared, default=0) + sizes.scratch,
             "layers kept on the device": sum(sizes.units[u] for u in plan.on_device),

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import DTYPES
 from ..errors import ConfigError, DeviceError
 from .budget import format_bytes, parse_bytes
 
 __all__ = ["CARDS", "Card", "Hardware", "format_bytes", "parse_bytes"]
 
-DEVICES = ("cpu", "cuda")
 SOURCES = ("measured", "stated")
+_OFTEN = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")  # what a misspelt device may have been meant to be
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Hardware:
     name: str
     """For people: the card's or the processor's."""
     device: str
-    """Where layers are computed: 'cpu' or 'cuda'."""
+    """Where layers are computed: 'cpu', or a kind of accelerator as torch names it ('cuda', 'xpu')."""
     vram_bytes: int
     """Memory of the device; 0 on the CPU."""
     ram_bytes: int
@@ -48,7 +50,7 @@ class Hardware:
     """'measured' here, or 'stated' by a user or a data sheet."""
 
     def __post_init__(self) -> None:
-        _check_one_of("device", self.device, DEVICES)
+        _check_device_kind(self.device)
         _check_one_of("source", self.source, SOURCES)
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError("hardware: name is empty: say which machine this is")
@@ -122,7 +124,8 @@ class Hardware:
 
         Words are a card of `CARDS`, and settings that add to it or change it: `vram`, `ram` in bytes,
         `disk`, `link` in bytes a second or `link=pcie4` (`pcie4x8`), `flops` of every type, `fp32`,
-        `bf16`, `fp16` of one, `name`. Without card and vram the machine computes on the CPU.
+        `bf16`, `fp16` of one, `device` as torch names it, `name`. Without `device` a machine with card, vram
+        or link computes on 'cuda', another one on the CPU.
 
         Args:
             base: gives what the words leave out (the link, VRAM and arithmetic only if its device is the same).
@@ -158,8 +161,10 @@ def _from_words(spec: str, base: Hardware | None) -> Hardware:
     every_type = rates.pop("", None)
 
     known: dict[str, Any] = {"name": spec, "device": "cpu" if base is None else base.device}
-    if card is not None or settings.get("vram_bytes") or "link_bytes_per_s" in settings:
+    has_device = card is not None or settings.get("vram_bytes") or "link_bytes_per_s" in settings
+    if card is not None or (has_device and known["device"] == "cpu"):
         known["device"] = "cuda"
+    known["device"] = settings.pop("device", known["device"])
     if base is not None:
         known |= {"ram_bytes": base.ram_bytes, "disk_bytes_per_s": base.disk_bytes_per_s}
         if base.device == known["device"]:
@@ -213,6 +218,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "ram": ("ram_bytes", parse_bytes),
     "disk": ("disk_bytes_per_s", _parse_rate),
     "link": ("link_bytes_per_s", parse_link),
+    "device": ("device", _parse_name),
     "name": ("name", _parse_name),
 }
 _TYPE_KEYS = {"flops": "", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -236,6 +242,20 @@ def _read(path: Path) -> str:
 def _check_one_of(name: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
         raise ConfigError(f"hardware: {_unknown(name, value, known)}")
+
+
+def _check_device_kind(kind: object) -> None:
+    """Refuse what torch does not know, what is no place to compute, and one card of several."""
+    if not isinstance(kind, str):
+        raise ConfigError(f"hardware: device={kind!r} is unknown: write 'cpu', or an accelerator's name as in 'cuda'")
+    try:
+        known = torch.device(kind).type
+    except RuntimeError as error:
+        raise ConfigError(f"hardware: {_unknown('device', kind, _OFTEN)} (torch: {error})") from error
+    if known != kind or kind == "meta":
+        raise ConfigError(
+            f"hardware: device={kind!r} is no kind of device: write 'cpu', or as in 'cuda' without a number"
+        )
 
 
 def _unknown(what: str, value: object, known: Sequence[str]) -> str:

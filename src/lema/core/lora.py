@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 
@@ -124,7 +125,8 @@ class LoRAManager:
         base: nn.Module = lm.module
         self._base = base
         has_generation = hasattr(base, "prepare_inputs_for_generation")
-        config = LoraConfig(task_type="CAUSAL_LM" if has_generation else None, **self.settings)
+        settings = {"fan_in_fan_out": stored_transposed(lm.layers), **self.settings}
+        config = LoraConfig(task_type="CAUSAL_LM" if has_generation else None, **settings)
         with self._random_state():
             try:
                 peft_model: Any = get_peft_model(base, config, low_cpu_mem_usage=empty)
@@ -264,6 +266,12 @@ class LoRAManager:
             )
 
 
+def stored_transposed(layers: nn.Module) -> bool:
+    """Whether all that can have LoRA is stored as [in, out]: it is GPT-2's Conv1D. PEFT calls it `fan_in_fan_out`."""
+    kinds = {type(module) for module in layers.modules() if isinstance(module, nn.Linear | Conv1D)}
+    return kinds == {Conv1D}
+
+
 def _original_key(name: str, layers: str) -> str:
     """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` -> `1.self_attn.q_proj.lora_A`."""
     if not name.startswith(f"{layers}."):
@@ -283,6 +291,6 @@ def _oriented(saved: object, own: torch.Tensor) -> torch.Tensor | None:
 def _candidates(layers: nn.ModuleList) -> str:
     leaves: dict[str, None] = {}
     for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if isinstance(module, nn.Linear | Conv1D):
             leaves.setdefault(name.rpartition(".")[2])
     return f"Modules of this model that can have LoRA: {', '.join(leaves) or 'none'}"

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from ..config import MemoryStrategy
-from ..errors import ConfigError, DeviceError, StreamingError
+from ..errors import ConfigError, StreamingError
 from .binding import mapped_or_materialized, materialize, page_aligned
 from .boundaries import OffloadedBoundaries
+from .device import check_device
 from .gbi import GlobalBinaryIndex
 from .head import HEAD, HeadChunks, HeadSlot, head_should_stream
 from .heap import resident_bytes
@@ -378,18 +379,3 @@ def _shut_down(
         boundaries.close()
     if backend is not None:
         backend.close()
-
-
-def check_device(device: str) -> None:
-    """Raise `DeviceError` unless layers can be computed on this device."""
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"device={device!r} was asked for, but this torch sees no CUDA device. Install a torch build for your "
-            "GPU and driver, or choose device='cpu'"
-        )
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found is None or found.type != kind:
-        raise DeviceError(f"device={device!r} is not one this torch can use; choose {found or 'cpu'!s} or 'cpu'")

@@ -119,6 +119,8 @@ class MemoryPlan:
     estimate: Estimate | None = None
     transient: int = 0
     """Most bytes on the heap that one layer or the loss takes and gives back."""
+    loss_bytes: int = 0
+    """Most bytes of activations that head and loss have at once."""
     head_in_ram: bool = False
     """Chunks of the head cross to the device from RAM, and are read from disk once in a run."""
 
@@ -134,7 +136,7 @@ class MemoryPlan:
 
     @property
     def device_peak(self) -> int:
-        """Predicted peak of allocated device memory in bytes."""
+        """Predicted peak of device memory in bytes, this process's context among them."""
         return sum(self.device_bytes.values())
 
     @property

@@ -188,6 +188,7 @@ class _Planner:
         return replace(
             plan,
             transient=self.footprint.transient(plan),
+            loss_bytes=self.footprint.loss_peak(plan),
             host_bytes=self.footprint.host(plan),
             device_bytes=self.footprint.on_device(plan),
             estimate=estimate(plan, self.footprint, self.hardware, self.dtype),

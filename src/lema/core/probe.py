@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from ..cache import cache_folder, write_whole
-from ..config import DTYPES
 from ..errors import ConfigError, DeviceError, WeightsNotFoundError
 from .binding import page_aligned
-from .budget import accelerator_module, total_device_memory, total_ram
+from .budget import total_ram
+from .device import accelerator_module, compute_dtypes, device_name, release_unused_memory, total_device_memory
 from .gbi import TensorRecord
 from .hardware import Hardware
 from .layout import PAGE, Extent
@@ -49,7 +49,7 @@ _LINK_BYTES = 64 << 20
 # [rows, in, out] of a linear layer: the first says whether a type is too slow here for the second.
 _SHAPES = {
     "cpu": ((256, 1024, 1024), (512, 2048, 5632)),
-    "cuda": ((1024, 2048, 2048), (4096, 4096, 11008)),
+    "accelerator": ((1024, 2048, 2048), (4096, 4096, 11008)),
 }
 
 
@@ -88,7 +88,7 @@ def measure(device: str = "cuda", path: str | os.PathLike[str] | None = None) ->
     """Probe this machine for two to three seconds.
 
     Args:
-        device: 'cuda', 'cuda:1', 'cpu'.
+        device: 'cpu', or an accelerator as torch names it: 'cuda', 'cuda:1', 'xpu'.
         path: the model's file or directory, to measure the disk it is on; None: the disk of the cache.
 
     Raises:
@@ -101,8 +101,7 @@ def measure(device: str = "cuda", path: str | os.PathLike[str] | None = None) ->
     disk = disk_rate(path)
     link = link_rate(place)
     rates = matmul_rates(place)
-    if place.type != "cpu":
-        accelerator_module(place).empty_cache()
+    release_unused_memory(place)
     return Hardware(
         name=_device_name(place),
         device=place.type,
@@ -236,20 +235,6 @@ def link_rate(device: torch.device) -> float:
     return _LINK_BYTES / _seconds_a_call(lambda: target.copy_(host, non_blocking=True), device, _LINK_SECONDS)
 
 
-def supports_bfloat16(device: str | torch.device) -> bool:
-    """Whether the device has bf16 arithmetic: on CUDA compute capability 8.0 or more, elsewhere yes.
-
-    `torch.cuda.is_bf16_supported()` says yes to a T4 as well, where bf16 is emulated and ten times slower.
-    """
-    place = torch.device(device)
-    return place.type != "cuda" or torch.cuda.get_device_capability(place) >= (8, 0)
-
-
-def compute_dtypes(device: str | torch.device) -> tuple[str, ...]:
-    """Types the device computes in without emulating them, by name."""
-    return tuple(dtype for dtype in DTYPES if dtype != "bfloat16" or supports_bfloat16(device))
-
-
 def matmul_rates(device: torch.device) -> dict[str, float]:
     """FLOP/s by type in products of the size a layer makes for a few thousand tokens (on the CPU, 512).
 
@@ -278,7 +263,7 @@ def matmul_rates(device: torch.device) -> dict[str, float]:
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the largest shape of which one call is sure to end in half a second."""
     generator = torch.Generator(device).manual_seed(0)  # the caller's random state stays as it is
-    shapes = _SHAPES["cpu" if device.type == "cpu" else "cuda"]
+    shapes = _SHAPES["cpu" if device.type == "cpu" else "accelerator"]
     seconds_a_flop = 0.0
     for rows, width, out in shapes:
         flop = 2 * rows * width * out
@@ -325,9 +310,7 @@ def _timed(call: Callable[[], object], device: torch.device, count: int) -> floa
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type != "cpu":
-        return str(accelerator_module(device).get_device_name(device))
-    return _processor()
+    return _processor() if device.type == "cpu" else device_name(device)
 
 
 def _processor() -> str:

@@ -59,27 +59,27 @@ def check_libraries(facts: Facts) -> Iterator[Finding]:
 
 def check_torch(facts: Facts) -> Iterator[Finding]:
     """torch's build against the card and its driver."""
-    torch = facts.torch
-    built = f"torch {torch.version}"
-    if torch.devices:
+    build = facts.torch
+    built = f"torch {build.version}"
+    if build.devices:
         names = ", ".join(f"{d.name} ({format_bytes(d.free_bytes)} of {format_bytes(d.total_bytes)} free)"
-                          for d in torch.devices)  # fmt: skip
+                          for d in build.devices)  # fmt: skip
         yield ok("device", names)
-    elif facts.nvidia_nodes and torch.cuda is None:
+    elif facts.nvidia_nodes and build.cuda is None:
         yield problem(
             "device",
             f"{built} is built without CUDA, and this machine has an NVIDIA card ({', '.join(facts.nvidia_nodes)})",
             f"pip install --force-reinstall torch --index-url {_INDEX}/{_cuda_index(facts.nvidia_driver)}",
         )
-    elif facts.nvidia_nodes and torch.cuda is not None:
-        yield _silent_card(facts, built, torch.cuda)
-    elif torch.cuda is not None and facts.nvidia_driver == "" and torch.error:
+    elif facts.nvidia_nodes and build.cuda is not None:
+        yield _silent_card(facts, built, build.cuda)
+    elif build.cuda is not None and facts.nvidia_driver == "" and build.error:
         yield advice(
             "device",
             f"{built} is built with CUDA, and there is no NVIDIA driver: it computes on the CPU",
             "set device: cpu; in a container, start it with --gpus all",
         )
-    elif facts.amd_node and torch.hip is None:
+    elif facts.amd_node and build.hip is None:
         yield problem(
             "device",
             f"{built} is built without ROCm, and this machine has an AMD card (/dev/kfd)",
@@ -123,7 +123,7 @@ def check_kernels(facts: Facts) -> Iterator[Finding]:
     if facts.torch.hip is not None or not facts.torch.archs:
         return
     for device in facts.torch.devices:
-        if not _has_kernels(facts.torch.archs, device.capability):
+        if device.capability is not None and not _has_kernels(facts.torch.archs, device.capability):
             wanted = "sm_{}{}".format(*device.capability)
             version = "'torch<2.15'" if device.capability < (7, 5) else "torch"
             index = "cu126" if device.capability < (7, 5) else "cu130"
@@ -164,9 +164,9 @@ def check_dtype(facts: Facts) -> Iterator[Finding]:
 
 
 def _dtype_of(device: Device, rocm: bool) -> Finding:
-    capability = "{}.{}".format(*device.capability)
-    if rocm or device.capability >= (8, 0):
+    if rocm or device.capability is None or device.capability >= (8, 0):
         return ok("dtype", f"{device.name} computes in bfloat16: dtype: bfloat16")
+    capability = "{}.{}".format(*device.capability)
     return advice(
         "dtype",
         f"{device.name} (compute capability {capability}) has no bfloat16 arithmetic, whatever torch says",

@@ -22,7 +22,8 @@ class Device:
     """One accelerator as torch sees it."""
 
     name: str
-    capability: tuple[int, int]
+    capability: tuple[int, int] | None
+    """CUDA's compute capability; None: another kind of accelerator."""
     total_bytes: int
     free_bytes: int
 

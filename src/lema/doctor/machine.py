@@ -41,10 +41,11 @@ def gather(model: str | None = None, output_dir: str = "output", measure: bool =
     found = torch_facts()
     rates, error = None, ""
     if measure:
+        from ..core.device import default_device
         from ..core.probe import profile
 
         try:
-            machine = profile("cuda" if found.devices else "cpu", model)
+            machine = profile(default_device() if found.devices else "cpu", model)
             rates = Rates(machine.disk_bytes_per_s, machine.link_bytes_per_s, machine.flops)
         except (LemaError, OSError, RuntimeError) as caught:  # RuntimeError: torch's word for a device that fails
             error = str(caught)
@@ -91,28 +92,29 @@ def torch_facts() -> Torch:
     """torch's build and devices. Pins 64 MiB for a moment where there is a device."""
     import torch
 
+    from ..core import cuda
+    from ..core.device import default_device, device_memory, device_name
+    from ..errors import DeviceError
+
     found = Torch(torch.__version__, torch.version.cuda, getattr(torch.version, "hip", None))
+    kind, devices = default_device(), []
+    if kind == "cpu":
+        return dataclasses.replace(found, error=cuda.why_absent())
     try:
-        if not torch.cuda.is_available():
-            if torch.version.cuda:
-                torch.cuda.init()  # says why
-            return found
-        devices = []
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            free, total = torch.cuda.mem_get_info(index)
-            capability = (properties.major, properties.minor)
-            devices.append(Device(properties.name, capability, total, free))
-    except (RuntimeError, AssertionError) as error:
+        for index in range(torch.accelerator.device_count()):
+            place = torch.device(kind, index)
+            capability = cuda.capability(place) if kind == "cuda" else None
+            memory = device_memory(place)
+            devices.append(Device(device_name(place), capability, memory.total, memory.free))
+    except (RuntimeError, AssertionError, DeviceError) as error:
         return dataclasses.replace(found, error=str(error).strip().partition("\n")[0])
     pin_error = ""
     try:
         torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
         pin_error = str(error).strip().partition("\n")[0]
-    return dataclasses.replace(
-        found, archs=tuple(torch.cuda.get_arch_list()), devices=tuple(devices), pin_error=pin_error
-    )
+    archs = cuda.architectures() if kind == "cuda" else ()
+    return dataclasses.replace(found, archs=archs, devices=tuple(devices), pin_error=pin_error)
 
 
 def memory_facts(root: Path = Path("/")) -> Memory:

@@ -11,16 +11,18 @@ import torch
 
 from ..config import LLAMA_TARGETS, LemaConfig, MemoryStrategy
 from ..core.accelerator import AcceleratorBackend
-from ..core.budget import free_device_memory, free_ram, resolve_budget
+from ..core.budget import free_ram, resolve_budget
+from ..core.device import check_device, context_bytes, device_memory, device_name, supports_bfloat16
 from ..core.gbi import GlobalBinaryIndex
 from ..core.hardware import Hardware
 from ..core.lora import LoRAManager
-from ..core.memory import TripleBufferManager, check_device
+from ..core.memory import TripleBufferManager
 from ..core.plan import Choices, MemoryPlan
 from ..core.planner import make_plan
 from ..errors import DeviceError, UnsupportedError
 from ..models.base import LemaModelAdapter
 from ..models.transformers_adapter import TransformersAdapter
+from .device_memory import explained
 from .dry_run import DryRun
 from .head_loss import loss_chunk
 
@@ -34,12 +36,8 @@ def compute_dtype(config: LemaConfig) -> torch.dtype:
     """torch's type for `config.dtype`; `DeviceError` where the device cannot compute in it."""
     check_device(config.device)
     dtype: torch.dtype = getattr(torch, config.dtype)
-    if dtype == torch.bfloat16 and torch.device(config.device).type == "cuda":
-        major, _ = torch.cuda.get_device_capability(config.device)
-        if major < 8:
-            raise DeviceError(
-                f"{torch.cuda.get_device_name(config.device)} has no bfloat16 arithmetic; choose dtype='float16'"
-            )
+    if dtype == torch.bfloat16 and not supports_bfloat16(config.device):
+        raise DeviceError(f"{device_name(config.device)} has no bfloat16 arithmetic; choose dtype='float16'")
     return dtype
 
 
@@ -115,8 +113,18 @@ def resolve_budgets(config: LemaConfig, hardware: Hardware | None = None) -> tup
         ram = resolve_budget(config.ram_budget, free_ram() if hardware is None else hardware.ram_bytes, "ram_budget")
     if config.vram_budget is None or torch.device(config.device).type == "cpu":
         return ram, None
-    free = free_device_memory(config.device) if hardware is None else hardware.vram_bytes
-    return ram, resolve_budget(config.vram_budget, free, "vram_budget")
+    return ram, resolve_budget(config.vram_budget, _device_bytes(config, hardware), "vram_budget")
+
+
+def _device_bytes(config: LemaConfig, hardware: Hardware | None) -> int:
+    """Device memory that 'auto' stands for; on this machine what can be had and this process's context, which is there
+    once that is asked."""
+    if hardware is not None:
+        return hardware.vram_bytes
+    if str(config.vram_budget).strip().lower() != "auto":  # a size needs no counters
+        return 0
+    memory = device_memory(config.device)
+    return min(memory.available + context_bytes(torch.device(config.device).type), memory.total)
 
 
 def _first(*values: Any) -> Any:
@@ -124,22 +132,23 @@ def _first(*values: Any) -> Any:
 
 
 def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryIndex) -> TripleBufferManager:
-    """The memory manager a config asks for."""
+    """The memory manager a config asks for; `DeviceMemoryError` where the device has no room for it."""
     adapter.configure(compute_dtype(config), config.attn_implementation)
     plan = assemble_plan(config, adapter, gbi) if wants_plan(config) else None
     backend = None if torch.device(config.device).type == "cpu" else AcceleratorBackend(config.device)
-    return TripleBufferManager(
-        gbi,
-        adapter,
-        device=config.device,
-        strategy=config.strategy,
-        num_slots=config.slots,
-        num_readers=config.num_readers,
-        prefetch_depth=config.prefetch_depth,
-        plan=plan,
-        backend=backend,
-        device_slots=max(config.vram_buffer_size, 2),
-    )
+    with explained(config.device, plan):
+        return TripleBufferManager(
+            gbi,
+            adapter,
+            device=config.device,
+            strategy=config.strategy,
+            num_slots=config.slots,
+            num_readers=config.num_readers,
+            prefetch_depth=config.prefetch_depth,
+            plan=plan,
+            backend=backend,
+            device_slots=max(config.vram_buffer_size, 2),
+        )
 
 
 def lora_settings(config: LemaConfig, adapter: LemaModelAdapter) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def save_checkpoint(
         for name, parameter in holders.items():
             if parameter.grad is not None:
                 tensors[f"gradient.{name}"] = parameter.grad.detach().contiguous()
-        random_tensors, random_rest = random_states()
+        random_tensors, random_rest = random_states(torch.device(config.device))
         try:
             lora.save_pretrained(folder)
             save_file(tensors, folder / OPTIMIZER_TENSORS)
@@ -81,8 +81,10 @@ def load_checkpoint(
     base_weights: Mapping[str, Any],
     base_config: Mapping[str, Any],
     holders: Mapping[str, torch.nn.Parameter],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Put a saved state back; returns the trainer's state. Gradients go to `holders`, see `save_checkpoint`.
+    """Put a saved state back; returns the trainer's state. Gradients go to `holders`, see `save_checkpoint`, and the
+    random state to the host's generators and those of `device`.
 
     Everything is read and compared before anything is changed.
 
@@ -112,7 +114,7 @@ def load_checkpoint(
         gradient = tensors.pop(f"gradient.{name}", None)
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
     _restore_optimizer(folder, optimizer, tensors, state)
-    restore_random_states(random_tensors, random_rest)
+    restore_random_states(random_tensors, random_rest, device)
     own["scaler"] = scaler
     return dict(trainer_state)
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..core.memory import TripleBufferManager
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
+from .device_memory import explained
 
 
 def generate(
@@ -35,6 +36,7 @@ def generate(
 
     Raises:
         UnsupportedError: a family of one's own.
+        DeviceMemoryError: rows and their cache do not fit into the device's memory.
     """
     module: Any = lm.module
     if not hasattr(module, "generate"):
@@ -45,7 +47,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explained(memory.device, memory.plan):
             return module.generate(**given, **kwargs)
     except BaseException:
         memory.abort()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..config import LemaConfig
+from ..core.device import device_name
 from ..core.timeline import Recording
 from ..errors import ConfigError
 from .generation import generate
@@ -125,7 +125,7 @@ class TrainerMachine:
         trainer, plan = self.trainer, self.trainer.memory.plan
         found: dict[str, Any] = {
             "torch": torch.__version__,
-            "device": _device_name(trainer.config),
+            "device": device_name(trainer.config.device),
             "threads": torch.get_num_threads(),
             "micro_batch_size": trainer.streamer.batching.micro_batch_size,
             "loss_chunk_size": trainer.config.loss_chunk_size if plan is None else plan.loss_chunk_size,
@@ -152,8 +152,3 @@ def evaluate_batch(trainer: LemaTrainer, inputs: Mapping[str, Any]) -> tuple[flo
     result = trainer.evaluate(batch, 1.0, with_accuracy=True)
     assert result.correct is not None
     return result.loss, batch.num_targets, result.correct
-
-
-def _device_name(config: LemaConfig) -> str:
-    kind = torch.device(config.device).type
-    return torch.cuda.get_device_name(config.device) if kind == "cuda" else kind

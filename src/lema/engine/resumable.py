@@ -78,7 +78,7 @@ class Resumable:
             raise ConfigError("there is nothing to resume: use_lora is off")
         trainer_state = load_checkpoint(
             Path(directory), self.lora_manager, self.optimizer, self.base_weights(), config_facts(self.lm.module),
-            self._holders_of_gradients(),
+            self._holders_of_gradients(), torch.device(self.config.device),
         )  # fmt: skip
         state = trainer_state["lema"]
         if self._masters is not None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.device import peak_memory
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -25,7 +27,7 @@ class StepReport:
     loads: int
     """Units brought into slots."""
     peak_bytes: int
-    """Most memory held so far: device memory on a GPU, else the process's resident set."""
+    """Most memory held so far: device memory on an accelerator, else the process's resident set."""
     num_targets: int
     """Tokens that were predicted."""
     bytes_copied: int = 0
@@ -39,8 +41,8 @@ class StepReport:
 
 
 def peak_bytes(device: str) -> int:
-    """Most memory held so far: allocated on a CUDA device, else resident in RAM."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Most memory held so far: allocated on an accelerator, on the CPU resident in RAM."""
+    if torch.device(device).type != "cpu":
+        return peak_memory(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

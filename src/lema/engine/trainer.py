@@ -25,6 +25,7 @@ from ..core.timeline import COMPUTE
 from ..errors import ConfigError, NonFiniteError
 from ..models.base import LemaModelAdapter
 from .assembly import assemble_memory
+from .device_memory import explained
 from .diagnosis import first_bad_activation, first_bad_gradient
 from .guards import guard_peft
 from .head_loss import HeadLoss
@@ -138,6 +139,7 @@ class LemaTrainer(Resumable):
         Raises:
             InputError: nothing can be learned from this batch.
             NonFiniteError: loss or gradient is NaN or infinite; the optimizer was not touched.
+            DeviceMemoryError: the step does not fit into the device's memory; the next one may.
         """
         batch = self.batch(inputs, labels, attention_mask, position_ids)
         if batch.targets is None:
@@ -349,7 +351,8 @@ class LemaTrainer(Resumable):
         started, before = time.perf_counter(), self.memory.stats
         outcome: dict[str, Any] = {}
         try:
-            yield outcome
+            with explained(self.config.device, self.memory.plan):
+                yield outcome
         except BaseException:
             self.memory.abort()
             if training:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from ..core.gbi import GlobalBinaryIndex
+from ..core.lora import stored_transposed
 from ..errors import CheckpointError, UnsupportedError
 from ..models.transformers_adapter import TransformersAdapter
 from .checkpoint import Checkpoint
@@ -137,9 +137,8 @@ def find_targets(checkpoint: Checkpoint, adapter: TransformersAdapter, saved: Gl
     refuse_unmergeable(checkpoint)
     config.inference_mode, config.init_lora_weights, config.base_model_name_or_path = True, True, None
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # it is put right, as it says
-            model: Any = get_peft_model(adapter.model, config, low_cpu_mem_usage=True)
+        config.fan_in_fan_out = stored_transposed(adapter.causal_lm().layers)
+        model: Any = get_peft_model(adapter.model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder} does not fit {checkpoint.base}: {error}") from error
     load = functools.lru_cache(maxsize=3)(lambda key: saved.load_tensors([key])[key].float())

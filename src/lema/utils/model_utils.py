@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import huggingface_hub
 import torch
@@ -24,6 +25,8 @@ from .safetensors_writer import SafetensorsWriter
 __all__ = ["break_shared_weights", "converted", "parse_dtype", "prepare_monolithic_safetensors", "target_type"]
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _DTYPES = {
     "float16": torch.float16,
@@ -94,7 +97,7 @@ def prepare_monolithic_safetensors(
     return output
 
 
-def break_shared_weights(model: nn.Module) -> list[str]:
+def break_shared_weights(model: Model) -> Model:
     """Give every parameter and buffer memory of its own, in place.
 
     Of tensors that share memory the first in the model's order stays and each later one becomes a copy
@@ -103,9 +106,10 @@ def break_shared_weights(model: nn.Module) -> list[str]:
     does not tie them again.
 
     Returns:
-        Names of the tensors that are copies now.
+        `model` itself. Names of the tensors that are copies now are in the log, at level INFO.
     """
-    copied = [name for name, _ in _repeated(model)]
+    if copied := [name for name, _ in _repeated(model)]:
+        logger.info("tensors that have memory of their own now: %s", ", ".join(copied))
     _separate_modules(model, {id(model)})
     for name, tensor in _repeated(model):
         path, _, local = name.rpartition(".")
@@ -120,7 +124,7 @@ def break_shared_weights(model: nn.Module) -> list[str]:
             module.all_tied_weights_keys = {}
             module.config.tie_word_embeddings = False
             module.config.get_text_config().tie_word_embeddings = False
-    return copied
+    return model
 
 
 def parse_dtype(value: torch.dtype | str) -> torch.dtype:
