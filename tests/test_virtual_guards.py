@@ -37,18 +37,18 @@ def backend(virtual: Controls) -> Iterator[AcceleratorBackend]:
 
 
 @contextlib.contextmanager
-def without(place: str, events: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Take the waits for some events out of one function; how often that happened is appended.
+def without(places: str, events: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Take the waits for some events out of functions; how often that happened is appended.
 
     Args:
-        place: the function.
-        events: names of attributes that hold them, of the function's own or of what its variables hold.
+        places: names of functions.
+        events: names of attributes that hold them, of what a function's variables hold.
     """
     taken: list[int] = []
 
     def meant(event: object) -> bool:
         frame = sys._getframe(2)
-        if frame.f_code.co_name != place:
+        if frame.f_code.co_name not in places.split():
             return False
         for owner in frame.f_locals.values():
             for name in events.split():
@@ -237,7 +237,7 @@ def test_close_waits_for_boundaries_on_their_way(
         store = Store(backend, virtual)
         with virtual.delays(to_host=HELD_UP):
             store.put(2, 3)
-            with contextlib.nullcontext([]) if waits else without("empty", "written copied", monkeypatch) as taken:
+            with contextlib.nullcontext([]) if waits else without("empty settle", "written copied stored fetched", monkeypatch) as taken:
                 store.store.close()
         faults = virtual.take_faults()
         assert bool(faults) != waits and bool(taken) != waits
