@@ -30,8 +30,8 @@ def explained(device: str, plan: MemoryPlan | None) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         taken = _taken(device, plan)  # before the failed work's tensors go
         traceback.clear_frames(error.__traceback__)
-        first, _, _ = str(error).partition("\n")
-        raise DeviceMemoryError(f"{device} is out of memory: {first}. {taken}. {_advice(plan)}") from error
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise DeviceMemoryError(f"{device} is out of memory: {said}. {taken}. {_advice(plan)}") from error
 
 
 def _taken(device: str, plan: MemoryPlan | None) -> str:
