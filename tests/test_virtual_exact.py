@@ -67,7 +67,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = (family, *sorted(overrides.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family)
-            save_tiny(family, made[key], **overrides)
+            layers = overrides.get("num_hidden_layers")
+            named = {"n_layer": layers} if family == "gpt2" and layers else {}
+            save_tiny(family, made[key], **overrides, **named)
         return made[key]
 
     return get
