@@ -67,9 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = (family, *sorted(overrides.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family)
-            layers = overrides.get("num_hidden_layers")
-            named = {"n_layer": layers} if family == "gpt2" and layers else {}
-            save_tiny(family, made[key], **overrides, **named)
+            save_tiny(family, made[key], **overrides)
         return made[key]
 
     return get
@@ -78,7 +76,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(params=["llama", "gpt2"])
 def folder(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Path:
     if request.param == "gpt2":
-        return tiny("gpt2", n_layer=LAYERS)
+        return tiny("gpt2", n_layer=LAYERS, num_hidden_layers=LAYERS)
     return tiny("llama", num_hidden_layers=LAYERS, tie_word_embeddings=False)
 
 
