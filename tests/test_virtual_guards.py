@@ -281,14 +281,13 @@ def test_closing_the_device_waits_for_its_copies(
     host, there = page_aligned(NBYTES), backend.device_buffer(NBYTES)
     assert backend.pin(host)
     if not waits:
-        monkeypatch.setattr(accelerator_module, "_reach", lambda device, stream: None)
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: None)
     with virtual.delays(to_device=HELD_UP):
         backend.copy(there, host, backend.copy_stream())
         backend.close()
     assert bool(virtual.take_faults()) != waits
 
 
-@pytest.mark.xfail(strict=True, reason="the end waits for the device's own streams only")
 def test_closing_the_device_waits_for_what_computation_copies(virtual: Controls) -> None:
     """Values of a host optimizer travel on the compute stream, which is not one of the device's own."""
     backend = AcceleratorBackend(virtual.device)
