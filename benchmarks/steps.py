@@ -182,6 +182,8 @@ def _plan_of_default(model: Any) -> Any:
 
 def _plan_summary(plan: Any) -> dict[str, Any] | None:
     """What a plan decided and predicted, in numbers."""
+    from lema.core.footprint import DEVICE_CONTEXT
+
     if plan is None:
         return None
     estimate = plan.estimate

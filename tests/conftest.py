@@ -8,9 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-
-from virtual_device.plugin import MISSING
 
 pytest_plugins = ["virtual_device.plugin"]
 
@@ -31,12 +28,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     seed = config.getoption("randomly_seed", None)
     if seed is not None:
         terminalreporter.write_line(f"this order and these random numbers again: --randomly-seed={seed}")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.accelerator.is_available():
-        return
-    skip = pytest.mark.skip(reason=config.stash.get(MISSING, "needs an accelerator, and torch sees none here"))
-    for item in items:
-        if "accelerator" in item.keywords:
-            item.add_marker(skip)

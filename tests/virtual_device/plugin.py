@@ -1,4 +1,7 @@
-"""How the device enters pytest: `--virtual-device`, the fixture `virtual`, and no test that leaves a fault."""
+"""Where tests marked `accelerator` run: on what torch sees, on the virtual device (`--virtual-device`), or not at all.
+
+The fixture `virtual` gives the device's controls, and a test in which the device saw a fault fails.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from .controls import Controls
 from .register import register
 
 _COMPILED = pytest.StashKey[ModuleType]()
-MISSING = pytest.StashKey[str]()
+_MISSING = pytest.StashKey[str]()
 """Why there is no virtual device although it was asked for."""
 
 
@@ -36,9 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if reason := build.why_not():
         if os.environ.get("CI", "").lower() == "true":
             raise pytest.UsageError(f"{reason}; CI must have it")
-        config.stash[MISSING] = reason
+        config.stash[_MISSING] = reason
     else:
         config.stash[_COMPILED] = register()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `accelerator` are skipped where torch sees none."""
+    if torch.accelerator.is_available():
+        return
+    skip = pytest.mark.skip(reason=config.stash.get(_MISSING, "needs an accelerator, and torch sees none here"))
+    for item in items:
+        if "accelerator" in item.keywords:
+            item.add_marker(skip)
 
 
 @pytest.fixture

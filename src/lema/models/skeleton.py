@@ -80,7 +80,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def stand_in_ids(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
-    """Token ids `[rows, length]` for a forward that shows something else; none is padding, which models warn of."""
+    """Token ids `[rows, length]` for a forward that depends on no token; none is padding, of which models warn."""
     token = int(getattr(model.config, "pad_token_id", None) == 0)
     return torch.full((rows, length), token, dtype=torch.long, device=model.device)
 
