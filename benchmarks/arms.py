@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--rank", type=int, default=16)
     made.add_argument("--steps", type=int, default=6, help="steps in all; the first one only warms up")
-    made.add_argument("--chunk", type=int, default=0, help="LEMA: target positions a piece of the loss; 0: all at once")
+    made.add_argument("--chunk", type=int, default=0, help="LEMA: target positions a piece of the loss; 0: its own")
     made.add_argument("--slots", type=int, default=2, help="LEMA: units of weights in memory at once")
     made.add_argument("--set", action="append", default=[], help="LEMA: another setting, as ram_budget=2GB")
     made.add_argument("--strategy", default="streaming", choices=("streaming", "resident"), help="LEMA")

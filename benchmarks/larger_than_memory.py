@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--limit-mb", type=int, help="the same in MiB, as earlier versions had it")
     made.add_argument("--ram-budget", type=written_budget, help="LEMA streaming: plan for this much above the imports")
-    made.add_argument("--chunk", type=int, default=256, help="LEMA: target positions a piece of the loss; 0: its own")
+    made.add_argument("--chunk", type=int, default=0, help="LEMA: target positions a piece of the loss; 0: its own")
     made.add_argument("--slots", type=int, default=2, help="LEMA: units of weights in memory at once")
     made.add_argument("--no-resident", action="store_true", help="leave the arm without a limit out")
     return made

@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the report."""
     made = common_options(MODULE, "step time beside PEFT and beside the limits", pairs=3, steps=4)
     model_options(made, "1.7b")
-    made.add_argument("--chunk", type=int, default=256, help="LEMA: target positions a piece of the loss")
+    made.add_argument("--chunk", type=int, default=0, help="LEMA: target positions a piece of the loss; 0: its own")
     made.add_argument("--slots", type=int, default=2, help="LEMA: units of weights in memory at once")
     made.add_argument("--repeats", type=int, default=3, help="how often the reader and dd read the file in an arm")
     options = parse(made, arguments)

@@ -73,7 +73,7 @@ def lema_config(options: argparse.Namespace) -> Any:
         lora_rank=options.rank,
         lora_alpha=LORA_ALPHA,
         lora_target_modules=targets(options.folder),
-        loss_chunk_size=options.chunk or None,
+        loss_chunk_size=options.chunk or "auto",
         num_slots=options.slots,
         save_steps=0,
         batch_size=options.batch,

@@ -195,6 +195,7 @@ def test_a_device_without_room(virtual: Controls, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     name = virtual.device.type
     config = lema_config(tmp_path / "model", device=name)
+    torch.get_device_module(name).empty_cache()
     taken = torch.accelerator.memory_reserved()
     with virtual.capacity(taken), pytest.raises(DeviceMemoryError, match=f"{name} is out of memory.*reserved"):
         LemaModel(config).get_trainer()

@@ -11,8 +11,9 @@ from tests.families import save_tiny
 from tests.helpers import lema_model, relative
 
 import lema
+from lema.core.head import SLICE_BYTES
 from lema.engine import head_loss
-from lema.engine.head_loss import AUTO_CHUNK, LARGE_LOGITS, loss_chunk
+from lema.engine.head_loss import AUTO_CHUNK, LARGE_LOGITS, loss_chunk, wide_piece
 from lema.errors import CheckpointError, ConfigError
 from lema.training.resume import check_resume
 
@@ -41,6 +42,15 @@ def test_auto_cuts_what_is_large() -> None:
     assert loss_chunk(None, 10**9, 10**6) is None and loss_chunk(3, 1, 1) == 3
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 64, 256, 1000, 1024, 5000])
+@pytest.mark.parametrize("positions", [1, 48, 300, 512, 4096, 10**6])
+def test_a_piece_is_wide_and_no_larger_than_was_asked(chunk: int, positions: int) -> None:
+    wide, nbytes = wide_piece(chunk, positions)
+    assert min(chunk, positions) <= wide <= positions
+    assert wide * nbytes <= min(chunk, positions) * SLICE_BYTES, "logits at once"
+    assert min(SLICE_BYTES, SLICE_BYTES // 4) <= nbytes <= SLICE_BYTES, "or calls would be many and small"
+
+
 def test_the_default_of_a_run_follows_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path)
     ids = torch.randint(3, 99, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -61,7 +71,7 @@ def test_the_default_of_a_run_follows_its_batch(tmp_path: Path, monkeypatch: pyt
             _, large = trainer.eval_step(ids, ids)
             monkeypatch.setattr(head_loss, "LARGE_LOGITS", LARGE_LOGITS)
         losses[setting] = small, large
-    assert cut == [AUTO_CHUNK], "the large batch of 'auto', and nothing else"
+    assert cut == [3 * 16], "the large batch of 'auto', and nothing else"
     assert losses["auto"][0] == losses[None][0] == losses[None][1]
     assert relative(losses["auto"][1], losses[None][1]) <= 1e-6
 

@@ -76,18 +76,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(params=["llama", "gpt2"])
 def folder(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Path:
     if request.param == "gpt2":
-        return tiny("gpt2", n_layer=LAYERS)
+        return tiny("gpt2", n_layer=LAYERS, num_hidden_layers=LAYERS)
     return tiny("llama", num_hidden_layers=LAYERS, tie_word_embeddings=False)
 
 
 class Engine:
     """The low-level parts put together over the device and a plan; a context that closes them."""
 
-    def __init__(self, folder: Path, plan: MemoryPlan, device: str, **settings: Any) -> None:
+    def __init__(self, folder: Path, plan: MemoryPlan, device: str, stepping: bool = False, **settings: Any) -> None:
         self.config = lema_config(folder, device=device, **settings)
         config = json.loads((folder / "config.json").read_text())
         adapter = get_adapter(config["model_type"], config)
-        adapter.configure(DTYPES[self.config.dtype], "eager")
+        adapter.configure(DTYPES[self.config.dtype], self.config.attn_implementation)
         gbi = GlobalBinaryIndex(folder)
         plan = replace(plan, device=device)
         self.memory = TripleBufferManager(
@@ -96,7 +96,7 @@ class Engine:
         lora = {"r": 4, "alpha": 8, "target_modules": "all-linear", "dropout": self.config.lora_dropout}
         self.lora = LoRAManager(lora, device=device, seed=7)
         self.lora.attach(adapter)
-        optimizer = Recorder(self.lora.get_trainable_parameters())
+        optimizer = None if stepping else Recorder(self.lora.get_trainable_parameters())
         self.trainer = LemaTrainer(self.config, adapter, gbi, self.lora, optimizer, self.memory)
 
     def adopt(self, plain: torch.nn.Module) -> None:

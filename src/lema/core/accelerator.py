@@ -198,7 +198,7 @@ class AcceleratorBackend:
         self._staged: StagedCopier | None = None
         self._refused = False
         self._lock = threading.Lock()
-        weakref.finalize(self, _shut_down, self.device, self._streams, self._pins)
+        weakref.finalize(self, _shut_down, self.device, self._pins)
 
     def device_buffer(self, nbytes: int) -> torch.Tensor:
         """Device memory as uint8 `[nbytes]`, its start a multiple of 256. Waits for the compute stream."""
@@ -275,8 +275,8 @@ class AcceleratorBackend:
         self._pins.remove(buffer)
 
     def close(self) -> None:
-        """Wait for the copy streams and unpin what is pinned. May be called again."""
-        _shut_down(self.device, self._streams, self._pins)
+        """Wait for the device and unpin what is pinned. May be called again."""
+        _shut_down(self.device, self._pins)
 
     def _enqueue(self, target: torch.Tensor, source: torch.Tensor, stream: DeviceStream) -> None:
         with _current(stream):
@@ -327,10 +327,9 @@ def _reach(device: torch.device, stream: DeviceStream) -> None:
     event.synchronize()
 
 
-def _shut_down(device: torch.device, streams: dict[str, DeviceStream], pins: HostPins) -> None:
+def _shut_down(device: torch.device, pins: HostPins) -> None:
     try:
-        for stream in streams.values():
-            _reach(device, stream)
+        torch.accelerator.synchronize(device)  # every stream: what computes may copy from pinned memory, too
     except RuntimeError:
         logger.exception("%s failed while its transfers were awaited", device)
     pins.clear()

@@ -20,6 +20,8 @@ from .transport import DeviceBackend
 
 HEAD = -1
 """Number of the head where a unit is asked for; it has a ring of its own."""
+SLICE_BYTES = 16 << 20
+"""Of a run of a head that is there whole, roughly."""
 
 
 class HeadChunks:
@@ -95,7 +97,7 @@ class SlicedHead:
         nbytes: bytes of a run, roughly.
     """
 
-    def __init__(self, weight: torch.Tensor, nbytes: int = 16 << 20) -> None:
+    def __init__(self, weight: torch.Tensor, nbytes: int = SLICE_BYTES) -> None:
         vocab, hidden = weight.shape
         rows = max(nbytes // (hidden * weight.dtype.itemsize), 1)
         self.ranges = [(start, min(start + rows, vocab)) for start in range(0, vocab, rows)]

@@ -75,7 +75,8 @@ def vocabulary_loss(
     check_head(lm, hidden, chunks.ranges)
     wanted, order = flat[where].sort(stable=True)
     cuts = _cuts(wanted, chunks.ranges)
-    blocks = [slice(start, min(start + positions, count)) for start in range(0, count, positions)]
+    cut = [range(0, count, size) for size in (positions, min(positions, 256))]
+    blocks, small = ([slice(start, min(start + starts.step, count)) for start in starts] for starts in cut)
     where, wanted = to_device(where[order], hidden.device), to_device(wanted, hidden.device)
     softmax = _OnlineSoftmax(lm, hidden.reshape(-1, hidden.shape[-1]), where, wanted, with_gradient)
     softmax.keep_best, softmax.smoothing = with_accuracy, smoothing
@@ -86,7 +87,7 @@ def vocabulary_loss(
             softmax.take_target_rows(chunk)
             for block in blocks:
                 softmax.add(chunk, block)
-    losses = [softmax.finish(block, scale / denominator, gradient) for block in blocks]
+    losses = [softmax.finish(block, scale / denominator, gradient) for block in small]
     right = torch.stack(softmax.right) if with_accuracy else None
     return LossResult(torch.stack(losses), gradient, None, right, divisor=denominator)
 

@@ -24,8 +24,13 @@ def with_host_twin(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def host_twin(values: torch.Tensor | None) -> torch.Tensor | None:
-    """The same values on the host, where `with_host_twin` moved them."""
-    return getattr(values, "lema_host_ids", None)
+    """The same values on the host, where `with_host_twin` moved them; GPT-2 looks up a view of them, which will do."""
+    if values is None:
+        return None
+    moved = values if values._base is None else values._base
+    twin: torch.Tensor | None = getattr(moved, "lema_host_ids", None)
+    whole = twin is not None and values.numel() == twin.numel() and values.is_contiguous()
+    return twin.view(values.shape) if twin is not None and whole else None
 
 
 def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
