@@ -182,6 +182,8 @@ def _plan_of_default(model: Any) -> Any:
 
 def _plan_summary(plan: Any) -> dict[str, Any] | None:
     """What a plan decided and predicted, in numbers."""
+    from lema.core.footprint import DEVICE_CONTEXT
+
     if plan is None:
         return None
     estimate = plan.estimate
@@ -197,7 +199,8 @@ def _plan_summary(plan: Any) -> dict[str, Any] | None:
         "optimizer": plan.optimizer,
         "predicted_mib": round(plan.host_peak / 2**20, 1),
         "predicted_parts_mib": {name: round(size / 2**20, 1) for name, size in plan.host_bytes.items()},
-        "predicted_device_mib": round(plan.device_peak / 2**20, 1),
+        # torch's counters, which this stands beside, do not have the context
+        "predicted_device_mib": round((plan.device_peak - plan.device_bytes.get(DEVICE_CONTEXT, 0)) / 2**20, 1),
         "predicted_device_parts_mib": {name: round(size / 2**20, 1) for name, size in plan.device_bytes.items()},
         "estimated_seconds": round(estimate.step_seconds, 3),
         "estimated_compute_seconds": round(estimate.compute_seconds, 6),

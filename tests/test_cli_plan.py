@@ -227,11 +227,11 @@ def test_json_has_the_sizes_of_the_shapes(write: Write, name: str) -> None:
 def test_json_is_the_plan_that_is_made(write: Write) -> None:
     path = write(num_hidden_layers=6)
     machine = MACHINES["16 GB, PCIe 4"]
-    options = ["--batch-size", 3, "--max-seq-length", 256, "--lora-rank", 8, "--vram-budget", "1.5GB"]
+    options = ["--batch-size", 3, "--max-seq-length", 256, "--lora-rank", 8, "--vram-budget", "2.1GB"]
     options += ["--dtype", "float16"]
     found = json.loads(lema(path, "--json", "--hardware", machine, *options).stdout)
     plan = expected_plan(
-        path, machine, batch_size=3, max_seq_length=256, lora_rank=8, vram_budget=1_500_000_000, dtype="float16"
+        path, machine, batch_size=3, max_seq_length=256, lora_rank=8, vram_budget=2_100_000_000, dtype="float16"
     )
     assert found["plan"] == json.loads(json.dumps(describe(plan)))
     assert found["settings"]["batch_size"] == 3
