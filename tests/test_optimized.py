@@ -16,7 +16,7 @@ import lema
 from lema.cli.app import app
 from training_runs import adapter_bytes, make_model, settings_of, train, write_rows
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 def python(*words: object, optimize: bool = True) -> str:

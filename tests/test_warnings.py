@@ -31,6 +31,7 @@ def everything_is_said(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     transformers.utils.logging.warning_once.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests left to the collector
         yield
     logger.propagate = propagate
     transformers.logging.set_verbosity(level)
