@@ -211,7 +211,7 @@ def test_rows_separate_what_overlaps_and_are_as_few_as_can_be() -> None:
 def test_events_of_a_real_device_agree_with_its_own_clock(llama: Path) -> None:
     device = torch.accelerator.current_accelerator()
     assert device is not None
-    model = lema_model(llama, device=str(device), slots=2, vram_buffer_size=2)
+    model = lema_model(llama, device=str(device), num_slots=2, vram_buffer_size=2)
     trainer = recording_trainer(model)
     for _ in range(2):
         lema_step(model, padded_batch(), trainer)

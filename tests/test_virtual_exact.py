@@ -76,7 +76,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(params=["llama", "gpt2"])
 def folder(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Path:
     if request.param == "gpt2":
-        return tiny("gpt2", n_layer=LAYERS)
+        return tiny("gpt2", n_layer=LAYERS, num_hidden_layers=LAYERS)
     return tiny("llama", num_hidden_layers=LAYERS, tie_word_embeddings=False)
 
 

@@ -6,7 +6,6 @@ another room, until a verb runs: `lema --help` must be quick.
 
 from __future__ import annotations
 
-import warnings
 from typing import Annotated, Any
 
 import typer
@@ -39,8 +38,6 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb asked for."""
-        # What libraries deprecate in each other is of no use to whoever typed the command.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # whoever read the output has had enough; typer ends quietly

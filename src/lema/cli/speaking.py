@@ -65,7 +65,6 @@ def open_speaker(
     A token needs every layer once, so streaming from disk is as slow as the disk: `--set strategy=streaming` where
     the model is larger than memory.
     """
-    import warnings
 
     from transformers.utils import logging as transformers_logging
 
@@ -74,7 +73,6 @@ def open_speaker(
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     overrides: dict[str, Any] = {"strategy": "resident", "device": default_device(), **parse_settings(settings or ())}
     if overrides["device"] != "cpu":
         overrides.setdefault("vram_budget", "auto")

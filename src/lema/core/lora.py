@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -129,7 +130,8 @@ class LoRAManager:
         config = LoraConfig(task_type="CAUSAL_LM" if has_generation else None, **settings)
         with self._random_state():
             try:
-                peft_model: Any = get_peft_model(base, config, low_cpu_mem_usage=empty)
+                with peft_of_this_transformers():
+                    peft_model: Any = get_peft_model(base, config, low_cpu_mem_usage=empty)
             except ValueError as error:
                 raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
         self._refuse_outside(base, lm.layers)
@@ -264,6 +266,14 @@ class LoRAManager:
                 f"LoRA on {', '.join(outside)} is not supported: head and embeddings are not trained. "
                 "Leave them out of target_modules, or name them in exclude_modules"
             )
+
+
+@contextlib.contextmanager
+def peft_of_this_transformers() -> Iterator[None]:
+    """Around PEFT's building of a model: it asks for a property by a name that transformers deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def stored_transposed(layers: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from ..core.gbi import GlobalBinaryIndex
-from ..core.lora import stored_transposed
+from ..core.lora import peft_of_this_transformers, stored_transposed
 from ..errors import CheckpointError, UnsupportedError
 from ..models.transformers_adapter import TransformersAdapter
 from .checkpoint import Checkpoint
@@ -138,7 +138,8 @@ def find_targets(checkpoint: Checkpoint, adapter: TransformersAdapter, saved: Gl
     config.inference_mode, config.init_lora_weights, config.base_model_name_or_path = True, True, None
     try:
         config.fan_in_fan_out = stored_transposed(adapter.causal_lm().layers)
-        model: Any = get_peft_model(adapter.model, config, low_cpu_mem_usage=True)
+        with peft_of_this_transformers():
+            model: Any = get_peft_model(adapter.model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder} does not fit {checkpoint.base}: {error}") from error
     load = functools.lru_cache(maxsize=3)(lambda key: saved.load_tensors([key])[key].float())

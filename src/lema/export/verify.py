@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from ..config import LemaConfig
+from ..core.lora import peft_of_this_transformers
 from ..errors import WeightsError
 from ..model import LemaModel
 from .checkpoint import Checkpoint
@@ -102,11 +103,13 @@ def _logits(model_path: str, weights: str | None, adapter: Checkpoint | None = N
         module: torch.nn.Module = lm.module
         if adapter is not None:
             # In at its own precision, as PEFT keeps it in training; before the layers are driven by the streamer.
-            peft = PeftModel.from_pretrained(module, str(adapter.folder), low_cpu_mem_usage=True)
+            with peft_of_this_transformers():
+                peft = PeftModel.from_pretrained(module, str(adapter.folder), low_cpu_mem_usage=True)
             peft.eval()
         model.initialize_lora()
         random = torch.Generator().manual_seed(_SEED)
         ids = torch.randint(0, lm.vocab_size, (_ROWS, _LENGTH), generator=random)
         with torch.no_grad():
-            logits: torch.Tensor = model.hf_model(input_ids=ids, use_cache=False).logits
+            mask = torch.ones_like(ids)
+            logits: torch.Tensor = model.hf_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits.float().clone(), len(lm.layers)

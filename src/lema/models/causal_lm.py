@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ..errors import UnsupportedError
 from .masks import padding_known
-from .skeleton import replaced_forwards
+from .skeleton import replaced_forwards, stand_in_ids
 
 if TYPE_CHECKING:
     from .base import LemaModelAdapter
@@ -100,7 +100,7 @@ class TransformersCausalLM:
 
     def _takes_bare_tensors(self) -> bool:
         """Whether layers return a tensor, not a tuple: with one too few a dimension gets lost on the way."""
-        ids = torch.zeros((2, 3), dtype=torch.long, device=self._model.device)
+        ids = stand_in_ids(self._model, 2, 3)
         bare = [lambda hidden, *_, **__: hidden] * len(self.layers)
         with replaced_forwards(self.layers, bare), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:

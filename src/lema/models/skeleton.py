@@ -41,6 +41,8 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
     except (ValueError, ImportError) as error:
         raise UnsupportedError(f"{family.__name__} cannot be built: {error}") from error
     model.config.use_cache = False
+    if model.loss_type is None:  # its class has a name of its own: transformers would say so and take this one
+        model.loss_type = "ForCausalLM"
     shared: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -75,6 +77,12 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "exactly one. Write an adapter and register it with lema.models.register_adapter"
         )
     return found[0]
+
+
+def stand_in_ids(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
+    """Token ids `[rows, length]` for a forward that depends on no token; none is padding, of which models warn."""
+    token = int(getattr(model.config, "pad_token_id", None) == 0)
+    return torch.full((rows, length), token, dtype=torch.long, device=model.device)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .causal_lm import TransformersCausalLM
-from .skeleton import replaced_forwards
+from .skeleton import replaced_forwards, stand_in_ids
 
 
 class _Reached(BaseException):
@@ -33,7 +33,7 @@ def layer_arguments(
     """What the model's own forward hands to a layer for a batch of this `[batch, seq]`."""
     lm.pass_on(torch.empty(0))  # learned before the layers are replaced
     forwards = [_reach if i == unit else _passing(lm) for i in range(len(lm.layers))]
-    ids = torch.zeros(tuple(shape), dtype=torch.long, device=lm.module.device)
+    ids = stand_in_ids(lm.module, *shape)
     with replaced_forwards(lm.layers, forwards), torch.no_grad():
         try:
             lm.module(input_ids=ids, use_cache=False, **inputs)
@@ -108,7 +108,7 @@ def split_rest(
     forwards = [_passing(lm)] * (len(lm.layers) - 1) + [last]
     try:
         with replaced_forwards(lm.layers, forwards), torch.no_grad():
-            lm.module(input_ids=torch.zeros((1, 1), dtype=torch.long, device=lm.module.device), use_cache=False)
+            lm.module(input_ids=stand_in_ids(lm.module, 1, 1), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
