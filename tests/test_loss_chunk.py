@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import save_tiny
-from tests.helpers import lema_model, relative
 
 import lema
+from families import save_tiny
+from helpers import lema_model, relative
 from lema.core.head import SLICE_BYTES
 from lema.engine import head_loss
 from lema.engine.head_loss import AUTO_CHUNK, LARGE_LOGITS, loss_chunk, wide_piece

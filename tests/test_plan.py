@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -28,7 +29,7 @@ from lema.core.plan import (
     evenly,
 )
 from lema.core.planner import make_plan
-from lema.core.step_time import CPU_EFFICIENCY
+from lema.core.step_time import _FAULT_BYTES_PER_S, CPU_EFFICIENCY
 from lema.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(120)
@@ -769,6 +770,19 @@ def test_the_estimate_on_a_device_counts_the_link() -> None:
     assert read.estimate.disk_seconds == pytest.approx(2 * 3)
     pieces = plan_for(None, sizes=sizes, work=work, machine=machine, **{**rest, "head": "chunked"})
     assert seconds(pieces) - seconds(plan) == pytest.approx(0.2), "the head crosses the link as well"
+
+
+def test_kept_activations_cost_their_pages_unless_the_heap_keeps_them() -> None:
+    rest: dict[str, Any] = {"ram_layers": 6, "keep_activations": 4, "loss_chunk_size": 64, "head": "resident"}
+    graphs = 4 * load().layer(4).graph
+    given_back, kept = plan_for(None, micro_batch_size=4, **rest), plan_for(60 * GB, micro_batch_size=4, **rest)
+    assert (given_back.keeps_idle_heap, kept.keeps_idle_heap) == (False, True)
+    assert seconds(given_back) - seconds(kept) == pytest.approx(graphs / _FAULT_BYTES_PER_S)
+    fast = cpu(disk=50 * GB, flops=2e13)  # recomputing is cheaper than new pages
+    plans = [plan_for(size, machine=fast) for size in range(GB, 5 * GB, GB // 4)]
+    assert any(plan.keep_activations for plan in plans)
+    assert all(plan.keeps_idle_heap for plan in plans if plan.keep_activations)
+    assert all(later <= earlier * 1.002 for earlier, later in itertools.pairwise(map(seconds, plans)))
 
 
 def test_shapes_of_seventy_billion_are_planned_in_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,10 @@ class Footprint:
             return 0
         return int(self._compute_place(plan)["activations"] * IDLE_HEAP_SHARE)
 
+    def kept_graphs(self, plan: MemoryPlan) -> int:
+        """Of all activations kept from forward to backward."""
+        return len(plan.keep_activations) * sum(count * self.layer(rows).graph for count, rows in self.cuts(plan))
+
     def head_rows(self, head: str) -> int:
         """Vocabulary rows of a chunk of the head; all of them unless it is chunked."""
         if head != "chunked" or not self.sizes.head:
@@ -125,7 +129,7 @@ class Footprint:
         waiting = 2 if offloaded else len(sizes.units) - len(kept)
         bound = (waiting + self._inputs_in_no_graph(plan)) * work.boundary
         # the sweep's phases: most bytes at once beside what is always there
-        graphs = len(kept) * graph
+        graphs = self.kept_graphs(plan)
         head_then = head if comes_and_goes else 0
         slack = 1 + (HEAP_SLACK if self.on_cpu else 0)
         scratch = layer.kernel_scratch if self.on_cpu else 0

@@ -39,14 +39,14 @@ def _glibc() -> tuple[Callable[[], _MallInfo], Callable[[int], int]] | None:
     return info, trim
 
 
-def give_back_idle_heap() -> bool:
-    """Return free heap pages to the system if more than 192 MiB lie idle; whether that was done.
+def give_back_idle_heap(least: int = _IDLE_BYTES) -> bool:
+    """Return free heap pages to the system if at least so many bytes lie idle; whether that was done.
 
     For the turns of a step, where what the next phase needs is of another shape than what the last one
     freed: activations of layers, then logits, then activations with their graph.
     """
     functions = _glibc()
-    if functions is None or functions[0]().fordblks < _IDLE_BYTES:
+    if functions is None or functions[0]().fordblks < least:
         return False
     functions[1](0)
     return True

@@ -87,6 +87,7 @@ class TripleBufferManager:
         plan: which units stay in slots of their own, how many slots the others share, and where the head is.
         backend: a device tier's lowest layer; None on CPU.
         device_slots: slots on the device, 2 or more.
+        floor: resident bytes that the plan's host peak is counted from; None: those of now.
         direct_io: None: direct reads where granted; False: through the page cache.
         poison: fill a slot with NaN bytes before each load (for tests).
 
@@ -109,6 +110,7 @@ class TripleBufferManager:
         plan: MemoryPlan | None = None,
         backend: DeviceBackend | None = None,
         device_slots: int = 2,
+        floor: int | None = None,
         direct_io: bool | None = None,
         poison: bool = False,
     ) -> None:
@@ -134,9 +136,8 @@ class TripleBufferManager:
         self._scratch_unit: int | None = None
         self._decodes = 0
         self.plan = plan
-        self.heap_limit = (
-            None if plan is None or backend is not None else resident_bytes() + plan.host_peak - plan.transient // 4
-        )
+        floor = resident_bytes() if floor is None else floor
+        self.heap_limit = None if plan is None or backend is not None else floor + plan.host_peak - plan.transient // 4
         """Resident set between layers from which on idle heap is given back; None: no plan, or not on this heap."""
         self._reader = DiskReader(num_readers, direct_io)
         self.backend = backend

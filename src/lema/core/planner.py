@@ -6,7 +6,8 @@ It knows which decisions there are and which of two plans is better; bytes it as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -72,7 +73,7 @@ class _Planner:
     def best(self) -> MemoryPlan:
         """The best of all candidates that fit."""
         self._check_head()
-        return self._with_idle_heap(self._found() or self._refuse())
+        return self._found() or self._refuse()
 
     def _found(self) -> MemoryPlan | None:
         fitting: list[MemoryPlan] = []
@@ -85,7 +86,10 @@ class _Planner:
         return min((plan for plan in fitting if _seconds(plan) <= limit), key=_preference, default=None)
 
     def _streams_nothing(self, plan: MemoryPlan) -> bool:
-        """Whether every unit is loaded once in a run, and recomputed only where it was decided or must be."""
+        """Whether every unit is loaded once in a run, recomputed only where it was decided or must be, and what is kept
+        needs no new pages at each step that another plan would spare."""
+        if self.on_cpu and plan.keep_activations and self.ram_budget is not None and not plan.keeps_idle_heap:
+            return False
         slots = plan.host_slots if self.on_cpu else plan.device_slots
         decided = self.choices.keep_activations is not None or self.sizes.scratch > 0
         return len(plan.streamed_to_compute) <= slots and (
@@ -155,6 +159,19 @@ class _Planner:
             filled = self._keeping(plan, able, count)
             if self._fits(filled):
                 yield self._finished(filled)
+                if (fewer := self._with_room_for_idle_heap(plan, able, count)) is not None:
+                    yield self._finished(fewer)
+
+    def _with_room_for_idle_heap(self, plan: MemoryPlan, able: Sequence[int], most: int) -> MemoryPlan | None:
+        """The plan keeping as many activations as leave room for an idle heap, perhaps none; None: all it could."""
+        if self.choices.keep_activations is not None or not self.on_cpu:
+            return None
+
+        def has_none(count: int) -> bool:
+            return not self._idle_heap(self._keeping(plan, able, count))
+
+        count = bisect_left(range(1, most + 1), True, key=has_none)
+        return self._keeping(plan, able, count) if count < most else None
 
     def _may_keep_activations(self, plan: MemoryPlan) -> list[int]:
         """Units whose weights are still there in the backward: kept ones, and the last in shared slots at the turn."""
@@ -185,24 +202,28 @@ class _Planner:
         return host_fits and (self.vram_budget is None or sum(device(plan).values()) <= self.vram_budget)
 
     def _finished(self, plan: MemoryPlan) -> MemoryPlan:
-        return replace(
+        host = self.footprint.host(plan)
+        if idle := self._idle_heap(plan, host):
+            host[IDLE_HEAP] = idle
+        plan = replace(
             plan,
             transient=self.footprint.transient(plan),
-            loss_bytes=self.footprint.loss_peak(plan),
-            host_bytes=self.footprint.host(plan),
+            host_bytes=host,
             device_bytes=self.footprint.on_device(plan),
-            estimate=estimate(plan, self.footprint, self.hardware, self.dtype),
         )
+        return replace(plan, estimate=estimate(plan, self.footprint, self.hardware, self.dtype))
 
-    def _with_idle_heap(self, plan: MemoryPlan) -> MemoryPlan:
-        """The plan with a heap that keeps what is freed, where the budget has room for all of it.
+    def _idle_heap(self, plan: MemoryPlan, host: Mapping[str, int] | None = None) -> int:
+        """Bytes of a heap that keeps what is freed, where the budget has room for all of it; else 0.
 
         Half of it would be worse than none: what is kept then is never what is asked for next.
         """
         idle = self.footprint.idle_heap(plan)
-        if self.ram_budget is None or not 0 < idle <= int(self.ram_budget * _BUDGET_SHARE) - plan.host_peak:
-            return plan
-        return replace(plan, host_bytes={**plan.host_bytes, IDLE_HEAP: idle})
+        if self.ram_budget is None or not idle:
+            return 0
+        host = self.footprint.host(plan) if host is None else host
+        left = int(self.ram_budget * _BUDGET_SHARE) - sum(host.values())
+        return idle if idle <= left else 0
 
     # -- refusal ---------------------------------------------------------------------------------
 

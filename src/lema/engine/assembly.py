@@ -15,6 +15,7 @@ from ..core.budget import free_ram, resolve_budget
 from ..core.device import check_device, context_bytes, device_memory, device_name, supports_bfloat16
 from ..core.gbi import GlobalBinaryIndex
 from ..core.hardware import Hardware
+from ..core.heap import resident_bytes
 from ..core.lora import LoRAManager
 from ..core.memory import TripleBufferManager
 from ..core.plan import Choices, MemoryPlan
@@ -133,6 +134,7 @@ def _first(*values: Any) -> Any:
 
 def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryIndex) -> TripleBufferManager:
     """The memory manager a config asks for; `DeviceMemoryError` where the device has no room for it."""
+    floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
     adapter.configure(compute_dtype(config), config.attn_implementation)
     plan = assemble_plan(config, adapter, gbi) if wants_plan(config) else None
     backend = None if torch.device(config.device).type == "cpu" else AcceleratorBackend(config.device)
@@ -146,6 +148,7 @@ def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBi
             num_readers=config.num_readers,
             prefetch_depth=config.prefetch_depth,
             plan=plan,
+            floor=floor,
             backend=backend,
             device_slots=max(config.vram_buffer_size, 2),
         )

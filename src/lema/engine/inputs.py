@@ -6,11 +6,12 @@ It knows ids, labels and masks; it knows nothing of text or of what the model do
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ..errors import InputError
 from ..models.causal_lm import CausalLM
@@ -96,6 +97,42 @@ def make_batch(
             f"none of the {ids.shape[0]} rows has a target: every label after the first position is {IGNORE_INDEX}"
         )
     return Batch(model_inputs, targets, num_targets, ids.numel())
+
+
+def join_batches(batches: Sequence[Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], int]:
+    """Batches to learn from as one, rows one after the other and shorter ones padded at the right; and the most rows
+    that one of them has.
+
+    Args:
+        batches: mappings as `make_batch` takes them, all with the same names.
+
+    Raises:
+        InputError: no batch, no labels, other names in one than in the first, or position ids beside rows of unequal
+            length.
+    """
+    if not batches:
+        raise InputError("there is no batch in this window")
+    for number, batch in enumerate(batches):
+        if set(batch) != set(batches[0]) or not {"input_ids", "labels"} <= set(batch):
+            raise InputError(
+                f"batch {number} of the window holds {', '.join(sorted(batch)) or 'nothing'}, batch 0 "
+                f"{', '.join(sorted(batches[0])) or 'nothing'}; all need input_ids, labels and the same names"
+            )
+    parts = {name: [_as_rows(name, batch[name]) for batch in batches] for name in batches[0]}
+    for name, given in parts.items():
+        parts[name] = [_same_shape(name, rows, ids) for rows, ids in zip(given, parts["input_ids"], strict=True)]
+    lengths = sorted({rows.shape[1] for rows in parts["input_ids"]})
+    if len(lengths) > 1:
+        if "position_ids" in parts:
+            raise InputError(f"rows of {lengths} tokens cannot be joined where position_ids are given; pad them alike")
+        parts.setdefault("attention_mask", [torch.ones_like(rows) for rows in parts["input_ids"]])
+    joined = {}
+    for name, given in parts.items():
+        filler = IGNORE_INDEX if name == "labels" else 0
+        joined[name] = torch.cat(
+            [functional.pad(rows, (0, lengths[-1] - rows.shape[1]), value=filler) for rows in given]
+        )
+    return joined, max(len(rows) for rows in parts["input_ids"])
 
 
 def _as_rows(name: str, value: Any) -> torch.Tensor:

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from ..core.binding import keep_apart
+from ..core.heap import give_back_idle_heap
 from ..core.lora import LoRAManager
 from ..errors import ConfigError
+
+_MOVED_BYTES = 16 << 20
 
 
 def default_optimizer(lora: LoRAManager | None, learning_rate: float) -> torch.optim.Optimizer:
@@ -35,12 +38,20 @@ def keep_state_apart(optimizer: torch.optim.Optimizer) -> None:
     """Move the state off the heap that activations use, each parameter's tensors together.
 
     Optimizers make their state in the first step, in the holes the backward left; there it would keep
-    the heap in pieces for the rest of the run. Values do not change.
+    the heap in pieces for the rest of the run. Values do not change. What has moved goes back to the system
+    as it goes, so that the state is never there twice.
     """
+    moved = 0
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.is_contiguous():
                 state[key] = keep_apart(value)
+                moved += value.nbytes if state[key] is not value else 0
+                del value
+            if moved >= _MOVED_BYTES:
+                give_back_idle_heap(moved)
+                moved = 0
+    give_back_idle_heap()
 
 
 def scale_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

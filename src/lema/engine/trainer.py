@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +30,7 @@ from .diagnosis import first_bad_activation, first_bad_gradient
 from .guards import guard_peft
 from .head_loss import HeadLoss
 from .host_optimizer import HostMasters
-from .inputs import Batch, make_batch
+from .inputs import Batch, join_batches, make_batch
 from .loss import LossResult
 from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer
@@ -166,6 +166,22 @@ class LemaTrainer(Resumable):
         self._save_if_due(outcome)
         return result.logits, loss * denominator / batch.num_targets
 
+    def train_window(self, batches: Sequence[Mapping[str, Any]]) -> float:
+        """One optimizer step on all these batches: as so many calls of `train_step`, but weights are read once.
+
+        Args:
+            batches: mappings with `input_ids`, `labels` and any of the rest, the same in each; see `train_step`. Layers
+                run no more rows at once than the largest has. With a budget `batch_size` is all rows of a window.
+
+        Returns:
+            The mean loss over all targets. Raises what `train_step` does, and `ConfigError` while calls of it wait.
+        """
+        joined, most_rows = join_batches(batches)
+        with self._whole_window(most_rows):
+            _, loss = self.train_step(joined)
+        assert loss is not None
+        return loss
+
     def eval_step(
         self,
         inputs: torch.Tensor | Mapping[str, Any],
@@ -272,18 +288,22 @@ class LemaTrainer(Resumable):
 
         Layers then run `batch_size` rows at once, where neither the plan nor a setting cuts finer.
         """
+        with self._whole_window(self.config.batch_size if self._window.length > 1 else None):
+            self.driven = True
+            yield
+
+    @contextlib.contextmanager
+    def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:
+        """Inside the block one call is a window, and layers run so many rows at once unless something cuts finer."""
         if self._window.calls:
             raise ConfigError(f"{self._window.calls} calls of train_step are waiting for their step: call finish()")
-        batching, length = self.streamer.batching, self._window.length
-        rows_at_once = batching.micro_batch_size
-        if length > 1 and rows_at_once is None:
-            batching.micro_batch_size = self.config.batch_size
-        self._window.length, self.driven = 1, True
+        batching = self.streamer.batching
+        before = batching.micro_batch_size, self._window.length, self.driven
+        batching.micro_batch_size, self._window.length = rows_at_once if before[0] is None else before[0], 1
         try:
             yield
         finally:
-            self._window.length, self.driven = length, False
-            batching.micro_batch_size = rows_at_once
+            batching.micro_batch_size, self._window.length, self.driven = before
 
     @property
     def loss_scale(self) -> float:
