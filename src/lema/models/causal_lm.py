@@ -104,10 +104,10 @@ class TransformersCausalLM:
         bare = [lambda hidden, *_, **__: hidden] * len(self.layers)
         with replaced_forwards(self.layers, bare), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
-                logits = self._model.forward(input_ids=ids, use_cache=False).logits
+                hidden = self.hidden_states(input_ids=ids)
             except (IndexError, RuntimeError, TypeError, ValueError):
                 return False
-        return tuple(logits.shape[:2]) == (2, 3)
+        return tuple(hidden.shape[:2]) == (2, 3)
 
     def hidden_states(self, **inputs: Any) -> torch.Tensor:
         run = self._decoder.forward
