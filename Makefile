@@ -56,7 +56,8 @@ lint: $(INSTALLED) ## ruff, mypy and the import arrows
 test: $(MODEL_INSTALLED) lint ## lint, then the tests that take seconds
 	@$(PYTEST)
 	@$(PYTEST) -m 'accelerator and not slow' --virtual-device \
-		$(call tests,accelerator virtual_device virtual_exact virtual_guards virtual_waits)
+		$(call tests,accelerator device_memory hardware timeline virtual_device virtual_exact virtual_guards virtual_link \
+			virtual_waits)
 
 # Kernels are picked when torch is imported; what it picked is printed.
 CAPABILITY := $(BIN)/python -c 'import torch; print("kernels:", torch.backends.cpu.get_cpu_capability())'
