@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -17,9 +18,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption("--optimized"):
+    hands_on = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if not config.getoption("--optimized") or hands_on:  # the processes that run tests have asserts, too
         return
     os.environ["PYTHONOPTIMIZE"] = "1"  # not for this process, whose asserts are the tests
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(tempfile.gettempdir(), f"lema-compiled-{os.getuid()}")
     if not __debug__ or subprocess.run([sys.executable, "-c", "assert False"]).returncode:
         raise pytest.UsageError("--optimized: a process of its own has no asserts, and this one has to have them")
 

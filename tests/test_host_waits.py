@@ -68,6 +68,14 @@ def test_nothing_is_noted_at_the_layers_when_nothing_draws(gpt2: Path, looks: li
     )
 
 
+def test_a_forward_without_gradients_says_nothing_of_what_draws(tmp_path: Path, looks: list[torch.device]) -> None:
+    save_tiny("llama", tmp_path, attention_dropout=0.1)  # no dropout module says so
+    with lema_model(tmp_path) as model:
+        trainer = model.get_trainer(None)
+        trainer.eval_step(batch())
+        assert min(steps(trainer, looks, 2)) > 2 * 4
+
+
 @pytest.mark.parametrize("kind", ["module", "functional"])
 def test_states_are_noted_while_something_draws(tmp_path: Path, looks: list[torch.device], kind: str) -> None:
     if kind == "module":

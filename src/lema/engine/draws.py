@@ -30,6 +30,7 @@ class Draws:
         """Whether layers note their random states now."""
         self._layers = layers
         self._seen: bool | None = None
+        self._begun = False
         self._before: RandomState | None = None
 
     def begin(self, device: torch.device) -> None:
@@ -39,6 +40,7 @@ class Draws:
             for layer in self._layers
             for module in layer.modules()
         )
+        self._begun = True
         self._before = None if self.noting else RandomState.now(device)
 
     def drew(self) -> None:
@@ -46,13 +48,14 @@ class Draws:
         self._seen = True
 
     def end(self) -> None:
-        """The forward is over.
+        """The forward is over, whether it had gradients or not.
 
         Raises:
             StreamingError: numbers were drawn though no dropout is on and none were before: a replay would draw others.
         """
         before, self._before = self._before, None
-        if self._seen is None:
+        begun, self._begun = self._begun, False
+        if begun and self._seen is None:
             self._seen = False
         if before is not None and before.moved():
             self._seen = True

@@ -104,12 +104,15 @@ class TransformersCausalLM:
         bare = [lambda hidden, *_, **__: hidden] * len(self.layers)
         with replaced_forwards(self.layers, bare), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
-                hidden = self.hidden_states(input_ids=ids)
+                hidden = self._first_half(self._model.forward, input_ids=ids)
             except (IndexError, RuntimeError, TypeError, ValueError):
                 return False
         return tuple(hidden.shape[:2]) == (2, 3)
 
     def hidden_states(self, **inputs: Any) -> torch.Tensor:
+        return self._first_half(self._model, **inputs)
+
+    def _first_half(self, forward: Callable[..., Any], **inputs: Any) -> torch.Tensor:
         run = self._decoder.forward
         captured: list[Any] = []
 
@@ -119,7 +122,7 @@ class TransformersCausalLM:
             return type(output)(last_hidden_state=output.last_hidden_state.detach()[:, :0])
 
         with self._decoder_forward(first_half), padding_known(inputs.get("attention_mask")):
-            self._model(**inputs, use_cache=False)
+            forward(**inputs, use_cache=False)
         if not captured:
             raise UnsupportedError(f"{type(self._model).__name__} does not call its decoder the way LEMA expects")
         self._output = type(captured[0])
