@@ -23,6 +23,8 @@ from .tables import (
     PLAN_SEES,
     RANDOM_WEIGHTS,
     SECONDS,
+    as_predicted,
+    never_slower,
     predictions,
     within_budget,
 )
@@ -61,6 +63,8 @@ def judge(report: Report, budgets: Sequence[str]) -> None:
         ),
     ]
     report.checks = [within_budget(runs, label(budget), budget) for budget in budgets]
+    report.checks += [as_predicted(runs, label(budget), budget) for budget in budgets]
+    report.checks.append(never_slower(runs, [label(budget) for budget in budgets]))
     report.checks.append(loss_check(runs))
     report.tables = [predictions(runs, "Budget, prediction and measurement")]
     points = {budget: median_of(runs, label(budget), "ram_budget_bytes") for budget in budgets}

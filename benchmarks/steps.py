@@ -73,12 +73,11 @@ def lema_config(options: argparse.Namespace) -> Any:
         lora_rank=options.rank,
         lora_alpha=LORA_ALPHA,
         lora_target_modules=targets(options.folder),
-        loss_chunk_size=options.chunk or "auto",
         num_slots=options.slots,
         save_steps=0,
         batch_size=options.batch,
         max_seq_length=options.tokens,
-        **settings(options.set),
+        **{"loss_chunk_size": options.chunk or "auto", **settings(options.set)},
     )
     ram, vram = resolve_budgets(config)
     return config.replace(ram_budget=ram, vram_budget=vram)

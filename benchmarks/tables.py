@@ -6,10 +6,11 @@ It knows keys of the arms' numbers; it does not know which arms there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .plots import Panel
 from .processes import Run
-from .report import Check, Table, median_of, number
+from .report import Check, Table, median_of, number, ratio
 
 ABOVE_IMPORTS = (
     "Above imports: highest resident set of the process, less its highest resident set right after importing torch, "
@@ -81,3 +82,23 @@ def within_budget(
     if not own or len(shares) < len(own):
         return Check(claim, None, "an arm did not finish")
     return Check(claim, max(shares) <= 1, f"at most {max(shares):.1%} of it")
+
+
+def as_predicted(runs: Sequence[Run], label: str, name: str, allowed: float = 0.05) -> Check:
+    """Whether the median of an arm's peaks is what the plan predicted, to within a share."""
+    claim = f"{name}: the peak is within {allowed:.0%} of the plan's prediction"
+    measured, predicted = median_of(runs, label, MEMORY), median_of(runs, label, "plan.predicted_mib")
+    if measured is None or not predicted:
+        return Check(claim, None, "no run finished")
+    return Check(claim, abs(measured / predicted - 1) <= allowed, f"{measured / predicted:.3f} of it")
+
+
+def never_slower(runs: Sequence[Run], labels: Sequence[str], allowed: float = 0.03) -> Check:
+    """Whether steps of each arm take no longer than those of the one before it, but for what timing cannot tell."""
+    claim = f"more memory is never slower (medians over pairs, {allowed:.0%} for noise)"
+    pairs = [(ratio(runs, "", SECONDS, more, less).median, more, less) for less, more in pairwise(labels)]
+    known = [(value, more, less) for value, more, less in pairs if value is not None]
+    if not known:
+        return Check(claim, None, "fewer than two arms finished")
+    worst, more, less = max(known)
+    return Check(claim, worst <= 1 + allowed, f"at most {worst:.3f}, {more} over {less}")

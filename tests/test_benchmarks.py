@@ -50,6 +50,7 @@ from benchmarks import (
     scaling,
     small,
     speed,
+    tables,
     trace,
 )
 
@@ -236,11 +237,14 @@ def test_dial_goes_from_the_smallest_budget_to_peft(model: Path, tmp_path: Path,
     assert found["1MB: the peak is within the budget in every run"] == "could not be checked"
 
 
-def test_small_compares_the_three_arms(tmp_path: Path, here: None) -> None:
+def test_small_compares_the_arms(tmp_path: Path, here: None) -> None:
     folder = tmp_path / "model"
     make_model.make_model(folder, make_model.PRESETS["tiny"], "float32")
     content = run(small, tmp_path, *COMMON, "--pairs", "1", "--folder", str(folder), status=None)
     assert_ratio(content, "step time, LEMA / PEFT+checkpointing", SECONDS, small.LEMA, small.CHECKPOINTING)
+    assert_ratio(content, "step time, LEMA / the same with exact loss", SECONDS, small.LEMA, small.EXACT)
+    used = {run["label"]: run["options"] for run in content["runs"]}
+    assert set(used[small.LEMA]) == {"dtype", "tokens", "rank", "steps"}, "nothing else is set"
     assert set(verdicts(content).values()) == {"holds"}
 
 
@@ -493,3 +497,26 @@ def test_every_benchmark_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out
     names = {"small", "memory", "speed", "larger_than_memory", "scaling", "dial", "gpu", "proof", "sft_trainer"}
     assert all(f"  {name} " in listed for name in names)
+
+
+def runs_of(**numbers: tuple[float, ...]) -> list[processes.Run]:
+    """Runs of arms that took so many seconds, with as many MiB where 100 were predicted."""
+    return [
+        processes.Run(label, pair, 0, {SECONDS: value, ABOVE: value, "plan": {"predicted_mib": 100}})
+        for label, values in numbers.items()
+        for pair, value in enumerate(values)
+    ]
+
+
+def test_more_memory_that_is_slower_is_seen() -> None:
+    assert tables.never_slower(runs_of(small=(10, 20), large=(10.2, 20.2)), ["small", "large"]).holds
+    slower = tables.never_slower(runs_of(small=(10, 20), large=(8, 16), all=(9, 18)), ["small", "large", "all"])
+    assert slower.holds is False and "1.125, all over large" in slower.detail
+    assert tables.never_slower(runs_of(small=(10,)), ["small", "large"]).holds is None
+
+
+def test_a_peak_that_was_not_predicted_is_seen() -> None:
+    runs = runs_of(good=(103, 104, 120), high=(106, 107), low=(94,))
+    assert [tables.as_predicted(runs, name, name).holds for name in ("good", "high", "low", "none")] == [
+        True, False, False, None
+    ]  # fmt: skip
