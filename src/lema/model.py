@@ -157,6 +157,8 @@ class LemaModel:
         """End the reading threads and give the files back."""
         self.memory.close()
         self.gbi.close()
+        if self._streamer is not None:
+            self._streamer.heap.close()
 
     def __enter__(self) -> LemaModel:
         return self

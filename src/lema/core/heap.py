@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import mmap
+import weakref
 from collections.abc import Callable, Iterator
 
 _IDLE_BYTES = 192 << 20
@@ -61,6 +62,18 @@ def resident_bytes() -> int:
         return 0
 
 
+def _keep_idle(keep: bool) -> None:
+    """Whether the heap keeps what is freed, large blocks among it, or does as glibc's own adaptation ends up doing."""
+    global _kept
+    _kept = keep
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_TRIM_THRESHOLD, _LARGEST if keep else _TRIM_BYTES)
+    mallopt(_M_MMAP_MAX, 0 if keep else _MMAPS)
+
+
+_kept = False
+
+
 class HeapGuard:
     """Keeps the holes between activations from growing past what a plan counts on.
 
@@ -70,16 +83,24 @@ class HeapGuard:
     Args:
         limit: bytes of the resident set; None: nothing is done.
         keep_idle: below the limit nothing freed goes back, large blocks among it, so that no page is faulted in
-            twice: a kept graph of 3 GB costs a fifth of a step otherwise.
+            twice: a kept graph of 3 GB costs a fifth of a step otherwise. This is so for the whole process until
+            `close`.
     """
 
     def __init__(self, limit: int | None, keep_idle: bool = False) -> None:
         self._limit = limit if _glibc() is not None else None
         self.trims = 0
+        self._restore: weakref.finalize[[bool], HeapGuard] | None = None
         if self._limit is not None:
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_TRIM_THRESHOLD, _LARGEST if keep_idle else _TRIM_BYTES)
-            mallopt(_M_MMAP_MAX, 0 if keep_idle else _MMAPS)
+            _keep_idle(keep_idle)
+            if keep_idle:
+                self._restore = weakref.finalize(self, _keep_idle, False)
+
+    def close(self) -> None:
+        """The process's heap does again what it did; what lies idle on it goes back to the system."""
+        if self._restore is not None and self._restore.alive:
+            self._restore()
+            give_back_idle_heap()
 
     def relieve(self) -> None:
         """Called between layers."""
@@ -103,8 +124,9 @@ def apart_from_heap() -> Iterator[None]:
         return
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    mallopt(_M_MMAP_MAX, _MMAPS)
     try:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+        _keep_idle(_kept)
