@@ -126,7 +126,7 @@ def test_nulls_that_a_table_fills_in_are_not_there(how: str, tmp_path: Path) -> 
     import datasets
 
     rows = []
-    for name, arguments in (("f", {"city": "Oslo"}), ("g", {"a": 1, "list": [{"x": 1}, {"y": 2}]}), ("h", {})):
+    for name, arguments in (("f", {"city": "Oslo"}), ("g", {"a": "1", "list": [{"x": "1"}, {"y": "2"}]}), ("h", {})):
         properties = {key: {"type": "string"} for key in arguments}
         schema = {"name": name, "parameters": {"type": "object", "properties": properties}}
         calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]

@@ -21,6 +21,7 @@ from .fields import unused_fields
 from .prefix import encode_text
 from .render import IGNORE, ChatRenderer, EncodedRow
 from .schema import Completion, Content, Conversation, Instruction, PlainText, read_row
+from .tools import takes_text, with_text_arguments
 
 INSTRUCTION_SEPARATOR = "\n\n"
 
@@ -73,8 +74,9 @@ class RowEncoder:
                 f"message {calls} calls tools, and the chat template does not write tool_calls: give chat_template: a "
                 "file whose template does"
             )
+        messages = with_text_arguments(content.messages) if calls and self._takes_text else content.messages
         return self.renderer.training(
-            content.messages, content.tools, learned_from=content.learned_from, unlearned=content.unlearned,
+            messages, content.tools, learned_from=content.learned_from, unlearned=content.unlearned,
             on_prompt=self._on_prompt, last_only=self._last_only, limit=self._limit,
         )  # fmt: skip
 
@@ -94,6 +96,10 @@ class RowEncoder:
         if ids and ids[-1] == end:
             return EncodedRow(ids, labels[:-1] + [end])
         return EncodedRow(ids + [end], labels + [end])
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        return takes_text(self.renderer.prompt)
 
     @cached_property
     def key(self) -> str:

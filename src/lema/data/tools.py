@@ -5,32 +5,19 @@ knows nothing of conversations.
 
 The form is OpenAI's with arguments as an object: transformers' documentation asks for that, and most templates write
 arguments as JSON themselves, so that text would be written as JSON twice. Templates that lay the arguments beside text
-get JSON text from the same object, see `Arguments`.
+get JSON text of the same object, see `with_text_arguments`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
 from .checks import is_absent, json_of, kind_of, list_of, names, text_of
 
 CALL_FIELDS = ("id", "type", "index", "function", "name", "arguments")
-
-
-class Arguments(dict[str, Any]):
-    """Arguments of a call: an object, which is JSON text wherever a template treats it as text."""
-
-    def __str__(self) -> str:
-        return json.dumps(self, ensure_ascii=False)
-
-    def __add__(self, other: str) -> str:
-        return str(self) + other
-
-    def __radd__(self, other: str) -> str:
-        return other + str(self)
 
 
 def calls_of(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
@@ -73,14 +60,14 @@ def _call(call: Any, name: str) -> dict[str, Any]:
     return {**kept, "type": call.get("type") or "function", "function": function}
 
 
-def _arguments(value: Any, name: str) -> Arguments:
+def _arguments(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, str):
         value = json_of(value, f"{name}: arguments") if value.strip() else {}
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
         raise InputError(f"{name}: arguments is {kind_of(value)}, not an object or JSON text of one")
-    return Arguments(value)
+    return dict(value)
 
 
 def schemas_of(row: Mapping[str, Any]) -> list[Any] | None:
@@ -115,3 +102,41 @@ def _schema(schema: Any, name: str) -> dict[str, Any]:
     if "function" in schema or "name" not in schema or schema.get("type", "function") != "function":
         return dict(schema)
     return {"type": "function", "function": {key: item for key, item in schema.items() if key != "type"}}
+
+
+def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as `read_messages` makes them, with the arguments of their calls as JSON text."""
+    return [
+        {**message, "tool_calls": [_in_text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _in_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+_PROBE = {"lema_probe": None}
+
+
+def takes_text(render: Callable[[list[dict[str, Any]]], str]) -> bool:
+    """Whether a template wants arguments as JSON text: it fails on an object, or writes one as Python does.
+
+    Args:
+        render: messages as the template writes them; an `InputError` where it refuses them.
+    """
+    call = {"id": "lema00001", "type": "function", "function": {"name": "lema", "arguments": dict(_PROBE)}}
+    asked = {"role": "user", "content": "?"}
+    probe = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    try:
+        if str(_PROBE) not in render(probe):
+            return False
+    except InputError:
+        pass
+    try:
+        return '"lema_probe"' in render(with_text_arguments(probe))
+    except InputError:
+        return False
