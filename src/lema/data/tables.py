@@ -68,7 +68,7 @@ def named_rows(name: str, config: str | None, split: str) -> Rows:
     with _told_in_our_words(datasets, said, "a data set of the hub"):
         table = datasets.load_dataset(name, config, split=split, cache_dir=_cache())
     files = [Path(file["filename"]) for file in table.cache_files]
-    return ListRows(table, said, _fingerprint(said, files), filled=True)
+    return ListRows(table, said, _fingerprint(said, files, split), filled=True)
 
 
 def _cache() -> str | None:
@@ -107,9 +107,9 @@ def _told_in_our_words(datasets: Any, name: str, kind: str) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _fingerprint(name: str, files: list[Path]) -> Fingerprint:
-    """Of the bytes of files, in their order; the number of rows is added by who knows it."""
-    hasher, num_bytes = hashlib.sha256(), 0
+def _fingerprint(name: str, files: list[Path], part: str = "") -> Fingerprint:
+    """Of the bytes of files, in their order, and of which part of them is meant; who knows it adds how many rows."""
+    hasher, num_bytes = hashlib.sha256(part.encode()), 0
     for file in files:
         with open(file, "rb") as opened:
             while chunk := opened.read(8 << 20):
