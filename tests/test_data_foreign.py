@@ -141,8 +141,8 @@ def test_from_another_tools_file_to_an_adapter(
     write, more, learned, unused = FILES[name]
     settings = {
         "model_name_or_path": str(model), "train_file": str(write(tmp_path)), "output_dir": str(tmp_path / "out"),
-        "device": "cpu", "dtype": "float32", "lora_target_modules": "all-linear", "max_seq_length": 1024, "lora_rank": 2,
-        "ram_budget": "2GB", "max_steps": 2, "batch_size": 2, **more,
+        "device": "cpu", "dtype": "float32", "lora_target_modules": "all-linear", "max_seq_length": 1024,
+        "lora_rank": 2, "ram_budget": "2GB", "max_steps": 2, "batch_size": 2, **more,
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(
         "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()), encoding="utf-8"

@@ -40,6 +40,7 @@ _OTHER = {
     "completions": "a row teaches one completion: make a row of each",
 }
 _IN_CONVERSATIONS = {"history": "a conversation has its earlier turns as messages: put them there"}
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers gives one under the names of the others
 _IN_MESSAGES = ("role", "content", "tool_calls")
 _PARTS = ("type", "text")
 
@@ -90,7 +91,9 @@ def unused_fields(row: Mapping[str, Any], kind: str, mentions: Callable[[str], b
 
 def _unused_in(message: Mapping[str, Any], mentions: Callable[[str], bool]) -> list[str]:
     """Fields of a message that neither this room nor the template reads."""
-    read = (*_IN_MESSAGES, *_MARKS, "function_call") + (("from", "value") if "from" in message else ())
+    read = [*_IN_MESSAGES, *_MARKS, "function_call", *(("from", "value") if "from" in message else ())]
+    if any(name in message for name in _REASONING) and any(map(mentions, _REASONING)):
+        read += _REASONING
     found = [
         printable(name)
         for name, value in message.items()

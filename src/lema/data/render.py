@@ -126,8 +126,10 @@ class ChatRenderer:
         return self.template is not None
 
     def mentions(self, field: str) -> bool:
-        """Whether the template has a word that is a field's name: one that does not cannot read the field."""
-        return self.template is not None and re.search(rf"\b{re.escape(field)}\b", self.template) is not None
+        """Whether a template of the tokenizer has a word that is a field's name; one without cannot read the field."""
+        own = self.tokenizer.chat_template
+        texts = own.values() if isinstance(own, dict) else () if own is None else (own,)
+        return any(re.search(rf"\b{re.escape(field)}\b", text) for text in texts)
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """The text after which the assistant speaks."""

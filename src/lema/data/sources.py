@@ -59,7 +59,12 @@ def open_rows(source: Any) -> Rows:
         return _from_pattern(text)
     named = _HUB.fullmatch(text)
     if named is not None and (named["scheme"] or path.suffix.lower() not in (*_READERS, *COMPRESSED, ".parquet")):
-        return named_rows(named["name"], named["config"], named["split"] or "train")
+        try:
+            return named_rows(named["name"], named["config"], named["split"] or "train")
+        except InputError as error:
+            if named["scheme"]:
+                raise
+            raise InputError(f"there is no file {text}, and {error}") from error
     raise InputError(
         f"{text} does not exist: give a JSONL, JSON, CSV or Parquet file, a datasets directory, or hf://owner/name"
     )
