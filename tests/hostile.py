@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -104,6 +105,7 @@ def run(words: list[str]) -> tuple[int, str]:
 def cases(shop: Workshop) -> Iterator[Case]:
     """Everything that is wrong, one after the other."""
     yield from _rows(shop)
+    yield from _forms(shop)
     yield from _yaml(shop)
     yield from _models(shop)
     yield from _checkpoints(shop)
@@ -142,6 +144,45 @@ def _rows(shop: Workshop) -> Iterator[Case]:
     yield Case("Data", "a row that is too long, where that is to be an error", ["train", str(config), "--dry-run"])
     config = shop.yaml("dropped", train_file=str(shop.rows("dropped", *[long] * 3, GOOD)), too_long="drop")
     yield Case("Data", "most rows are too long and dropped", ["data", "check", str(config)])
+
+
+def _forms(shop: Workshop) -> Iterator[Case]:
+    """Rows in other tools' forms, and sources of other kinds."""
+
+    def check(what: str, path: Path | str, *more: str) -> Case:
+        return Case("Data", what, ["data", "check", str(path), "--model", str(shop.model), *more])
+
+    def case(what: str, name: str, *rows: Any) -> Case:
+        return check(what, shop.rows(name, *rows))
+
+    ask, say = GOOD["messages"]
+    table = shop.folder / "comma.csv"
+    table.write_text("prompt,completion\nHello, you?,Hello.\n", encoding="utf-8")
+    yield check("a row of a table with a field too many", table)
+    table = shop.folder / "semicolon.csv"
+    table.write_text("prompt;completion\nHello?;Hello.\n", encoding="utf-8")
+    yield check("a table with another separator", table)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{a: 1}"}}]}
+    yield case("arguments of a call that are text and no JSON", "arguments", {"messages": [ask, call]})
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    yield case("calls of tools, and a template that writes none", "calls", {"messages": [ask, call]})
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}
+    yield case("an image among the parts of a content", "image", {"messages": [image, say]})
+    yield case("answers with a verdict, as KTO takes them", "kto", {"prompt": "a", "completion": "b", "label": False})
+    yield case("pairs of answers, as DPO takes them", "dpo", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    yield case("a turn that is to be learned half", "half", {"messages": [ask, {**say, "weight": 0.5}]})
+    yield case("half a surrogate pair", "surrogate", {"messages": [ask, say], "id": "\ud83d"})
+    yield check("a pattern that fits no file", shop.folder / "none-*.jsonl")
+    packed = shop.folder / "rows.jsonl.gz"
+    packed.write_bytes(b"no gzip at all")
+    yield check("a compressed file that is damaged", packed)
+    os.mkfifo(shop.folder / "pipe.jsonl")
+    yield check("a named pipe", shop.folder / "pipe.jsonl")
+    columns = 'columns={"prompt": "question"}'
+    other = shop.rows("columns", {"query": "a", "completion": "b"})
+    yield check("a field that columns names and no row has", other, "--set", columns)
+    bad = shop.rows("skipped", GOOD, "{oops", "[]")
+    yield check("more bad rows than may be skipped", bad, "--set", "on_bad_row=skip")
 
 
 def _yaml(shop: Workshop) -> Iterator[Case]:

@@ -44,7 +44,7 @@ def test_the_index_finds_just_the_lines_that_are_not_blank(
     made = index._scan(path, path.stat())
     data = path.read_bytes()
     expected = [(n, line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-    assert [data[o : o + length] for o, length in made.spans.tolist()] == [line for _, line in expected]
+    assert [data[o : o + length] for o, length, _ in made.spans.tolist()] == [line for _, line in expected]
     assert [made.line(row) for row in range(len(expected))] == [n for n, _ in expected]
 
 
@@ -131,7 +131,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [Q, {"role": "assistant", "content": None}]}, r"message 2 .* has no content"),
     ("messages", {"messages": [Q, {"role": "assistant", "content": " \n"}]}, r"message 2 .*content is empty"),
     ("messages", {"messages": [Q, {"role": "assistant", "content": 4}]}, r"message 2 .*content is int, not text"),
-    ("messages", {"messages": [Q, {"role": "assistant", "content": [{"text": "a"}]}]}, r"is a list, not text.*join"),
+    ("messages", {"messages": [Q, {"role": "assistant", "content": [{"type": "image_url"}]}]}, r"part 1 .*'image_url'"),
     ("messages", {"messages": [Q, {"role": "assistant", "content": "\ud83d"}]}, r"half a surrogate pair"),
     ("messages", {"messages": [Q]}, r"no assistant turn"),
     ("messages", {"messages": [A, Q]}, r"begins with the assistant"),
@@ -252,16 +252,15 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "folder").mkdir()
     datasets.DatasetDict(train=datasets.Dataset.from_list(TABLE)).save_to_disk(tmp_path / "splits")
     for name, words in {
-        "absent.jsonl": "does not exist", "rows.txt": r"ending '.txt' is not known", "broken.json": "cannot be read",
+        "absent.jsonl": "does not exist", "rows.txt": r"ending '.txt' is not known", "broken.json": "row 2 is not JSON",
         "broken.parquet": "cannot be read", "twice.csv": "each once", "latin.csv": "UTF-8", "folder": "save_to_disk",
         "splits": r"several splits: give one of .*splits/train",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=words):
             open_rows(tmp_path / name)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    _csv(tmp_path / "rows.csv")
-    with pytest.raises(ConfigError, match=r"pip install 'lema\[data\]'"):
-        open_rows(tmp_path / "rows.csv")
+    with pytest.raises(ConfigError, match=r"pip install 'datasets>=3'"):
+        open_rows(tmp_path / "broken.parquet")
 
 
 def test_fingerprints_say_what_differs() -> None:

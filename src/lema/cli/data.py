@@ -112,12 +112,9 @@ def look(config: DataConfig, model: str, max_seq_length: int, limit: int | None,
     Raises:
         LemaError: a file cannot be read at all, or model or template have no use.
     """
-    from ..data.dataset import TokenDataset
-    from ..data.encode import RowEncoder
+    from ..data.load import dataset_of, rows_of
     from ..data.render import ChatRenderer
-    from ..data.schema import detect_format
     from ..data.survey import survey
-    from ..data.tables import open_rows
     from ..engine.training import load_tokenizer
 
     tokenizer = load_tokenizer(model)
@@ -126,12 +123,8 @@ def look(config: DataConfig, model: str, max_seq_length: int, limit: int | None,
     for path in (config.train_file, config.eval_file):
         if path is None:
             continue
-        rows = open_rows(path)
-        kind = config.data_format if config.data_format != "auto" else detect_format(rows)
-        encoder = RowEncoder(
-            renderer, kind, train_on_prompt=config.train_on_prompt, mask_history=config.mask_history
-        )  # fmt: skip
-        dataset = TokenDataset(rows, encoder, max_seq_length=max_seq_length, too_long=config.too_long)
+        rows, kind = rows_of(path, config)
+        dataset = dataset_of(rows, kind, renderer, config, max_seq_length)
         chosen = _spread(len(rows), limit)
         indices = chosen if quiet or len(chosen) < 2000 else _with_progress(chosen, path)
         found.append(Checked(path, kind, dataset, survey(dataset, indices), config.max_dropped))

@@ -32,9 +32,12 @@ def show(checked: Checked, console: Console | None = None) -> None:
         console.print(_histogram(checked, found))
         console.print(_lengths(found))
     _show_example(checked, console)
+    if found["unused_fields"]:
+        said = ", ".join(f"{name} ({rows:,} rows)" for name, rows in found["unused_fields"].items())
+        console.print(Text(f"fields that are not used: {said}", style="yellow"))
     for line in found["bad_rows"]:
         console.print(Text(f"bad   {line}", style="red"))
-    if (more := found["bad"] - len(found["bad_rows"])) > 0:
+    if (more := found["bad"] + found["dropped"].get("bad", 0) - len(found["bad_rows"])) > 0:
         console.print(f"      and {more:,} more")
     console.print(_verdict(checked, found))
 

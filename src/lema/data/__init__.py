@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .render import ChatRenderer, EncodedRow
     from .rows import JsonlRows, ListRows, Rows, fingerprint_difference
     from .schema import detect_format
+    from .sources import open_rows
     from .stream import BatchStream, StepBatch
-    from .tables import open_rows
     from .tensors import collate, collate_packed
 
 __all__ = [
@@ -37,8 +37,8 @@ _HOMES = {
     "render": ("ChatRenderer", "EncodedRow"),
     "rows": ("JsonlRows", "ListRows", "Rows", "fingerprint_difference"),
     "schema": ("detect_format",),
+    "sources": ("open_rows",),
     "stream": ("BatchStream", "StepBatch"),
-    "tables": ("open_rows",),
 }
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ConfigError
 
 FORMATS = ("auto", "messages", "conversations", "prompt_completion", "instruction", "text")
 TOO_LONG = ("truncate", "drop", "error")
+ON_BAD_ROW = ("error", "skip")
 
 
 @dataclass
@@ -21,13 +23,18 @@ class DataConfig:
     """Settings of the data. Bad values raise `ConfigError` at construction."""
 
     train_file: str | None = None
-    """JSONL, JSON, CSV or Parquet file, or a directory written by `datasets`' `save_to_disk`."""
+    """JSONL, JSON, CSV or Parquet file (.gz and .zst too), a pattern of such files, a `save_to_disk` directory, a data
+    set of the hub (`owner/name:split`), or - for standard input."""
     eval_file: str | None = None
     """Rows to evaluate on, in any of the same forms."""
     eval_size: float = 0
     """Rows held out of train_file for evaluation: a number of rows (1 or more), or a share of them (below 1)."""
     data_format: str = "auto"
     """Fields of a row: messages, conversations, prompt_completion, instruction or text; auto: as the first rows say."""
+    columns: dict[str, Any] | None = None
+    """Fields under other names, as {prompt: question, completion: answer}; null: a field of that name is not read."""
+    on_bad_row: str = "error"
+    """What happens to a row that cannot be used: error, or skip (counted, and at most max_dropped of the rows)."""
     chat_template: str | None = None
     """A file with a Jinja chat template; None: the tokenizer's own."""
     train_on_prompt: bool = False
@@ -37,7 +44,7 @@ class DataConfig:
     too_long: str = "truncate"
     """What happens to a row of more than max_seq_length tokens: truncate (cut its end), drop, or error."""
     max_dropped: float = 0.1
-    """Share of rows that may be dropped, because too long or without a target left; more stops the run."""
+    """Share of rows that may be dropped: too long, without a target left, or bad and skipped; more stops the run."""
     packing: bool = False
     """True: lay several rows one after the other up to max_seq_length, without attention between them."""
     group_by_length: bool = False
@@ -55,13 +62,16 @@ class DataConfig:
             if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
                 raise ConfigError(f"{name}={value!r} must be a path")
             setattr(self, name, os.fspath(value))
-        for name, values in (("data_format", FORMATS), ("too_long", TOO_LONG)):
+        for name, values in (("data_format", FORMATS), ("too_long", TOO_LONG), ("on_bad_row", ON_BAD_ROW)):
             if getattr(self, name) not in values:
                 raise ConfigError(self._one_of(name, values))
         for name in ("train_on_prompt", "mask_history", "packing", "group_by_length", "shuffle"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
+        self._check_columns()
         self._check_numbers()
+        if self.train_file == self.eval_file == "-":
+            raise ConfigError("train_file and eval_file are both -: standard input can be read once")
         if self.eval_file is not None and self.eval_size:
             raise ConfigError("eval_file and eval_size are both given: take rows from one place")
         if self.packing and self.group_by_length:
@@ -70,6 +80,20 @@ class DataConfig:
             raise ConfigError("group_by_length orders rows by itself, and shuffle is off: choose one")
         if self.train_on_prompt and self.mask_history:
             raise ConfigError("train_on_prompt learns every turn and mask_history only the last answer: choose one")
+
+    def _check_columns(self) -> None:
+        columns = self.columns
+        if columns is None:
+            return
+        if not isinstance(columns, Mapping) or not all(
+            isinstance(ours, str) and ours and (theirs is None or (isinstance(theirs, str) and theirs))
+            for ours, theirs in columns.items()
+        ):
+            raise ConfigError(f"columns={columns!r} must give names of fields, as {{prompt: question}}")
+        taken = [theirs for theirs in columns.values() if theirs is not None]
+        if twice := next((name for name in taken if taken.count(name) > 1), None):
+            raise ConfigError(f"columns takes two fields from {twice!r}: each is one")
+        self.columns = dict(columns)
 
     def _check_numbers(self) -> None:
         for name in ("eval_size", "max_dropped"):

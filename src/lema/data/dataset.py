@@ -16,17 +16,21 @@ import numpy as np
 
 from ..cache import cache_folder, digest, write_whole
 from ..errors import ConfigError, InputError
-from .config import TOO_LONG
+from .config import ON_BAD_ROW, TOO_LONG
 from .render import EncodedRow
-from .rows import Rows
+from .rows import FileChangedError, Rows
 
 logger = logging.getLogger(__name__)
 
 TOO_LONG_REASON = "too long"
 NO_TARGET_REASON = "no target"
-_FATES = ("kept", "truncated", TOO_LONG_REASON, NO_TARGET_REASON)
+BAD_REASON = "bad"
+REASONS = (TOO_LONG_REASON, NO_TARGET_REASON, BAD_REASON)
+"""Why a row is dropped."""
+_FATES = ("kept", "truncated", *REASONS)
+_BAD_ROWS_NAMED = 5
 _ANNOUNCED_ROWS = 5000
-_SIZES_VERSION = 2
+_SIZES_VERSION = 3
 _SECONDS_SILENT = 30
 
 
@@ -35,7 +39,9 @@ class Dropped:
     """A row that is left out."""
 
     reason: str
-    """`too long` or `no target`."""
+    """`too long`, `no target` or `bad`."""
+    why: str = ""
+    """Of a bad row: which it is, and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class TokenDataset:
         encoder: a row as ids and labels; its `key`, if it has one, says what its results depend on.
         max_seq_length: tokens a row may have.
         too_long: what happens to one with more: `truncate` (its end is cut), `drop` or `error`.
+        on_bad_row: what happens to a row that cannot be used: `error` or `skip`.
     """
 
     def __init__(
@@ -69,9 +76,11 @@ class TokenDataset:
         *,
         max_seq_length: int,
         too_long: str = "truncate",
+        on_bad_row: str = "error",
     ) -> None:
-        if too_long not in TOO_LONG:
-            raise ConfigError(f"too_long={too_long!r} is unknown: choose one of {', '.join(TOO_LONG)}")
+        for name, value, known in (("too_long", too_long, TOO_LONG), ("on_bad_row", on_bad_row, ON_BAD_ROW)):
+            if value not in known:
+                raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}")
         if max_seq_length < 2:
             raise ConfigError(
                 f"max_seq_length={max_seq_length} leaves nothing to learn: a target needs a token before it"
@@ -80,6 +89,8 @@ class TokenDataset:
         self.max_seq_length = max_seq_length
         self.encoder = encoder
         self._too_long = too_long
+        self._skips_bad = on_bad_row == "skip"
+        self._named: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,22 +105,36 @@ class TokenDataset:
 
     def measured(self, index: int) -> tuple[EncodedRow | Dropped, int]:
         """One row as above, and the tokens it had before anything was cut."""
-        row = self.rows[index]
         try:
-            encoded = self.encoder(row)
+            encoded = self._encoded(index)
+        except FileChangedError:
+            raise
         except InputError as error:
-            raise InputError(f"{self.rows.where(index)}: {error}") from error
-        length = len(encoded.input_ids)
+            if not self._skips_bad:
+                raise
+            if index not in self._named and len(self._named) < _BAD_ROWS_NAMED:
+                self._named.add(index)
+                logger.warning("skipped: %s", error)
+            return Dropped(BAD_REASON, str(error)), 0
+        length = encoded.cut_from or len(encoded.input_ids)
+        about = "about " if encoded.cut_from else ""
         if length > self.max_seq_length:
             if self._too_long == "error":
                 raise InputError(
-                    f"{self.rows.where(index)} has {length} tokens, more than max_seq_length={self.max_seq_length}; "
-                    "raise that, or set too_long to truncate or drop"
+                    f"{self.rows.where(index)} has {about}{length} tokens, more than "
+                    f"max_seq_length={self.max_seq_length}; raise that, or set too_long to truncate or drop"
                 )
             if self._too_long == "drop":
                 return Dropped(TOO_LONG_REASON), length
             encoded = encoded.cut(self.max_seq_length)
         return (encoded if encoded.num_targets else Dropped(NO_TARGET_REASON)), length
+
+    def _encoded(self, index: int) -> EncodedRow:
+        row = self.rows[index]
+        try:
+            return self.encoder(row)
+        except InputError as error:
+            raise InputError(f"{self.rows.where(index)}: {error}") from error
 
     def sizes(self) -> RowSizes:
         """Tokens and fate of every row. All are encoded for it, once: the result is kept in the cache folder."""
@@ -138,14 +163,14 @@ class TokenDataset:
         if folder is None or key is None:
             return None
         fingerprint = self.rows.fingerprint
-        what = [fingerprint.get(name) for name in ("sha256", "rows", "chosen")]
+        what = [fingerprint.get(name) for name in ("sha256", "rows", "chosen", "columns")]
         return folder / f"lengths-{digest(_SIZES_VERSION, *what, key)}.npy"
 
     @property
     def key(self) -> str | None:
         """What encoded rows depend on besides the rows; None where the encoder cannot say."""
         key = getattr(self.encoder, "key", None)
-        return None if key is None else digest(key, self.max_seq_length, self._too_long)
+        return None if key is None else digest(key, self.max_seq_length, self._too_long, self._skips_bad)
 
 
 def _load_sizes(path: Path, rows: int) -> RowSizes | None:

@@ -12,12 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from ..errors import InputError, UnsupportedError
+from .fields import unused_fields
+from .prefix import encode_text
 from .render import IGNORE, ChatRenderer, EncodedRow
-from .schema import Completion, Conversation, Instruction, PlainText, read_row
+from .schema import Completion, Content, Conversation, Instruction, PlainText, read_row
+from .tools import takes_text, with_text_arguments
 
 INSTRUCTION_SEPARATOR = "\n\n"
 
@@ -30,23 +34,33 @@ class RowEncoder:
         kind: one of `messages`, `conversations`, `prompt_completion`, `instruction`, `text`.
         train_on_prompt: learn prompts too.
         mask_history: learn the last answer of a conversation only.
+        limit: tokens that are wanted of a row: of a far longer one only the beginning is encoded.
     """
 
     def __init__(
-        self, renderer: ChatRenderer, kind: str, *, train_on_prompt: bool = False, mask_history: bool = False
-    ) -> None:
+        self, renderer: ChatRenderer, kind: str, *, train_on_prompt: bool = False, mask_history: bool = False,
+        limit: int | None = None,
+    ) -> None:  # fmt: skip
         self.renderer = renderer
         self.kind = kind
+        self._limit = limit
         self._on_prompt = train_on_prompt
         self._last_only = mask_history
 
     def __call__(self, row: Mapping[str, Any]) -> EncodedRow:
-        """The row's ids and labels, however many.
+        """The row's ids and labels, however many, and the names of fields that nothing reads.
 
         Raises:
             InputError: what is wrong with the row, without saying which it is.
         """
-        content = read_row(row, self.kind)
+        content, is_learned = read_row(row, self.kind)
+        encoded = self._encoded(content)
+        if not is_learned:
+            encoded = replace(encoded, labels=[IGNORE] * len(encoded.labels))
+        unused = unused_fields(row, self.kind, self.renderer.mentions)
+        return replace(encoded, unused=tuple(unused)) if unused else encoded
+
+    def _encoded(self, content: Content) -> EncodedRow:
         if isinstance(content, PlainText):
             return self._plain("", content.text)
         if isinstance(content, Completion):
@@ -54,9 +68,16 @@ class RowEncoder:
                 separator = INSTRUCTION_SEPARATOR if isinstance(content, Instruction) else ""
                 return self._plain(content.prompt + separator, content.completion)
             content = _as_conversation(content)
+        calls = next((n for n, message in enumerate(content.messages, 1) if "tool_calls" in message), None)
+        if calls is not None and self.renderer.has_template and not self.renderer.mentions("tool_calls"):
+            raise InputError(
+                f"message {calls} calls tools, and the chat template does not write tool_calls: give chat_template: a "
+                "file whose template does"
+            )
+        messages = with_text_arguments(content.messages) if calls and self._takes_text else content.messages
         return self.renderer.training(
-            content.messages, content.tools, learned_from=content.learned_from, on_prompt=self._on_prompt,
-            last_only=self._last_only,
+            messages, content.tools, learned_from=content.learned_from, unlearned=content.unlearned,
+            on_prompt=self._on_prompt, last_only=self._last_only, limit=self._limit,
         )  # fmt: skip
 
     def _plain(self, prompt: str, completion: str) -> EncodedRow:
@@ -65,16 +86,20 @@ class RowEncoder:
         end = tokenizer.eos_token_id
         if end is None:
             raise UnsupportedError("the tokenizer has no eos_token, so nothing could teach the model where to stop")
-        encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        ids, offsets, whole = encode_text(tokenizer, prompt + completion, self._limit)
         if not prompt or self._on_prompt:
             labels = list(ids)
         else:
             labels = [t if offset[1] > len(prompt) else IGNORE for t, offset in zip(ids, offsets, strict=True)]
+        if whole is not None:
+            return EncodedRow(ids, labels, whole)
         if ids and ids[-1] == end:
             return EncodedRow(ids, labels[:-1] + [end])
         return EncodedRow(ids + [end], labels + [end])
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        return takes_text(self.renderer.prompt)
 
     @cached_property
     def key(self) -> str:

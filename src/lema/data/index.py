@@ -1,6 +1,6 @@
-"""Where each line of a JSONL file begins, found in one pass that also hashes the file, and kept for the next time.
+"""Where each row of a file is, found in one pass that also hashes the file, and kept for the next time.
 
-It knows bytes and line ends; it knows nothing of JSON or of what rows mean.
+It knows bytes and line ends, and how an index is kept; it knows nothing of JSON, CSV or of what rows mean.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import hashlib
 import json
 import logging
 import os
+import stat as modes
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -24,46 +25,74 @@ from ..errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 8 << 20
 _WHITESPACE = np.frombuffer(b" \t\r\n\v\f", dtype=np.uint8)
 _ANNOUNCED_BYTES = 256 << 20
 
 
+_KINDS = {
+    modes.S_IFIFO: "a named pipe", modes.S_IFCHR: "a device", modes.S_IFBLK: "a device", modes.S_IFSOCK: "a socket",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
-class LineIndex:
-    """Lines that are not blank, in order."""
+class RowIndex:
+    """Rows of a file, in order."""
 
     spans: np.ndarray
-    """int64 `[rows, 2]`: offset and length in bytes, without the line end; mapped from the cache where there is one."""
-    blanks: np.ndarray
-    """int64, for each blank line the row that comes after it."""
+    """int64 `[rows, 3]`: offset and length in bytes, and the line, from 1, on which the row begins; mapped from the
+    cache where there is one."""
     sha256: str
     """Of the whole file, hexadecimal."""
     num_bytes: int
     mtime_ns: int
 
     def line(self, row: int) -> int:
-        """The line a row is on, counted from 1."""
-        return row + 1 + int(np.searchsorted(self.blanks, row, side="right"))
+        """The line a row begins on, counted from 1."""
+        return int(self.spans[row, 2])
 
 
-def line_index(path: Path) -> LineIndex:
-    """The index of a file, from the cache where path, size and time of change are as they were.
+Scan = Callable[[Path, os.stat_result], RowIndex]
+"""Finds the rows of a file of one kind."""
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is no file with an end: a named pipe, a device, a socket.
 
     Raises:
-        InputError: the file cannot be read, or changed meanwhile.
+        InputError: says what it is.
+        OSError: there is nothing, or it may not be looked at.
+    """
+    kind = modes.S_IFMT(path.stat().st_mode)
+    if kind not in (modes.S_IFREG, modes.S_IFDIR):
+        raise InputError(
+            f"{path} is {_KINDS.get(kind, 'no file')}, and rows are read more than once: write them to a file, or pipe "
+            "them in and give - as the file"
+        )
+
+
+def row_index(path: Path, scan: Scan | None = None, kind: str = "lines") -> RowIndex:
+    """The index of a file, from the cache where path, size and time of change are as they were.
+
+    Args:
+        scan: finds the rows; None: each line that is not blank is one.
+        kind: a word that tells the scan's indices from others of the same file.
+
+    Raises:
+        InputError: the file cannot be read, is no regular file, or changed meanwhile.
     """
     try:
+        check_regular(path)
         stat = path.stat()
         folder = cache_folder()
-        name = f"lines-{digest(_VERSION, path.resolve())}"
+        name = f"{kind}-{digest(_VERSION, path.resolve())}"
         if folder is not None and (found := _load(folder / name, stat)) is not None:
             return found
         if stat.st_size >= _ANNOUNCED_BYTES:
-            logger.info("indexing the lines of %s (%.1f GB), once", path, stat.st_size / 1e9)
+            logger.info("indexing the rows of %s (%.1f GB), once", path, stat.st_size / 1e9)
         started = time.perf_counter()
-        made = _scan(path, stat)
+        made = (scan or _scan)(path, stat)
         logger.debug("indexed %s in %.1f s", path, time.perf_counter() - started)
         after = path.stat()
     except OSError as error:
@@ -75,11 +104,10 @@ def line_index(path: Path) -> LineIndex:
     return _store(folder / name, made, path) or made
 
 
-def _scan(path: Path, stat: os.stat_result) -> LineIndex:
+def _scan(path: Path, stat: os.stat_result) -> RowIndex:
     """One pass: a second thread hashes what this one searches for line ends."""
     spans: list[np.ndarray] = []
-    blanks: list[np.ndarray] = []
-    rows, start, blank = 0, 0, True  # of the line being read: where it begins, whether only whitespace was seen
+    lines, start, blank = 0, 0, True  # before the line being read; where it begins, whether only whitespace was seen
     position = 0
     for chunk in _hashed(path, hasher := hashlib.sha256()):
         data = np.frombuffer(chunk, dtype=np.uint8)
@@ -90,20 +118,16 @@ def _scan(path: Path, stat: os.stat_result) -> LineIndex:
             starts = np.concatenate(([start], ends[:-1] + position + 1))
             lengths = ends + position - starts
             empty = _blank_lines(chunk, data, ends, blank)
-            full = ~empty
-            spans.append(np.stack((starts[full], lengths[full]), axis=1).astype(np.int64))
-            blanks.append((rows + np.cumsum(full))[empty].astype(np.int64))
-            rows += int(full.sum())
+            numbers = np.arange(lines + 1, lines + 1 + ends.size)
+            spans.append(np.stack((starts, lengths, numbers), axis=1).astype(np.int64)[~empty])
+            lines += ends.size
             start = position + int(ends[-1]) + 1
             blank = not chunk[int(ends[-1]) + 1 :].strip()
         position += len(chunk)
     if not blank:
-        spans.append(np.array([[start, position - start]], dtype=np.int64))
-    none = np.empty((0, 2), dtype=np.int64)
-    return LineIndex(
-        np.concatenate([none, *spans]), np.concatenate([none[:, 0], *blanks]), hasher.hexdigest(), position,
-        stat.st_mtime_ns,
-    )  # fmt: skip
+        spans.append(np.array([[start, position - start, lines + 1]], dtype=np.int64))
+    none = np.empty((0, 3), dtype=np.int64)
+    return RowIndex(np.concatenate([none, *spans]), hasher.hexdigest(), position, stat.st_mtime_ns)
 
 
 def _blank_lines(chunk: bytes, data: np.ndarray, ends: np.ndarray, first_blank: bool) -> np.ndarray:
@@ -136,28 +160,27 @@ def _hashed(path: Path, hasher: Any) -> Iterator[bytes]:
         thread.join()
 
 
-def _load(base: Path, stat: os.stat_result) -> LineIndex | None:
+def _load(base: Path, stat: os.stat_result) -> RowIndex | None:
     """The stored index, if it is of this very file; anything odd about it means it is made again."""
     try:
         facts = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
         if (facts["bytes"], facts["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
             return None
         spans = np.load(base.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        blanks = np.array(facts["blanks"], dtype=np.int64)
-        if spans.shape != (facts["rows"], 2) or spans.dtype != np.int64:
+        if spans.shape != (facts["rows"], 3) or spans.dtype != np.int64:
             return None
-        if facts["rows"] and int(spans[-1].sum()) > stat.st_size:
+        if facts["rows"] and int(spans[-1, :2].sum()) > stat.st_size:
             return None
-        return LineIndex(spans, blanks, str(facts["sha256"]), stat.st_size, stat.st_mtime_ns)
+        return RowIndex(spans, str(facts["sha256"]), stat.st_size, stat.st_mtime_ns)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
-def _store(base: Path, index: LineIndex, path: Path) -> LineIndex | None:
+def _store(base: Path, index: RowIndex, path: Path) -> RowIndex | None:
     """Keep an index, the description last; returned mapped from its file, so that its memory can be given back."""
     facts = {
         "file": str(path), "bytes": index.num_bytes, "mtime_ns": index.mtime_ns, "rows": len(index.spans),
-        "sha256": index.sha256, "blanks": index.blanks.tolist(),
+        "sha256": index.sha256,
     }  # fmt: skip
     base.with_suffix(".json").unlink(missing_ok=True)
     if not write_whole(base.with_suffix(".npy"), lambda file: np.save(file, index.spans, allow_pickle=False)):

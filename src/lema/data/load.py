@@ -20,9 +20,10 @@ from .order import split
 from .render import ChatRenderer
 from .rows import Rows, SomeRows
 from .schema import detect_format
+from .sources import open_rows
 from .stream import BatchStream
 from .survey import survey
-from .tables import open_rows
+from .views import MappedRows
 
 logger = logging.getLogger(__name__)
 
@@ -72,26 +73,21 @@ def load_data(
     seed = config.data_seed if config.data_seed is not None else seed
     source = train_rows if train_rows is not None else config.train_file
     if source is None:
-        raise ConfigError("train_file is missing: give a JSONL, JSON, CSV or Parquet file")
+        raise ConfigError("train_file is missing: give a JSONL, JSON, CSV or Parquet file, or another source of rows")
     if eval_rows is not None and config.eval_size:
         raise ConfigError("eval_size and rows to evaluate on are both given: take them from one place")
     renderer = ChatRenderer.from_file(tokenizer, config.chat_template)
-    rows = open_rows(source)
-    kind = config.data_format if config.data_format != "auto" else detect_format(rows)
+    rows, kind = rows_of(source, config)
     renderer.separator = INSTRUCTION_SEPARATOR if kind == "instruction" and not renderer.has_template else ""
     rows, held_out = _held_out(rows, config, seed)
     eval_source = eval_rows if eval_rows is not None else config.eval_file
     eval_kind = kind
     if eval_source is not None:
-        held_out = open_rows(eval_source)
-        eval_kind = config.data_format if config.data_format != "auto" else detect_format(held_out)
+        held_out, eval_kind = rows_of(eval_source, config)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
     def dataset(rows: Rows, kind: str) -> TokenDataset:
-        encoder = RowEncoder(
-            renderer, kind, train_on_prompt=config.train_on_prompt, mask_history=config.mask_history
-        )  # fmt: skip
-        return TokenDataset(rows, encoder, max_seq_length=max_seq_length, too_long=config.too_long)
+        return dataset_of(rows, kind, renderer, config, max_seq_length)
 
     train = dataset(rows, kind)
     summary: dict[str, Any] = {
@@ -112,6 +108,26 @@ def load_data(
         )  # fmt: skip
         summary["eval"] = {**_described(evaluation, eval_kind), "steps_per_epoch": evaluated.steps_per_epoch}
     return Data(stream, evaluated, summary, renderer)
+
+
+def rows_of(source: Any, config: DataConfig) -> tuple[Rows, str]:
+    """The rows of a source under the names that settings give their fields, and their kind."""
+    rows = open_rows(source)
+    if config.columns:
+        rows = MappedRows(rows, config.columns)
+    return rows, config.data_format if config.data_format != "auto" else detect_format(rows)
+
+
+def dataset_of(
+    rows: Rows, kind: str, renderer: ChatRenderer, config: DataConfig, max_seq_length: int
+) -> TokenDataset:  # fmt: skip
+    """Rows of a kind, encoded as settings say."""
+    encoder = RowEncoder(
+        renderer, kind, train_on_prompt=config.train_on_prompt, mask_history=config.mask_history, limit=max_seq_length
+    )
+    return TokenDataset(
+        rows, encoder, max_seq_length=max_seq_length, too_long=config.too_long, on_bad_row=config.on_bad_row
+    )
 
 
 def _held_out(rows: Rows, config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
@@ -139,6 +155,8 @@ def _described(dataset: TokenDataset, kind: str) -> dict[str, Any]:
             "%s: no answer ends in a special token, so the model may never learn to stop; look at the chat template",
             dataset.rows.name,
         )
+    if found.unused:
+        logger.warning("%s: fields that are not used: %s", dataset.rows.name, ", ".join(found.unused))
     return {
         "name": dataset.rows.name, "format": kind, "rows": len(dataset), "fingerprint": dataset.rows.fingerprint,
         "sample": found.as_dict(),

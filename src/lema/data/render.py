@@ -17,7 +17,8 @@ turns itself and is believed. Templates that write the date get a fixed one: a r
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,8 @@ from typing import Any
 import jinja2
 
 from ..errors import ConfigError, InputError, UnsupportedError
-from .schema import Message
+from .messages import Message
+from .prefix import encode_text
 
 IGNORE = -100
 _END_AMONG = 3  # last tokens of a turn: templates write a line end or two after its end token
@@ -56,7 +58,9 @@ class EncodedRow:
     labels: list[int]
     """As many, -100 where nothing is learned."""
     cut_from: int | None = None
-    """Tokens the row had before it was truncated; None: it was not."""
+    """Tokens the row had before it was truncated, about so many where it is far longer; None: it was not."""
+    unused: tuple[str, ...] = ()
+    """Fields of the row that nothing reads."""
 
     @property
     def num_targets(self) -> int:
@@ -66,8 +70,9 @@ class EncodedRow:
     def cut(self, length: int) -> EncodedRow:
         """The first `length` tokens."""
         return replace(
-            self, input_ids=self.input_ids[:length], labels=self.labels[:length], cut_from=len(self.input_ids)
-        )
+            self, input_ids=self.input_ids[:length], labels=self.labels[:length],
+            cut_from=self.cut_from or len(self.input_ids),
+        )  # fmt: skip
 
 
 class ChatRenderer:
@@ -119,6 +124,12 @@ class ChatRenderer:
     def has_template(self) -> bool:
         """Whether conversations can be rendered at all."""
         return self.template is not None
+
+    def mentions(self, field: str) -> bool:
+        """Whether a template of the tokenizer has a word that is a field's name; one without cannot read the field."""
+        own = self.tokenizer.chat_template
+        texts = own.values() if isinstance(own, dict) else () if own is None else (own,)
+        return any(re.search(rf"\b{re.escape(field)}\b", text) for text in texts)
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """The text after which the assistant speaks."""
@@ -181,8 +192,10 @@ class ChatRenderer:
         tools: list[Any] | None = None,
         *,
         learned_from: int = 0,
+        unlearned: frozenset[int] = frozenset(),
         on_prompt: bool = False,
         last_only: bool = False,
+        limit: int | None = None,
     ) -> EncodedRow:
         """A conversation with labels on the assistant's turns; what follows the last of them is left out.
 
@@ -191,7 +204,9 @@ class ChatRenderer:
             tools: schemas of tools, for templates that show them.
             learned_from: number of the first message whose turn may be learned.
             on_prompt: learn every token instead.
+            unlearned: numbers of messages whose turns are not learned, wherever they are.
             last_only: learn the last of the turns only.
+            limit: tokens that are wanted; of a far longer text the rest is not looked at.
 
         Raises:
             InputError: no assistant turn, or one the template refuses or rewrites.
@@ -200,21 +215,32 @@ class ChatRenderer:
         if not turns:
             raise InputError("the conversation has no assistant turn, so there is nothing to learn from it")
         if on_prompt:
-            return self._ended(self.labelled(self._render(messages, tools), None))
+            if unlearned:
+                raise InputError(
+                    f"message {min(unlearned) + 1} is marked not to be learned, and train_on_prompt learns everything: "
+                    "take the mark away, or set train_on_prompt: false"
+                )
+            return self._ended(self.labelled(self._render(messages, tools), None, limit))
+        turns = [turn for turn in turns if turn not in unlearned]
         turns = turns[-1:] if last_only else turns
+        if not turns:
+            return self.labelled(self._render(messages, tools), [], limit)
         if self._marked:
             return self._ended(self._by_marks(messages[: turns[-1] + 1], tools, turns))
         text = self._render(messages[: turns[-1] + 1], tools)
-        return self._ended(self.labelled(text, [self._span(messages, tools, turn, text) for turn in turns]))
+        spans = (self._span(messages, tools, turn, text) for turn in turns)
+        return self._ended(self.labelled(text, spans, limit))
 
-    def labelled(self, text: str, spans: list[tuple[int, int]] | None) -> EncodedRow:
-        """Rendered text, with labels on the tokens of these runs of its characters; None: on all."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]
+    def labelled(self, text: str, spans: Iterable[tuple[int, int]] | None, limit: int | None = None) -> EncodedRow:
+        """Rendered text, with labels on the tokens of these runs of its characters; None: on all.
+
+        Args:
+            limit: tokens that are wanted: spans beyond them are not asked for.
+        """
+        ids, offsets, whole = encode_text(self.tokenizer, text, limit, add_special_tokens=False)
         if spans is None:
-            return EncodedRow(ids, list(ids))
+            return EncodedRow(ids, list(ids), whole)
         labels = [IGNORE] * len(ids)
-        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
         i = 0
         for begin, stop in spans:
             while i < len(ids) and max(offsets[i][1], offsets[i][0] + 1) <= begin:
@@ -222,12 +248,14 @@ class ChatRenderer:
             while i < len(ids) and offsets[i][0] < stop:
                 labels[i] = ids[i]
                 i += 1
-        return EncodedRow(ids, labels)
+            if i == len(ids):
+                break  # spans follow each other, and making one of a long conversation costs much
+        return EncodedRow(ids, labels, whole)
 
     def _ended(self, row: EncodedRow) -> EncodedRow:
         """The row, with the end token after a last turn that the template ends with no special token at all."""
         end = self.tokenizer.eos_token_id
-        if end is None or not self._special.isdisjoint(row.input_ids[-_END_AMONG:]):
+        if end is None or row.cut_from is not None or not self._special.isdisjoint(row.input_ids[-_END_AMONG:]):
             return row
         return EncodedRow([*row.input_ids, end], [*row.labels, end])
 
@@ -261,13 +289,16 @@ class ChatRenderer:
         encoded = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
         begins = [i for i, on in enumerate(mask) if on and (i == 0 or not mask[i - 1])]
-        answers = sum(m.get("role") == "assistant" for m in messages)
-        if len(begins) != answers:
-            raise InputError(f"the chat template's generation marks show {len(begins)} turns, and {answers} are there")
+        answers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+        if len(begins) != len(answers):
+            raise InputError(
+                f"the chat template's generation marks show {len(begins)} turns, and {len(answers)} are there"
+            )
         end = self.tokenizer.eos_token_id  # belongs to the turn before it, marked or not, or nothing would end it
         mask = [on or (i > 0 and bool(mask[i - 1]) and ids[i] == end) for i, on in enumerate(mask)]
-        first = begins[answers - len(turns)]
-        return EncodedRow(ids, [t if on and i >= first else IGNORE for i, (t, on) in enumerate(zip(ids, mask))])
+        learned = [answer in turns for answer in answers]
+        at = [bisect_right(begins, i) - 1 for i in range(len(ids))]  # the turn a token is in or after
+        return EncodedRow(ids, [t if on and learned[at[i]] else IGNORE for i, (t, on) in enumerate(zip(ids, mask))])
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, ask: bool = False) -> str:
         text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=ask)

@@ -5,40 +5,28 @@ It knows fields, roles and what may be wrong with them; it knows nothing of toke
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
+from .checks import check_whole_characters, field_of, is_absent, kind_of, names, text_of
+from .fields import NEEDED, PREFERENCES, refuse_others
+from .messages import LEARNED_MARKS, MASKED_MARKS, Message, Messages, of_sharegpt, read_messages, take_mark
 from .rows import Rows
+from .tools import schemas_of
 
-Message = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "model": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "function": "tool",
-    "observation": "tool",
-}  # fmt: skip
-_FIELDS = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
 _LOOKED_AT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages; those before `learned_from` are context whoever says them."""
+    """Messages; those before `learned_from` are context whoever says them, and so are those in `unlearned`."""
 
     messages: list[Message]
     learned_from: int = 0
     tools: list[Any] | None = None
+    unlearned: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,79 +67,111 @@ def detect_format(rows: Rows) -> str:
             broken = broken or error
             continue
         filled = {name for name, value in row.items() if value is not None}
-        for kind, fields in _FIELDS.items():
+        for kind, fields in NEEDED.items():
             if filled.issuperset(fields):
                 return kind
         seen |= dict.fromkeys(row)
     if not seen and broken is not None:
         raise broken
-    needed = "; ".join(f"{kind}: {' and '.join(fields)}" for kind, fields in _FIELDS.items())
+    if any(name in seen for name in PREFERENCES):
+        hint = "; columns: {completion: chosen, rejected: null} learns the chosen ones" if "chosen" in seen else ""
+        raise InputError(
+            f"{rows.name}: the rows have {names(seen)}: answers of which some are preferred, and preferences are not "
+            f"trained here{hint}"
+        )
+    needed = "; ".join(f"{kind}: {' and '.join(fields)}" for kind, fields in NEEDED.items())
     raise InputError(
-        f"{rows.name}: the rows have {_names(seen)}, which is no known kind of row ({needed}); rename the fields"
+        f"{rows.name}: the rows have {names(seen)}, which is no known kind of row ({needed}); rename the fields, or "
+        "say which they are, as in columns: {prompt: question, completion: answer}"
     )
 
 
-def read_row(row: Mapping[str, Any], kind: str) -> Content:
-    """What a row of a kind says.
+def read_row(row: Mapping[str, Any], kind: str) -> tuple[Content, bool]:
+    """What a row of a kind says, and whether it is to be learned.
 
     Raises:
-        InputError: a field is missing, empty, of the wrong type, or a role is unknown; does not say which row.
+        InputError: a field is missing, empty, of the wrong type or one that changes what the row means, a role is
+            unknown, or a text has half a surrogate pair; does not say which row.
     """
-    return _READERS[kind](row)
+    check_whole_characters(row)
+    refuse_others(row, kind)
+    marks = {name: row[name] for name in (*LEARNED_MARKS, *MASKED_MARKS) if name in row}
+    return _READERS[kind](row), take_mark(marks, "the row") is not False
 
 
 def _messages_row(row: Mapping[str, Any]) -> Content:
-    messages = _messages(_field(row, "messages"), "messages")
-    return Conversation(_with_answer(messages, "messages"), tools=_tools(row))
+    return _conversation(row, read_messages(field_of(row, "messages"), "messages"), "messages")
 
 
 def _conversations_row(row: Mapping[str, Any]) -> Content:
-    turns = _list(_field(row, "conversations"), "conversations")
-    messages: list[Any] = []
-    if isinstance(system := row.get("system"), str) and system.strip():
-        messages.append({"role": "system", "content": system})
-    for number, turn in enumerate(turns, 1):
-        if isinstance(turn, Mapping) and "from" in turn:
-            speaker = turn["from"]
-            if not isinstance(speaker, str) or speaker not in _SHAREGPT:
-                raise InputError(f"conversations, turn {number} is from {speaker!r}{_choose(speaker, _SHAREGPT)}")
-            if "value" not in turn:
-                raise InputError(f"conversations, turn {number} has no value; it has {_names(turn)}")
-            turn = {"role": _SHAREGPT[speaker], "content": turn["value"]}
-        messages.append(turn)
-    return Conversation(_with_answer(_messages(messages, "conversations"), "conversations"), tools=_tools(row))
+    turns = of_sharegpt(field_of(row, "conversations"))
+    return _conversation(row, read_messages(turns, "conversations"), "conversations")
 
 
 def _prompt_completion_row(row: Mapping[str, Any]) -> Content:
-    prompt, completion = _field(row, "prompt"), _field(row, "completion")
+    prompt, completion = field_of(row, "prompt"), field_of(row, "completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Completion(_text(prompt, "prompt", may_be_empty=True), _text(completion, "completion"))
+        text_of(completion, "completion")
+        return _asked(row, prompt, completion) or Completion(prompt, completion)
     if isinstance(prompt, str) and isinstance(completion, list):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, list):
-            raise InputError(f"{name} is {_kind(value)}, neither text nor a list of messages")
-    before, after = _messages(prompt, "prompt"), _messages(completion, "completion")
-    return Conversation(before + _with_answer(after, "completion"), learned_from=len(before), tools=_tools(row))
+            raise InputError(f"{name} is {kind_of(value)}, neither text nor a list of messages")
+    before, after = read_messages(prompt, "prompt"), read_messages(completion, "completion")
+    if not is_absent(row.get("history")):
+        raise InputError("history goes with a prompt and a completion that are text: put its turns into prompt")
+    _with_answer(after.messages, "completion")
+    start = len(before.messages)
+    both = Messages(before.messages + after.messages, frozenset(number + start for number in after.unlearned))
+    return _conversation(row, both, "completion", learned_from=start)
 
 
 def _instruction_row(row: Mapping[str, Any]) -> Content:
-    prompt = _text(_field(row, "instruction"), "instruction")
+    prompt = text_of(field_of(row, "instruction"), "instruction")
     given = row.get("input")
-    if given is not None and _text(given, "input", may_be_empty=True).strip():
+    if given is not None and text_of(given, "input", may_be_empty=True).strip():
         prompt = f"{prompt}\n\n{given}"
-    output = _text(_field(row, "output"), "output")
+    output = text_of(field_of(row, "output"), "output")
+    return _asked(row, prompt, output) or Instruction(prompt, output)
+
+
+def _asked(row: Mapping[str, Any], prompt: str, answer: str) -> Conversation | None:
+    """A question and its answer as a conversation, where the row has more than these: what was said before, or tools.
+
+    The answers of `history`, which is pairs of a question and an answer, are learned as the last one is.
+    """
+    if all(is_absent(row.get(name)) for name in ("system", "history", "tools", "functions")):
+        return None
+    turns = []
+    for number, pair in enumerate(row.get("history") or (), 1):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise InputError(f"history, item {number} is {kind_of(pair)}, not a pair of a question and an answer")
+        for role, content in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": text_of(content, f"history, item {number} ({role})")})
+    turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return _conversation(row, Messages(turns), "history")
+
+
+def _conversation(row: Mapping[str, Any], read: Messages, name: str, learned_from: int = 0) -> Conversation:
+    """Messages with the row's system message before them and its tools."""
+    messages, unlearned = read.messages, read.unlearned
+    _with_answer(messages, name)
     system = row.get("system")
-    if isinstance(system, str) and system.strip():
-        turns = [("system", system), ("user", prompt), ("assistant", output)]
-        return Conversation([{"role": role, "content": content} for role, content in turns])
-    return Instruction(prompt, output)
+    if not is_absent(system) and text_of(system, "system", may_be_empty=True).strip():
+        if messages[0]["role"] in ("system", "developer"):
+            if messages[0].get("content") != system:
+                raise InputError(f"system is there twice, as a field and as the first of {name}, and differs")
+        else:
+            messages = [{"role": "system", "content": system}, *messages]
+            unlearned, learned_from = frozenset(number + 1 for number in unlearned), learned_from and learned_from + 1
+    return Conversation(messages, learned_from, schemas_of(row), unlearned)
 
 
 def _text_row(row: Mapping[str, Any]) -> Content:
-    return PlainText(_text(_field(row, "text"), "text"))
+    return PlainText(text_of(field_of(row, "text"), "text"))
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Content]] = {
@@ -163,86 +183,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Content]] = {
 }
 
 
-def _messages(value: Any, name: str) -> list[Message]:
-    """Messages with known roles and text in them; fields that are null are left out."""
-    messages = []
-    for number, message in enumerate(_list(value, name), 1):
-        place = f"{name}, message {number}"
-        if not isinstance(message, Mapping):
-            raise InputError(f"{place} is {_kind(message)}, not an object with role and content")
-        message = {key: item for key, item in message.items() if item is not None}
-        if "role" not in message:
-            raise InputError(f"{place} has no role; it has {_names(message)}")
-        role = message["role"]
-        if role not in ROLES:
-            raise InputError(f"{place} has the role {role!r}{_choose(role, ROLES)}")
-        if "content" in message:
-            _text(message["content"], f"{place} (role {role}): content", may_be_empty=bool(message.get("tool_calls")))
-        elif not message.get("tool_calls"):
-            raise InputError(f"{place} (role {role}) has no content; it has {_names(message)}")
-        messages.append(message)
-    return messages
-
-
 def _with_answer(messages: list[Message], name: str) -> list[Message]:
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{name} has no assistant turn, so there is nothing to learn from it")
     return messages
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
-    """The tools of a row: a list of schemas, or one written as JSON text."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise InputError(f"tools is not JSON: {error}") from error
-    if not tools:
-        return None
-    return _list(tools, "tools")
-
-
-def _field(row: Mapping[str, Any], name: str) -> Any:
-    if name not in row:
-        close = difflib.get_close_matches(name, [str(key) for key in row], n=1)
-        raise InputError(f"the field {name!r} is missing; it has {_names(row)}" + (f" ({close[0]}?)" if close else ""))
-    if row[name] is None:
-        raise InputError(f"{name} is null")
-    return row[name]
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise InputError(f"{name} is {_kind(value)}, not a list")
-    if not value:
-        raise InputError(f"{name} is empty")
-    return list(value)
-
-
-def _text(value: Any, name: str, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        parts = "; only text is learned, so join its parts to one string" if isinstance(value, list) else ""
-        raise InputError(f"{name} is {_kind(value)}, not text{parts}")
-    if not may_be_empty and not value.strip():
-        raise InputError(f"{name} is empty")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"{name} has half a surrogate pair at character {error.start + 1}, no text") from error
-    return value
-
-
-def _choose(value: Any, known: Sequence[str] | Mapping[str, str]) -> str:
-    close = difflib.get_close_matches(str(value).lower(), list(known), n=1)
-    return f"; known: {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
-
-
-def _names(fields: Mapping[Any, Any]) -> str:
-    return ", ".join(str(name) for name in list(fields)[:12]) or "no fields"
-
-
-def _kind(value: Any) -> str:
-    names = {"str": "text", "dict": "an object", "list": "a list", "NoneType": "null", "bool": "true or false"}
-    return names.get(type(value).__name__, f"{type(value).__name__}")

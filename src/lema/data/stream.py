@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError, InputError
-from .dataset import NO_TARGET_REASON, TOO_LONG_REASON, Dropped, TokenDataset
+from .dataset import REASONS, Dropped, TokenDataset
 from .order import epoch_order
 from .packing import Packs, pack
 from .render import EncodedRow
@@ -89,6 +89,7 @@ class BatchStream:
         self._max_dropped = max_dropped
         self._repeat = repeat
         self._reported = False
+        self._first_bad = ""
         self._packs: Packs | None = None
         self._lost_in_packing: Counter[str] = Counter()
         if packing:
@@ -97,7 +98,7 @@ class BatchStream:
         self._step = 0
         self._order: np.ndarray | None = None
         self.counts: Counter[str] = Counter(self._lost_in_packing)
-        """Of the epoch so far: rows seen, truncated, and dropped for each reason (`too long`, `no target`)."""
+        """Of the epoch so far: rows seen, truncated, and dropped for each reason (`too long`, `no target`, `bad`)."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -155,6 +156,7 @@ class BatchStream:
                 counts["rows"] += 1
                 if isinstance(row, Dropped):
                     counts[row.reason] += 1
+                    self._first_bad = self._first_bad or row.why
                     continue
                 counts["truncated"] += row.cut_from is not None
                 rows.append(row)
@@ -178,7 +180,7 @@ class BatchStream:
 
     def _make_packs(self) -> Packs:
         sizes = self.dataset.sizes()
-        for reason in (TOO_LONG_REASON, NO_TARGET_REASON):
+        for reason in REASONS:
             if lost := sizes.count(reason):
                 self._lost_in_packing[reason] = lost
         self._lost_in_packing["rows"] = self._lost_in_packing.total()
@@ -205,7 +207,8 @@ class BatchStream:
             f"{self.dataset.rows.name}: {dropped} of {seen} rows ({dropped / seen:.1%}) are dropped "
             f"({_reasons(counts)}), {why}; raise max_seq_length (now {self.dataset.max_seq_length}), look at "
             "`lema data check`" + ("" if nothing_left else ", or raise max_dropped")
-        )
+            + (f". The first bad row: {self._first_bad}" if self._first_bad else "")
+        )  # fmt: skip
 
     def report(self) -> None:
         """Say loudly what the epoch so far left out; of evaluation, whose epochs are all the same, once."""
@@ -281,9 +284,9 @@ class BatchStream:
 
 
 def _dropped(counts: Mapping[str, int]) -> int:
-    return counts.get(TOO_LONG_REASON, 0) + counts.get(NO_TARGET_REASON, 0)
+    return sum(counts.get(reason, 0) for reason in REASONS)
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
-    found = [f"{counts[reason]} {reason}" for reason in (TOO_LONG_REASON, NO_TARGET_REASON) if counts.get(reason)]
+    found = [f"{counts[reason]} {reason}" for reason in REASONS if counts.get(reason)]
     return ", ".join(found)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .dataset import Dropped, TokenDataset
+from .dataset import BAD_REASON, Dropped, TokenDataset
 from .render import IGNORE, EncodedRow
 
 _BAD_ROWS_KEPT = 20
@@ -33,7 +33,7 @@ class Survey:
     """Rows whose tokens and labels are those of one before."""
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
-    """What is wrong with the first bad ones, with their places."""
+    """What is wrong with the first bad ones, with their places; those that are skipped too."""
     tokens: int = 0
     """Of rows kept, after truncation."""
     targets: int = 0
@@ -43,8 +43,15 @@ class Survey:
     """Rows kept that were not truncated."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each row that could be encoded, before truncation."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Fields that nothing reads, with the number of rows kept that have each."""
     example: tuple[int, EncodedRow] | None = None
     """The first row kept, with its number."""
+
+    def name_bad(self, words: str) -> None:
+        """Keep what is wrong with one of the first bad rows."""
+        if len(self.bad_rows) < _BAD_ROWS_KEPT:
+            self.bad_rows.append(words)
 
     @property
     def kept(self) -> int:
@@ -56,7 +63,8 @@ class Survey:
         lengths = np.array(self.lengths, dtype=np.int64)
         return {
             "rows": self.rows, "kept": self.kept, "truncated": self.truncated, "dropped": dict(self.dropped),
-            "duplicates": self.duplicates, "bad": self.bad, "bad_rows": self.bad_rows, "tokens": self.tokens,
+            "duplicates": self.duplicates, "bad": self.bad, "bad_rows": self.bad_rows,
+            "unused_fields": dict(self.unused.most_common()), "tokens": self.tokens,
             "trained_tokens": self.targets, "trained_share": self.targets / self.tokens if self.tokens else 0.0,
             "end_learned_share": self.ended / self.whole if self.whole else 0.0,
             "length_mean": float(lengths.mean()) if lengths.size else 0.0,
@@ -79,13 +87,17 @@ def survey(dataset: TokenDataset, indices: Iterable[int]) -> Survey:
             row, length = dataset.measured(index)
         except InputError as error:
             found.bad += 1
-            if len(found.bad_rows) < _BAD_ROWS_KEPT:
-                found.bad_rows.append(str(error))
+            found.name_bad(str(error))
             continue
-        found.lengths.append(length)
         if isinstance(row, Dropped):
             found.dropped[row.reason] += 1
+            if row.reason == BAD_REASON:
+                found.name_bad(row.why)
+            else:
+                found.lengths.append(length)
             continue
+        found.lengths.append(length)
+        found.unused.update(row.unused)
         found.truncated += row.cut_from is not None
         found.tokens += len(row.input_ids)
         found.targets += row.num_targets

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import json
 import os
 import re
@@ -202,9 +203,14 @@ def _beside(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     found = dict(values)
     for name in _PATHS:
         value = values.get(name)
-        if isinstance(value, str) and value and not Path(value).exists() and (folder / value).is_file():
+        if isinstance(value, str) and value and not Path(value).exists() and _is_there(folder / value):
             found[name] = str(folder / value)
     return found
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file, or one that fits where it is a pattern."""
+    return path.is_file() or next(glob.iglob(str(path), recursive=True), None) is not None
 
 
 def _is_share(value: Any) -> bool:

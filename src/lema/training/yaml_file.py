@@ -20,7 +20,7 @@ def read_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, i
     """Values and line numbers (from 1) by name.
 
     Raises:
-        ConfigError: no such file, not YAML, or more than names with single values and lists of them.
+        ConfigError: no such file, not YAML, or more than names with single values, lists of them and names for them.
     """
     file = Path(path)
     if not file.is_file():
@@ -57,6 +57,8 @@ def read_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, i
 
 def _value(where: str, name: str, node: yaml.Node) -> Any:
     parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if isinstance(node, yaml.MappingNode):  # of names, as `columns` has them; whether it may be one its type says
+        parts = [part for pair in node.value for part in pair]
     if not all(isinstance(part, yaml.ScalarNode) for part in parts):
         raise ConfigError(f"{where}: {name} must be a single value or a list of them; settings are not nested")
     loader = yaml.SafeLoader("")
