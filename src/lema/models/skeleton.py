@@ -37,7 +37,9 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
         attn_implementation = "eager"
     try:
         with apart_from_heap(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+            )
     except (ValueError, ImportError) as error:
         raise UnsupportedError(f"{family.__name__} cannot be built: {error}") from error
     model.config.use_cache = False
