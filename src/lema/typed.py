@@ -6,6 +6,7 @@ It knows type hints and how people write numbers; it knows no setting by name an
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,14 @@ from typing import Any
 from .errors import ConfigError
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list of texts",
+    dict: "names with values",
+}
 
 
 def kinds_of(cls: Any) -> Mapping[str, tuple[Any, ...]]:
@@ -71,6 +79,10 @@ def as_type(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
             return value
         if any(kind in kinds for kind in (int, float, bool)):
             return _from_text(name, value, kinds)
+        if dict[str, Any] in kinds:
+            return _object(name, value)
+    elif isinstance(value, Mapping) and dict[str, Any] in kinds and all(isinstance(key, str) for key in value):
+        return dict(value)
     elif isinstance(value, (list, tuple)) and list[str] in kinds and all(isinstance(part, str) for part in value):
         return list(value)
     raise ConfigError(f"{name}={shortened(value)} must be {_wanted(kinds)}")
@@ -104,6 +116,16 @@ def _from_text(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
             if isinstance(error, ConfigError):
                 raise
     raise ConfigError(f"{name}={shortened(text)} must be {_wanted(kinds)}")
+
+
+def _object(name: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}={shortened(text)} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}={shortened(text)} must be a JSON object")
+    return found
 
 
 def _number(name: str, value: float, kinds: tuple[Any, ...]) -> int | float:

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from ..errors import InputError, UnsupportedError
-from .render import IGNORE, ChatRenderer, EncodedRow
+from ..errors import InputError
+from .render import ChatRenderer, EncodedRow
 from .schema import Completion, Conversation, Instruction, PlainText, read_row
 
 INSTRUCTION_SEPARATOR = "\n\n"
+_VERSION = 2  # of how rows become tokens
 
 
 class RowEncoder:
@@ -48,33 +49,18 @@ class RowEncoder:
         """
         content = read_row(row, self.kind)
         if isinstance(content, PlainText):
-            return self._plain("", content.text)
+            return self.renderer.completion("", content.text)
         if isinstance(content, Completion):
             if not self.renderer.has_template:
                 separator = INSTRUCTION_SEPARATOR if isinstance(content, Instruction) else ""
-                return self._plain(content.prompt + separator, content.completion)
+                return self.renderer.completion(
+                    content.prompt, content.completion, separator=separator, on_prompt=self._on_prompt
+                )  # fmt: skip
             content = _as_conversation(content)
         return self.renderer.training(
             content.messages, content.tools, learned_from=content.learned_from, on_prompt=self._on_prompt,
             last_only=self._last_only,
         )  # fmt: skip
-
-    def _plain(self, prompt: str, completion: str) -> EncodedRow:
-        """Text with the special tokens that the tokenizer puts around it, and the end token always."""
-        tokenizer = self.renderer.tokenizer
-        end = tokenizer.eos_token_id
-        if end is None:
-            raise UnsupportedError("the tokenizer has no eos_token, so nothing could teach the model where to stop")
-        encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-        if not prompt or self._on_prompt:
-            labels = list(ids)
-        else:
-            labels = [t if offset[1] > len(prompt) else IGNORE for t, offset in zip(ids, offsets, strict=True)]
-        if ids and ids[-1] == end:
-            return EncodedRow(ids, labels[:-1] + [end])
-        return EncodedRow(ids + [end], labels + [end])
 
     @cached_property
     def key(self) -> str:
@@ -83,8 +69,9 @@ class RowEncoder:
         core = json.loads(tokenizer.backend_tokenizer.to_str())
         for name in ("padding", "truncation"):  # of the last call, whosever it was
             core.pop(name, None)
-        parts = (core, tokenizer.eos_token_id, self.renderer.template, self.kind, self._on_prompt, self._last_only)
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        chat = (self.renderer.template, self.renderer.variables)
+        parts = (_VERSION, core, tokenizer.eos_token_id, chat, self.kind, self._on_prompt, self._last_only)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _as_conversation(content: Completion) -> Conversation:

@@ -15,6 +15,9 @@ from ..errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 
+NESTED = ("chat_template_kwargs",)
+"""Settings whose value is names with values."""
+
 
 def read_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]]:
     """Values and line numbers (from 1) by name.
@@ -57,7 +60,7 @@ def read_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, i
 
 def _value(where: str, name: str, node: yaml.Node) -> Any:
     parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+    if name not in NESTED and not all(isinstance(part, yaml.ScalarNode) for part in parts):
         raise ConfigError(f"{where}: {name} must be a single value or a list of them; settings are not nested")
     loader = yaml.SafeLoader("")
     try:
