@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lema
 from data_helpers import CHATML, make_tokenizer
-from families import save_tiny
+from families import save_tiny, tiny_config
 from lema.engine.training import load_tokenizer
 from lema.errors import ConfigError, UnsupportedError
 from lema.models import get_adapter
+from lema.models.skeleton import build_skeleton
 from lema.strangers import code_in
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +102,13 @@ def test_a_tokenizer_that_is_nothing_but_code_is_refused(tmp_path: Path, monkeyp
     with pytest.raises(UnsupportedError, match=r"own_code\.py.*does not run"):
         get_adapter("own", json.loads((folder / "config.json").read_text()))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_kernel_that_a_configuration_names_is_not_fetched(caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny_config("llama")
+    config._attn_implementation = "someone/attention:forward"
+    model = build_skeleton(config, torch.float32, None)
+    assert "someone" not in str(model.config._attn_implementation) and "someone/attention" in caplog.text
 
 
 def test_a_yes_on_standard_input_runs_nothing(tmp_path: Path) -> None:

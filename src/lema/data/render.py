@@ -279,7 +279,7 @@ class ChatRenderer:
         opened = after_opened(prompt, text, messages[last])
         if opened is None:
             raise InputError(self._rewritten_prompt(last, prompt, text))
-        if reasoning_of(messages[last]) is None and opened.startswith(prompt.rstrip() + "\n\n</"):
+        if opened[len(prompt) :].lstrip().startswith("</"):
             self._warn(
                 "the chat template's prompt opens the model's thinking, and rows without any are learned with an empty "
                 f"one{self._variables_hint()}"

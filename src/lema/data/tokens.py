@@ -85,7 +85,8 @@ class Tokens:
     def continued(self, asked: list[int], prompt: str, completion: str) -> list[int]:
         """Ids of prompt and completion that begin with those of the prompt."""
         ids, offsets = self.begun(prompt + completion)
-        if ids[: len(asked)] == asked and (len(ids) == len(asked) or offsets[len(asked)][0] >= len(prompt)):
+        reach = len(ids) > len(asked) and offsets[len(asked)][0] < len(prompt)
+        if not asked or (ids[: len(asked)] == asked and not reach):
             return ids
         self.cuts += 1
         text = prompt + completion
