@@ -77,7 +77,7 @@ def plain_gradients(folder: Path, device: str, values: dict[str, Any], ids: Any)
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     lora = LoraConfig(r=RANK, lora_alpha=LORA_ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     model = get_peft_model(base.to(device), lora).train()
     named = adapters(model)

@@ -64,11 +64,11 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
     from lema.training.run_config import RunConfig
 
     run = RunConfig.from_yaml(options.recipe, settings(options))
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    tokenizer = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=False)
     stream = load_data(
         run.data, tokenizer, max_seq_length=run.lema.max_seq_length, rows_per_step=run.rows_per_step, seed=run.lema.seed
     ).train
-    base = AutoModelForCausalLM.from_pretrained(options.folder, dtype=run.lema.dtype)
+    base = AutoModelForCausalLM.from_pretrained(options.folder, dtype=run.lema.dtype, trust_remote_code=False)
     torch.manual_seed(run.lema.seed)
     model = get_peft_model(
         base,
@@ -161,10 +161,10 @@ def _plain(folder: Path, adapter: Path | None) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer

@@ -61,7 +61,7 @@ def trl_losses(options: argparse.Namespace, output: str) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    tokenizer = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=False)
     steps = rows_of_steps(options, tokenizer)
     halves = [
         {name: value[i : i + options.batch] for name, value in step.items()}
@@ -73,7 +73,9 @@ def trl_losses(options: argparse.Namespace, output: str) -> list[float]:
         def get_train_dataloader(self) -> Any:
             return DataLoader(halves, batch_size=None)
 
-    base = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, attn_implementation="sdpa")
+    base = AutoModelForCausalLM.from_pretrained(
+        options.folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
     torch.manual_seed(SEED)
     model = get_peft_model(
         base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -133,7 +133,9 @@ def _peft(options: argparse.Namespace, ids: Any) -> Driver:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, options.dtype))
+    base = AutoModelForCausalLM.from_pretrained(
+        options.folder, dtype=getattr(torch, options.dtype), trust_remote_code=False
+    )
     lora = LoraConfig(
         r=options.rank, lora_alpha=LORA_ALPHA, target_modules=targets(options.folder), task_type="CAUSAL_LM"
     )

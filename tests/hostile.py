@@ -249,6 +249,38 @@ def _models(shop: Workshop) -> Iterator[Case]:
         "bad-template",
         lambda m: (m / "chat_template.jinja").write_text("{% for %}"),
     )
+    yield from _strangers(case)
+
+
+def _strangers(case: Callable[..., Case]) -> Iterator[Case]:
+    """Templates and code that come with a model."""
+
+    def template(text: str) -> Callable[[Path], Any]:
+        return lambda m: (m / "chat_template.jinja").write_text(text)
+
+    def code(file: str, **more: Any) -> Callable[[Path], Any]:
+        def spoil(folder: Path) -> None:
+            values = {**json.loads((folder / file).read_text()), **more}
+            (folder / file).write_text(json.dumps(values))
+
+        return spoil
+
+    def pipe(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        os.mkfifo(folder / "chat_template.jinja")
+
+    yield case("a chat template that asks for gigabytes", "huge-template", template("{{ 'x' * 1000000000000 }}"))
+    yield case("one that calls itself", "endless-template", template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"))
+    yield case("one that is a pipe", "pipe-template", pipe)
+    own = {"AutoTokenizer": ["own_code.Slow", "own_code.Fast"]}
+    yield case(
+        "a tokenizer that is code of its own", "own-tokenizer",
+        code("tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=own),
+    )  # fmt: skip
+    yield case(
+        "a model that is code of its own", "own-model",
+        code("config.json", model_type="own", auto_map={"AutoConfig": "own_code.OwnConfig"}),
+    )  # fmt: skip
 
 
 def _checkpoints(shop: Workshop) -> Iterator[Case]:

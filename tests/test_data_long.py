@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from data_helpers import CHATML, chat, encoder, make_metaspace_tokenizer, make_tokenizer, write_jsonl
 from lema.data import ListRows, TokenDataset, open_rows, prefix
 from lema.data.survey import survey
+from lema.data.tokens import Tokens
 from lema.errors import InputError
 
 LIMIT = 256
@@ -100,8 +101,9 @@ def test_first_tokens_are_those_of_the_whole_text(
     monkeypatch.setattr(prefix, "_PER_TOKEN", 2)
     monkeypatch.setattr(prefix, "_MARGIN", 100)
     tokenizer, text = _TOKENIZERS[name], "".join(pieces) * 4
-    whole, whole_offsets, none = prefix.encode_text(tokenizer, text)
-    ids, offsets, length = prefix.encode_text(tokenizer, text, limit)
+    encode = Tokens(tokenizer).begun
+    (whole, whole_offsets), none = prefix.first_tokens(encode, text)
+    (ids, offsets), length = prefix.first_tokens(encode, text, limit)
     assert none is None and ids == whole[: len(ids)] and offsets == whole_offsets[: len(ids)]
     assert (length is None and len(ids) == len(whole)) or (length is not None and len(ids) > limit)
 

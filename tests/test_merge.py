@@ -546,8 +546,11 @@ def test_a_chat_template_alone_is_no_tokenizer(llama: Path, tmp_path: Path) -> N
     base, adapter = (Path(shutil.copytree(llama / name, tmp_path / name)) for name in ("base", "adapter"))
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
     (base / "chat_template.jinja").write_text("{{ other }}")
+    (adapter / "additional_chat_templates").mkdir()
+    (adapter / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     merge(adapter, tmp_path / "merged", base=base, verify=False)
     assert (tmp_path / "merged/chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "merged/additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     assert (tmp_path / "merged/tokenizer_config.json").read_text() == '{"model_max_length": 64}'
 
 

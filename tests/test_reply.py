@@ -190,6 +190,37 @@ def test_an_answer_ends_where_the_template_ends_a_turn(base: Path, tmp_path: Pat
         assert end in speaker._end_tokens()
 
 
+@pytest.mark.parametrize("ends", [[3, 7, 9], 7])
+def test_answers_end_where_the_models_generation_config_says(base: Path, tmp_path: Path, ends: Any) -> None:
+    """config.json names one end token; transformers takes those of generation_config.json instead."""
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    expected = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    with Speaker.open(folder, device="cpu", dtype="float32") as made:
+        module: Any = made.model.hf_model
+        assert module.generation_config.eos_token_id == expected == ends
+        assert made._end_tokens() >= {*(ends if isinstance(ends, list) else [ends])}
+        ids = torch.tensor([made.renderer.ask("x")])
+        first = int(made.model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, 3]}))
+    with Speaker.open(folder, device="cpu", dtype="float32") as made:
+        assert made.reply("x", GREEDY).ended_by == "end"
+        assert made.model.generate(ids, max_new_tokens=9, do_sample=False).shape[1] == ids.shape[1] + 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "</s>"}'])
+def test_a_generation_config_that_says_nothing_useful_is_named(
+    base: Path, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    (folder / "generation_config.json").write_text(text)
+    with Speaker.open(folder, device="cpu", dtype="float32") as made:
+        assert made.reply("x", Sampling(2, temperature=0)).num_tokens <= 2
+    assert "generation_config.json" in caplog.text
+
+
 # -- verbs -----------------------------------------------------------------------------------------
 
 

@@ -20,13 +20,14 @@ from .core.lora import ADAPTER_CONFIG, LoRAManager
 from .core.memory import TripleBufferManager
 from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
 from .engine.device_memory import explained
-from .engine.generation import generate
+from .engine.generation import generate, take_end_tokens
 from .engine.guards import guard_peft
 from .engine.streamer import LayerStreamer
 from .engine.trainer import LemaTrainer
 from .errors import ConfigError, DeviceError, WeightsNotFoundError
 from .models.base import LemaModelAdapter
 from .models.registry import get_adapter
+from .strangers import refuse_special_files, tell_of_code
 
 
 class LemaModel:
@@ -46,6 +47,7 @@ class LemaModel:
         self.config = config
         compute_dtype(config)
         model_path = _local(config.model_name_or_path, "*.json")
+        self._folder = model_path if model_path.is_dir() else model_path.parent
         self.adapter = adapter or _adapter_for(config, model_path)
         self.gbi = GlobalBinaryIndex(_weights_path(config))
         self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi)
@@ -61,6 +63,7 @@ class LemaModel:
             self._install()
 
     def _install(self) -> None:
+        take_end_tokens(self.adapter.causal_lm().module, self._folder)
         if self.lora_manager is not None:
             peft_model = self.lora_manager.attach(self.adapter)
             base = getattr(peft_model, "base_model", None)
@@ -195,12 +198,14 @@ def _weights_path(config: LemaConfig) -> Path:
 def _adapter_for(config: LemaConfig, model_path: Path) -> LemaModelAdapter:
     folder = model_path if model_path.is_dir() else model_path.parent
     path = folder / "config.json"
+    refuse_special_files(folder)
     if not path.is_file():
         raise ConfigError(
             f"{path} does not exist, so nothing says what {config.model_name_or_path} is; put the model's config.json "
             "there, name a model directory and give the weights as gbi_path, or build LemaModel with an adapter"
         )
     values, _ = PreTrainedConfig.get_config_dict(folder)
+    tell_of_code(folder)
     model_type = config.model_type or values.get("model_type")
     if not model_type:
         raise ConfigError(f"{path} has no model_type; give LemaConfig(model_type=...)")

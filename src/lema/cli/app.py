@@ -27,6 +27,7 @@ from .merge import merge
 from .plan import plan
 from .prepare import prepare
 from .report import report
+from .streams import replace_what_does_not_fit
 from .train import train
 
 
@@ -82,4 +83,5 @@ def lema(
 
 def main() -> None:
     """Run the command line and end the process with its status."""
+    replace_what_does_not_fit()
     app()

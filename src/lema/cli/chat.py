@@ -23,6 +23,7 @@ from .speaking import (
     Template,
     Tokens,
     TopP,
+    Variables,
     Where,
     in_chosen_format,
     open_speaker,
@@ -47,6 +48,7 @@ def chat(
     base: Base = None,
     no_adapter: NoAdapter = False,
     chat_template: Template = None,
+    chat_template_kwargs: Variables = None,
     settings: Settings = None,
 ) -> None:
     """Talk to CHECKPOINT. quit or exit ends, clear forgets the conversation, debug shows what the model sees.
@@ -59,7 +61,7 @@ def chat(
     from ..reply.lema_format import to_closing_tag
 
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    with open_speaker(checkpoint, base, no_adapter, chat_template, settings) as opened:
+    with open_speaker(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
         speaker, in_format = in_chosen_format(opened, reply_format, chat_template is not None)
         if in_format:
             sampling = to_closing_tag(sampling)

@@ -118,7 +118,7 @@ def look(config: DataConfig, model: str, max_seq_length: int, limit: int | None,
     from ..engine.training import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    renderer = ChatRenderer.from_file(tokenizer, config.chat_template)
+    renderer = ChatRenderer.from_file(tokenizer, config.chat_template, config.chat_template_kwargs)
     found = []
     for path in (config.train_file, config.eval_file):
         if path is None:

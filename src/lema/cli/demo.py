@@ -88,8 +88,8 @@ def _ask_merged(folder: Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     typer.secho("\n# the merged model, in plain transformers", bold=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     asked = [{"role": "user", "content": QUESTION}]
     inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     made = model.generate(**inputs, do_sample=False, max_new_tokens=128, pad_token_id=tokenizer.eos_token_id)

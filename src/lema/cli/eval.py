@@ -15,7 +15,7 @@ import typer
 
 from ..errors import ConfigError
 from .eval_reply import STDOUT, evaluate_replies
-from .speaking import LEMA_REPLY, Base, Settings, Template, Where, open_speaker
+from .speaking import LEMA_REPLY, Base, Settings, Template, Variables, Where, open_speaker
 
 if TYPE_CHECKING:
     from ..data.config import DataConfig
@@ -55,6 +55,7 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the shares; lema-reply only.")] = None,
     base: Base = None,
     chat_template: Template = None,
+    chat_template_kwargs: Variables = None,
     settings: Settings = None,
 ) -> None:
     """Loss, perplexity and token accuracy of CHECKPOINT and of its base model, on the same rows.
@@ -65,7 +66,11 @@ def evaluate(
     """
     run = _run_of(Path(checkpoint))
     if data_format == LEMA_REPLY:
-        _refuse({"--max-seq-length": max_seq_length, "--chat-template": chat_template}, f"--format {LEMA_REPLY}")
+        means_nothing = {
+            "--max-seq-length": max_seq_length, "--chat-template": chat_template,
+            "--chat-template-kwargs": chat_template_kwargs,
+        }  # fmt: skip
+        _refuse(means_nothing, f"--format {LEMA_REPLY}")
         evaluate_replies(
             checkpoint, data or _held_out(run), base=base, settings=settings, alone=alone, limit=limit,
             max_new_tokens=128 if max_new_tokens is None else max_new_tokens,
@@ -78,7 +83,7 @@ def evaluate(
     asked = [f"batch_size={batch_size}", *(settings or ())]
     if not any(pair.partition("=")[0].strip() == "loss_chunk_size" for pair in asked):
         asked.append(f"loss_chunk_size={_LOSS_CHUNK}")
-    with open_speaker(checkpoint, base, False, chat_template, asked) as speaker:
+    with open_speaker(checkpoint, base, False, chat_template, asked, chat_template_kwargs) as speaker:
         length = max_seq_length or speaker.model.config.max_seq_length
         rows = _rows(chosen, speaker, length, batch_size, run)
         results = _results(speaker, rows, alone)
@@ -124,8 +129,10 @@ def _data_config(run: RunConfig | None, file: Path | None, data_format: str | No
         chosen = dataclasses.replace(chosen, eval_file=str(file), eval_size=0, data_format=kind)
     elif run is None or (chosen.eval_file is None and not chosen.eval_size):
         raise ConfigError("nothing says what to evaluate on: give --data FILE (the run held out no rows)")
-    # rows are taken one after the other, each for itself; the template is in the checkpoint's tokenizer
-    return dataclasses.replace(chosen, packing=False, group_by_length=False, shuffle=False, chat_template=None)
+    # rows are taken one after the other, each for itself; template and variables are in the checkpoint's tokenizer
+    return dataclasses.replace(
+        chosen, packing=False, group_by_length=False, shuffle=False, chat_template=None, chat_template_kwargs=None
+    )
 
 
 def _rows(chosen: DataConfig, speaker: Speaker, length: int, batch_size: int, run: RunConfig | None) -> BatchStream:

@@ -5,7 +5,6 @@ It knows the table, the files written and the progress shown; answers are the re
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import typer
 from .. import __version__
 from ..errors import ConfigError
 from .speaking import open_speaker
+from .streams import as_json as written
 
 if TYPE_CHECKING:
     from ..proof.evaluate import Evaluation
@@ -68,7 +68,7 @@ def evaluate_replies(
         "data": str(data), "decoding": "greedy", "max_new_tokens": max_new_tokens, "stop": STOP, "lema": __version__,
     }  # fmt: skip
     if as_json == STDOUT:
-        typer.echo(json.dumps({**said, **evaluation.to_json()}, indent=1, ensure_ascii=False))
+        typer.echo(written({**said, **evaluation.to_json()}, indent=1))
     else:
         if as_json is not None:
             evaluation.save(as_json, **said)

@@ -27,11 +27,13 @@ from .speaking import (
     Template,
     Tokens,
     TopP,
+    Variables,
     Where,
     in_chosen_format,
     open_speaker,
     seed_all,
 )
+from .streams import as_json as written
 
 
 def generate(
@@ -54,6 +56,7 @@ def generate(
     base: Base = None,
     no_adapter: NoAdapter = False,
     chat_template: Template = None,
+    chat_template_kwargs: Variables = None,
     settings: Settings = None,
 ) -> None:
     """Answer prompts with CHECKPOINT.
@@ -67,7 +70,7 @@ def generate(
     if not prompts:
         raise typer.BadParameter("give --prompt or --file", param_hint="--prompt")
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    with open_speaker(checkpoint, base, no_adapter, chat_template, settings) as opened:
+    with open_speaker(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
         chosen = TEXT if plain and reply_format is None else reply_format
         speaker, in_format = in_chosen_format(opened, chosen, chat_template is not None)
         if in_format:
@@ -78,7 +81,7 @@ def generate(
                 reply = speaker.reply(text, sampling, plain=plain)
                 line = {"prompt": text, "text": reply.text, "ended_by": reply.ended_by, "tokens": reply.num_tokens}
                 parts = reading_as_json(reply.text) if in_format else {}
-                typer.echo(json.dumps({**line, **parts}, ensure_ascii=False))
+                typer.echo(written({**line, **parts}))
                 continue
             if len(prompts) > 1:
                 typer.secho(f"> {text}", bold=True)

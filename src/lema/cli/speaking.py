@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..typed import as_type
 from .settings import parse_settings
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="The base model al
 Template = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A Jinja chat template instead of the tokenizer's.")
 ]
+Variables = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='Variables of the chat template, as {"enable_thinking": false}. Default: those trained with.',
+    ),
+]
 Tokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Share of probability that is drawn from.")]
@@ -58,8 +67,9 @@ Settings = Annotated[
 
 
 def open_speaker(
-    where: str, base: str | None, no_adapter: bool, template: Path | None, settings: list[str] | None
-) -> Speaker:
+    where: str, base: str | None, no_adapter: bool, template: Path | None, settings: list[str] | None,
+    variables: str | None = None,
+) -> Speaker:  # fmt: skip
     """The model that answers, on the fastest device, its weights in RAM unless said otherwise.
 
     A token needs every layer once, so streaming from disk is as slow as the disk: `--set strategy=streaming` where
@@ -76,9 +86,11 @@ def open_speaker(
     overrides: dict[str, Any] = {"strategy": "resident", "device": default_device(), **parse_settings(settings or ())}
     if overrides["device"] != "cpu":
         overrides.setdefault("vram_budget", "auto")
+    given = None if variables is None else as_type("chat_template_kwargs", variables, (dict[str, Any],))
     return Speaker.open(
-        where, base=base, adapter=not no_adapter, template=None if template is None else str(template), **overrides
-    )
+        where, base=base, adapter=not no_adapter, template=None if template is None else str(template),
+        variables=given, **overrides,
+    )  # fmt: skip
 
 
 def in_chosen_format(speaker: Speaker, chosen: str | None, own_template: bool) -> tuple[Speaker, bool]:

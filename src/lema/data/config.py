@@ -16,6 +16,11 @@ from ..errors import ConfigError
 FORMATS = ("auto", "messages", "conversations", "prompt_completion", "instruction", "text")
 TOO_LONG = ("truncate", "drop", "error")
 ON_BAD_ROW = ("error", "skip")
+RESERVED_VARIABLES = frozenset((
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversation",
+    "chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens",
+))  # fmt: skip
 
 
 @dataclass
@@ -36,7 +41,9 @@ class DataConfig:
     on_bad_row: str = "error"
     """What happens to a row that cannot be used: error, or skip (counted, and at most max_dropped of the rows)."""
     chat_template: str | None = None
-    """A file with a Jinja chat template; None: the tokenizer's own."""
+    """A file with a Jinja chat template, or the name of one of the tokenizer's; None: the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, as {enable_thinking: false}; kept with the tokenizer, for chat and others."""
     train_on_prompt: bool = False
     """True: learn the prompts too, not only what the assistant says."""
     mask_history: bool = False
@@ -62,6 +69,16 @@ class DataConfig:
             if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
                 raise ConfigError(f"{name}={value!r} must be a path")
             setattr(self, name, os.fspath(value))
+        variables = self.chat_template_kwargs
+        if variables is not None:
+            if not isinstance(variables, dict) or not all(isinstance(name, str) for name in variables):
+                raise ConfigError(
+                    f"chat_template_kwargs={variables!r} must be names with values: {{enable_thinking: false}}"
+                )
+            if taken := RESERVED_VARIABLES.intersection(variables):
+                raise ConfigError(
+                    f"chat_template_kwargs: {', '.join(sorted(taken))} is what LEMA itself gives to the template"
+                )
         for name, values in (("data_format", FORMATS), ("too_long", TOO_LONG), ("on_bad_row", ON_BAD_ROW)):
             if getattr(self, name) not in values:
                 raise ConfigError(self._one_of(name, values))

@@ -16,14 +16,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError
 from .fields import unused_fields
-from .prefix import encode_text
 from .render import IGNORE, ChatRenderer, EncodedRow
 from .schema import Completion, Content, Conversation, Instruction, PlainText, read_row
 from .tools import takes_text, with_text_arguments
 
 INSTRUCTION_SEPARATOR = "\n\n"
+_VERSION = 2  # of how rows become tokens
 
 
 class RowEncoder:
@@ -62,11 +62,14 @@ class RowEncoder:
 
     def _encoded(self, content: Content) -> EncodedRow:
         if isinstance(content, PlainText):
-            return self._plain("", content.text)
+            return self.renderer.completion("", content.text, limit=self._limit)
         if isinstance(content, Completion):
             if not self.renderer.has_template:
                 separator = INSTRUCTION_SEPARATOR if isinstance(content, Instruction) else ""
-                return self._plain(content.prompt + separator, content.completion)
+                return self.renderer.completion(
+                    content.prompt, content.completion, separator=separator, on_prompt=self._on_prompt,
+                    limit=self._limit,
+                )  # fmt: skip
             content = _as_conversation(content)
         calls = next((n for n, message in enumerate(content.messages, 1) if "tool_calls" in message), None)
         if calls is not None and self.renderer.has_template and not self.renderer.mentions("tool_calls"):
@@ -80,23 +83,6 @@ class RowEncoder:
             on_prompt=self._on_prompt, last_only=self._last_only, limit=self._limit,
         )  # fmt: skip
 
-    def _plain(self, prompt: str, completion: str) -> EncodedRow:
-        """Text with the special tokens that the tokenizer puts around it, and the end token always."""
-        tokenizer = self.renderer.tokenizer
-        end = tokenizer.eos_token_id
-        if end is None:
-            raise UnsupportedError("the tokenizer has no eos_token, so nothing could teach the model where to stop")
-        ids, offsets, whole = encode_text(tokenizer, prompt + completion, self._limit)
-        if not prompt or self._on_prompt:
-            labels = list(ids)
-        else:
-            labels = [t if offset[1] > len(prompt) else IGNORE for t, offset in zip(ids, offsets, strict=True)]
-        if whole is not None:
-            return EncodedRow(ids, labels, whole)
-        if ids and ids[-1] == end:
-            return EncodedRow(ids, labels[:-1] + [end])
-        return EncodedRow(ids + [end], labels + [end])
-
     @cached_property
     def _takes_text(self) -> bool:
         return takes_text(self.renderer.prompt)
@@ -108,8 +94,9 @@ class RowEncoder:
         core = json.loads(tokenizer.backend_tokenizer.to_str())
         for name in ("padding", "truncation"):  # of the last call, whosever it was
             core.pop(name, None)
-        parts = (core, tokenizer.eos_token_id, self.renderer.template, self.kind, self._on_prompt, self._last_only)
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        chat = (self.renderer.template, self.renderer.variables)
+        parts = (_VERSION, core, tokenizer.eos_token_id, chat, self.kind, self._on_prompt, self._last_only)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _as_conversation(content: Completion) -> Conversation:

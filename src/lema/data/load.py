@@ -76,7 +76,7 @@ def load_data(
         raise ConfigError("train_file is missing: give a JSONL, JSON, CSV or Parquet file, or another source of rows")
     if eval_rows is not None and config.eval_size:
         raise ConfigError("eval_size and rows to evaluate on are both given: take them from one place")
-    renderer = ChatRenderer.from_file(tokenizer, config.chat_template)
+    renderer = ChatRenderer.from_file(tokenizer, config.chat_template, config.chat_template_kwargs)
     rows, kind = rows_of(source, config)
     renderer.separator = INSTRUCTION_SEPARATOR if kind == "instruction" and not renderer.has_template else ""
     rows, held_out = _held_out(rows, config, seed)

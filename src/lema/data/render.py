@@ -5,48 +5,40 @@ It knows a tokenizer and its chat template; it knows nothing of files, batches o
 Layout. A template turns messages into one text. An assistant's turn is what the template writes between the prompt
 for it (the messages before, and the generation prompt) and its end, the end token included; where a template writes
 none, the tokenizer's own comes after the last turn, or nothing would teach the model to stop. Labels follow from the
-characters a token stands for: a token with a character of a turn is learned.
+characters a token stands for: a token with a character of a turn is learned. Tokens are cut where the prompt of a
+learned turn ends, so that what is learned follows the very tokens that chat gives.
 
 Mechanics. That only holds where the text of a prefix of the messages is a prefix of the whole text, so it is
 checked for every turn learned. Templates that write a turn differently once others follow (some strip a model's
 thinking) would teach what the model should never say, and are refused; `mask_history` learns the last answer of such
-conversations, whose context is then what the model sees when it answers. A template with `{% generation %}` marks its
-turns itself and is believed. Templates that write the date get a fixed one: a run must not depend on its day.
+conversations, whose context is then what the model sees when it answers. Only an end token may be another one at the
+end of the whole text: of the turns before it what both have in common is learned. A prompt that opens a model's
+thinking, which the template leaves out once it is answered, is gone on from as the model does. A template with
+`{% generation %}` marks its turns itself and is believed.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from ..errors import ConfigError, InputError, UnsupportedError
 from .messages import Message
-from .prefix import encode_text
+from .prefix import Encoded, first_tokens
+from .template import ChatTemplate, read_template
+from .thinking import after_opened, reasoning_of
+from .tokens import Tokens
+
+logger = logging.getLogger(__name__)
 
 IGNORE = -100
 _END_AMONG = 3  # last tokens of a turn: templates write a line end or two after its end token
-_TODAY = "26 Jul 2024"  # what Llama's templates say where they cannot ask
 _SEPARATOR = "lema_separator"  # its name in tokenizer_config.json
-_ASKS_DATE = "strftime_now"
-# Takes the place of the function of that name that transformers gives to templates.
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}{{- format"
-    + "".join(
-        f"|replace('%{letter}', '{text}')"
-        for letter, text in {
-            "Y": "2024", "m": "07", "d": "26", "b": "Jul", "B": "July", "y": "24", "A": "Friday", "a": "Fri",
-            "H": "00", "M": "00", "S": "00", "e": "26", "-d": "26",
-        }.items()
-    )
-    + " -}}{%- endmacro -%}"
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +74,14 @@ class ChatRenderer:
         tokenizer: a fast tokenizer of transformers.
         template: a Jinja chat template; None: the tokenizer's own. One given becomes the tokenizer's own, so that it
             is saved with it.
+        variables: of the template, as `enable_thinking`; None: those kept with the tokenizer, as these will be.
 
     Raises:
         UnsupportedError: the tokenizer cannot say which characters its tokens stand for.
-        ConfigError: the template is not Jinja.
+        ConfigError: the template is not Jinja, does not end, or reads no such variable.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, template: str | None = None, variables: Mapping[str, Any] | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedError(
                 f"{type(tokenizer).__name__} is no fast tokenizer: it cannot say which characters a token stands for; "
@@ -97,27 +90,26 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         if template is not None:
             tokenizer.chat_template = template
-        own = tokenizer.chat_template
-        self.template: str | None = own.get("default") if isinstance(own, dict) else own
-        self._marked = self.template is not None and re.search(r"{%-?\s*generation\s*-?%}", self.template) is not None
-        self._dated: dict[str, Any] = {"date_string": _TODAY}
-        if self.template is not None and _ASKS_DATE in self.template:
-            self._dated["chat_template"] = _FIXED_DATE + self.template
-        if self.template is not None:
-            self._check_syntax()
+        self._template = ChatTemplate(tokenizer, variables)
+        self._tokens = Tokens(tokenizer)
+        self._said: set[str] = set()
 
     @classmethod
-    def from_file(cls, tokenizer: Any, path: str | Path | None) -> ChatRenderer:
-        """With the template in a file, or the tokenizer's own for None."""
+    def from_file(
+        cls, tokenizer: Any, path: str | Path | None, variables: Mapping[str, Any] | None = None
+    ) -> ChatRenderer:
+        """With the template in a file, or of this name among the tokenizer's, or the tokenizer's own for None."""
         if path is None:
-            return cls(tokenizer)
+            return cls(tokenizer, None, variables)
+        own = tokenizer.chat_template
+        if isinstance(own, dict) and str(path) in own and not Path(path).exists():
+            return cls(tokenizer, own[str(path)], variables)
+        template = read_template(path)
         try:
-            template = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template={str(path)!r} cannot be read: {error}") from error
-        try:
-            return cls(tokenizer, template)
+            return cls(tokenizer, template, variables)
         except ConfigError as error:
+            if str(error).startswith("chat_template_kwargs"):
+                raise
             raise ConfigError(f"{path}: {error}") from error
 
     @property
@@ -131,6 +123,21 @@ class ChatRenderer:
         texts = own.values() if isinstance(own, dict) else () if own is None else (own,)
         return any(re.search(rf"\b{re.escape(field)}\b", text) for text in texts)
 
+    @property
+    def template(self) -> str | None:
+        """The chat template as text; None: there is none."""
+        return self._template.text
+
+    @property
+    def known_variables(self) -> frozenset[str]:
+        """Names of variables that the template reads."""
+        return self._template.known_variables
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the template is given besides the messages."""
+        return self._template.variables
+
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """The text after which the assistant speaks."""
         return self._render(messages, tools, ask=True)
@@ -143,7 +150,10 @@ class ChatRenderer:
         """Token ids of a prompt given as one text: a user's turn where there is a template, else text and separator."""
         if self.has_template:
             return self.prompt_ids([{"role": "user", "content": text}])
-        return self._before_answer(text + self.separator) if self.separator else self.plain(text)
+        return self._asked(text, self.separator)
+
+    def _asked(self, text: str, separator: str) -> list[int]:
+        return self._tokens.before_word(text + separator) if separator else self.plain(text)
 
     @property
     def separator(self) -> str:
@@ -167,24 +177,54 @@ class ChatRenderer:
             except InputError:  # of a template that wants something else, the rows will tell
                 return sorted(ends)
             after = self.ids(text.rpartition(word)[2])
-            ends |= set([token for token in after if token in self._special][:1])
+            ends |= set([token for token in after if token in self._tokens.special][:1])
         return sorted(ends)
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text to be continued as it is, begun as texts are in training."""
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
-
-    def _before_answer(self, text: str) -> list[int]:
-        """Token ids of a text that an answer follows: at its end white space is cut otherwise than before a word."""
-        encoded = self.tokenizer(text + "a", return_offsets_mapping=True, verbose=False)
-        ids = [token for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"]) if end <= len(text)]
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+        return self._tokens.begun(text)[0]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of rendered text, which has its special tokens written out."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self._tokens.of(text)[0]
+
+    def completion(
+        self, prompt: str, completion: str, *, separator: str = "", on_prompt: bool = False, limit: int | None = None
+    ) -> EncodedRow:
+        """Prompt and completion without a template, cut where the tokens that `ask` gives for the prompt end.
+
+        Args:
+            prompt: may be empty: then all is learned.
+            separator: between the two, as `ask` has it.
+            on_prompt: learn the prompt too.
+            limit: tokens that are wanted; of a far longer text the rest is not looked at.
+
+        Raises:
+            UnsupportedError: the tokenizer has no end token.
+        """
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise UnsupportedError("the tokenizer has no eos_token, so nothing could teach the model where to stop")
+        bare, prompt = prompt, prompt + separator
+        begins: int | None = None
+
+        def encode(part: str) -> Encoded:
+            nonlocal begins
+            if len(part) < len(prompt):
+                return self._tokens.begun(part)
+            asked = self._asked(bare, separator) if prompt else []
+            begins = len(asked)
+            return self._tokens.continued(asked, prompt, part[len(prompt) :])
+
+        (ids, _), whole = first_tokens(encode, prompt + completion, limit)
+        self._say_cuts()
+        begins = len(ids) if begins is None else begins
+        labels = list(ids) if on_prompt else [IGNORE] * len(ids[:begins]) + ids[begins:]
+        if ids and ids[0] == self.tokenizer.bos_token_id != end:  # nothing comes before it, so nothing could say it
+            labels[0] = IGNORE
+        if whole is None and not self._tokens.ends_in(ids, end):
+            ids, labels = [*ids, end], [*labels, end]
+        return EncodedRow(ids, labels, whole)
 
     def training(
         self,
@@ -220,109 +260,204 @@ class ChatRenderer:
                     f"message {min(unlearned) + 1} is marked not to be learned, and train_on_prompt learns everything: "
                     "take the mark away, or set train_on_prompt: false"
                 )
-            return self._ended(self.labelled(self._render(messages, tools), None, limit))
+            text = self._render(messages, tools)
+            self._check_reasoning(messages[turns[-1]], turns[-1], text)
+            asked = (self._render(messages[:turn], tools, ask=True) for turn in turns if turn)
+            prompts = (len(one) for one in asked if text.startswith(one))
+            return self._ended(self.labelled(text, None, prompts, limit))
         turns = [turn for turn in turns if turn not in unlearned]
         turns = turns[-1:] if last_only else turns
         if not turns:
-            return self.labelled(self._render(messages, tools), [], limit)
-        if self._marked:
-            return self._ended(self._by_marks(messages[: turns[-1] + 1], tools, turns))
-        text = self._render(messages[: turns[-1] + 1], tools)
-        spans = (self._span(messages, tools, turn, text) for turn in turns)
-        return self._ended(self.labelled(text, spans, limit))
+            return self.labelled(self._render(messages, tools), (), (), limit)
+        messages = messages[: turns[-1] + 1]
+        if self._template.marked:
+            return self._ended(self._by_marks(messages, tools, turns))
+        text, prompt = self._answered(messages, tools)
+        self._check_reasoning(messages[-1], turns[-1], text[len(prompt) :])
 
-    def labelled(self, text: str, spans: Iterable[tuple[int, int]] | None, limit: int | None = None) -> EncodedRow:
+        def spans() -> Iterator[tuple[int, int]]:
+            for turn in turns[:-1]:
+                yield self._span(messages, tools, turn, text)
+            yield len(prompt), len(text)
+
+        return self._ended(self.labelled(text, spans(), limit=limit))
+
+    def labelled(
+        self,
+        text: str,
+        spans: Iterable[tuple[int, int]] | None,
+        prompts: Iterable[int] | None = None,
+        limit: int | None = None,
+    ) -> EncodedRow:
         """Rendered text, with labels on the tokens of these runs of its characters; None: on all.
 
         Args:
-            limit: tokens that are wanted: spans beyond them are not asked for.
+            spans: in order.
+            prompts: where prompts end, in order: the tokens before are those of the prompt alone; None: where spans
+                begin.
+            limit: tokens that are wanted: what lies beyond them is not asked for, as it costs much in long texts.
         """
-        ids, offsets, whole = encode_text(self.tokenizer, text, limit, add_special_tokens=False)
+        asked = _Asked(spans if spans is not None else ())
+        borders = asked if prompts is None else _Asked((at, at) for at in prompts)
+        encode: Callable[[str], Encoded] = lambda part: self._tokens.cut(part, borders.up_to(len(part)))  # noqa: E731
+        (ids, offsets), whole = first_tokens(encode, text, limit)
+        self._say_cuts()
         if spans is None:
             return EncodedRow(ids, list(ids), whole)
         labels = [IGNORE] * len(ids)
         i = 0
-        for begin, stop in spans:
+        asked.up_to(offsets[-1][1] if offsets else 0)
+        for begin, stop in asked.spans:
             while i < len(ids) and max(offsets[i][1], offsets[i][0] + 1) <= begin:
                 i += 1
             while i < len(ids) and offsets[i][0] < stop:
                 labels[i] = ids[i]
                 i += 1
-            if i == len(ids):
-                break  # spans follow each other, and making one of a long conversation costs much
         return EncodedRow(ids, labels, whole)
 
     def _ended(self, row: EncodedRow) -> EncodedRow:
         """The row, with the end token after a last turn that the template ends with no special token at all."""
         end = self.tokenizer.eos_token_id
-        if end is None or row.cut_from is not None or not self._special.isdisjoint(row.input_ids[-_END_AMONG:]):
+        if end is None or row.cut_from is not None or not self._tokens.special.isdisjoint(row.input_ids[-_END_AMONG:]):
             return row
         return EncodedRow([*row.input_ids, end], [*row.labels, end])
 
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset((*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder))
+    def _answered(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, str]:
+        """The text of a conversation up to its last answer, and the prompt of chat that it goes on from."""
+        text, last = self._render(messages, tools), len(messages) - 1
+        if last == 0:
+            raise InputError("the conversation begins with the assistant: nothing says what it answers to")
+        prompt = self._render(messages[:last], tools, ask=True)
+        if text.startswith(prompt):
+            return text, prompt
+        opened = after_opened(prompt, text, messages[last])
+        if opened is None:
+            raise InputError(self._rewritten_prompt(last, prompt, text))
+        if opened[len(prompt) :].lstrip().startswith("</"):
+            self._warn(
+                "the chat template's prompt opens the model's thinking, and rows without any are learned with an empty "
+                f"one{self._variables_hint()}"
+            )
+        return opened, prompt
 
     def _span(self, messages: Sequence[Message], tools: list[Any] | None, turn: int, text: str) -> tuple[int, int]:
-        """Characters of an assistant's turn in the text of the conversation."""
+        """Characters of an assistant's turn, not the last, in the text of the conversation."""
         if turn == 0:
             raise InputError("the conversation begins with the assistant: nothing says what it answers to")
         prompt = self._render(messages[:turn], tools, ask=True)
-        answered = text if turn == len(messages) - 1 else self._render(messages[: turn + 1], tools)
+        answered = self._render(messages[: turn + 1], tools)
         if not answered.startswith(prompt):
-            raise InputError(
-                f"the chat template writes what comes before message {turn + 1} differently once it is answered: "
-                f"{_first_difference(prompt, answered)}; give chat_template: a file whose template does not, or one "
-                "with {% generation %} marks"
-            )
-        if not text.startswith(answered):
+            raise InputError(self._rewritten_prompt(turn, prompt, answered))
+        kept = self._but_for_its_end(answered, text, len(prompt))
+        if kept is None:
             raise InputError(
                 f"the chat template rewrites message {turn + 1} once others follow (as those that strip thinking do): "
                 f"{_first_difference(answered, text)}; learning that would teach what the model never says. Set "
                 "mask_history: true to learn the last answer of each conversation, make one row of each answer, or "
                 "give chat_template: a file whose template keeps turns as they are"
             )
-        return len(prompt), len(answered)
+        self._check_reasoning(messages[turn], turn, text[len(prompt) : kept])
+        return len(prompt), kept
+
+    def _check_reasoning(self, message: Message, turn: int, learned: str) -> None:
+        """No field that should be learned is left out in silence."""
+        reason = reasoning_of(message)
+        if reason is not None and reason.strip() not in learned:
+            raise InputError(
+                f"message {turn + 1} has reasoning, which the chat template does not write, so it would not be learned"
+                f"{self._variables_hint()}; or write it into the content, as the model should say it"
+            )
+
+    def _but_for_its_end(self, answered: str, text: str, begin: int) -> int | None:
+        """Characters of a turn that stay as they are once others follow; None: more than its end tokens changes."""
+        kept = len(answered)
+        while not text.startswith(answered[:kept]):
+            shorter = self._tokens.without_last_special(answered[:kept])
+            if shorter is None or shorter <= begin:
+                return None
+            kept = shorter
+        return kept
+
+    def _rewritten_prompt(self, turn: int, prompt: str, answered: str) -> str:
+        return (
+            f"the chat template writes what comes before message {turn + 1} differently once it is answered: "
+            f"{_first_difference(prompt, answered)}{self._variables_hint()}; set mask_history: true if this is one of "
+            "several answers, or give chat_template: a file whose template does not, or one with {% generation %} marks"
+        )
+
+    def _variables_hint(self) -> str:
+        """Which variables might help, as a message's end."""
+        names = [name for name in sorted(self._template.known_variables) if "think" in name or "reason" in name]
+        named = ", ".join(
+            f"{name} ({self.variables[name]!r} now)" if name in self.variables else name for name in names
+        )
+        return f"; chat_template_kwargs can set the template's {named}" if names else ""
 
     def _by_marks(self, messages: Sequence[Message], tools: list[Any] | None, turns: list[int]) -> EncodedRow:
         """As the template's `{% generation %}` marks say."""
-        encoded = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+        text, mask = self._render(messages, tools), self._template.marks(messages, tools)
+        offsets = self._tokens.of(text)[1]
         begins = [i for i, on in enumerate(mask) if on and (i == 0 or not mask[i - 1])]
         answers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
         if len(begins) != len(answers):
             raise InputError(
                 f"the chat template's generation marks show {len(begins)} turns, and {len(answers)} are there"
             )
-        end = self.tokenizer.eos_token_id  # belongs to the turn before it, marked or not, or nothing would end it
-        mask = [on or (i > 0 and bool(mask[i - 1]) and ids[i] == end) for i, on in enumerate(mask)]
-        learned = [answer in turns for answer in answers]
-        at = [bisect_right(begins, i) - 1 for i in range(len(ids))]  # the turn a token is in or after
-        return EncodedRow(ids, [t if on and learned[at[i]] else IGNORE for i, (t, on) in enumerate(zip(ids, mask))])
+        spans, prompts, end = [], [], self.tokenizer.eos_token or ""
+        for turn in turns:
+            first = begins[answers.index(turn)]
+            last = next((i for i in range(first, len(mask)) if not mask[i]), len(mask)) - 1
+            begin, stop = offsets[first][0], offsets[last][1]
+            if end and text.startswith(end, stop):  # belongs to the turn, marked or not, or nothing would end it
+                stop += len(end)
+            prompt = self._render(messages[:turn], tools, ask=True) if turn else ""
+            if text.startswith(prompt):
+                prompts.append(len(prompt))
+                begin = max(begin, len(prompt)) if len(prompt) < stop else begin
+            else:
+                self._warn(
+                    "the chat template's prompt is not what its marked answers follow in training: "
+                    f"{_first_difference(prompt, text)}{self._variables_hint()}"
+                )
+            self._check_reasoning(messages[turn], turn, text[begin:stop])
+            spans.append((begin, stop))
+        return self.labelled(text, spans, prompts)
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, ask: bool = False) -> str:
-        text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=ask)
-        return text
+        return self._template.render(messages, tools, ask)
 
-    def _apply(self, messages: Sequence[Message], tools: list[Any] | None, **how: Any) -> Any:
-        if self.template is None:
-            raise InputError(
-                "the tokenizer has no chat template, so messages cannot be written out: give chat_template: a Jinja "
-                "file (that of the model's chat version, say), use the chat version of the model, or rows with prompt "
-                "and completion, or text"
+    def _say_cuts(self) -> None:
+        if self._tokens.cuts:
+            self._warn(
+                "tokens would reach from prompts into answers: they are cut there, so that answers follow the tokens "
+                "that chat gives"
             )
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=tools, **self._dated, **how)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InputError(f"the chat template refuses the conversation: {error}") from error
 
-    def _check_syntax(self) -> None:
-        try:
-            self.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"the chat template is not Jinja: line {error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError):
-            return  # it may ask for more than one turn; rows will tell
+    def _warn(self, text: str) -> None:
+        """Say it once."""
+        if text.split(":")[0] not in self._said:
+            self._said.add(text.split(":")[0])
+            logger.warning("%s", text)
+
+
+class _Asked:
+    """Spans that are asked for only as far as they are wanted.
+
+    Args:
+        spans: in order of their begins.
+    """
+
+    def __init__(self, spans: Iterable[tuple[int, int]]) -> None:
+        self._more = iter(spans)
+        self.spans: list[tuple[int, int]] = []
+
+    def up_to(self, length: int) -> list[int]:
+        """Where they begin; all that begin before so many characters are among them."""
+        while not self.spans or self.spans[-1][0] < length:
+            if (one := next(self._more, None)) is None:
+                break
+            self.spans.append(one)
+        return [begin for begin, _ in self.spans]
 
 
 def _first_difference(one: str, other: str) -> str:

@@ -5,16 +5,50 @@ It knows transformers' `generate` and what a streamed model needs around it; it 
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..core.memory import TripleBufferManager
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
 from .device_memory import explained
+
+logger = logging.getLogger(__name__)
+
+
+def take_end_tokens(module: Any, folder: Path) -> None:
+    """Let a model end where the `generation_config.json` of its folder says, as transformers would load it.
+
+    Args:
+        module: a model of transformers built from its configuration alone, which names one end token at most.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    if not hasattr(module, "generation_config") or not path.is_file():
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        ends = values.get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        logger.warning("%s cannot be read, so answers end where config.json says: %s", path, error)
+        return
+    listed = ends if isinstance(ends, list) else [ends]
+    if not all(token is None or (isinstance(token, int) and token >= 0) for token in listed):
+        logger.warning("%s: eos_token_id=%r is no token, so answers end where config.json says", path, ends)
+        return
+    module.generation_config.eos_token_id = ends
+
+
+def end_tokens(module: Any) -> set[int]:
+    """Tokens that end an answer of a model of transformers."""
+    ends = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    return {token for token in (ends if isinstance(ends, list) else [ends]) if token is not None}
 
 
 def generate(

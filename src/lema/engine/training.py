@@ -18,6 +18,7 @@ import torch
 from ..data import Data, load_data
 from ..data.config import DataConfig
 from ..errors import ConfigError, WeightsNotFoundError
+from ..strangers import code_in, refuse_special_files, tell_of_code
 from ..training.checkpoints import CheckpointFolder
 from ..training.config import TrainingConfig
 from ..training.panel import View, make_view
@@ -26,6 +27,7 @@ from ..training.run import RunData, run_training
 from ..training.run_config import RunConfig
 from ..training.sampling import Sampler
 from ..training.start import Start, choose_start
+from .generation import end_tokens
 from .machine import TrainerMachine
 from .packing import check_packing
 from .trainer import LemaTrainer
@@ -84,8 +86,10 @@ def train_run(
     if run.training.sample_prompts:
         if ask is None:
             raise ConfigError("sample_prompts need a tokenizer: give train(..., tokenizer=...)")
-        ends = data.renderer.end_tokens if isinstance(data, Data) else ()
-        sampler = Sampler(tokenizer, ask, run.training.sample_prompts, run.training.sample_max_new_tokens, ends)
+        ends = end_tokens(trainer.lm.module) | {*(data.renderer.end_tokens if isinstance(data, Data) else ())}
+        sampler = Sampler(
+            tokenizer, ask, run.training.sample_prompts, run.training.sample_max_new_tokens, sorted(ends)
+        )  # fmt: skip
     limit = trainer.lm.max_positions
     if limit is not None and run.lema.max_seq_length > limit and isinstance(data, Data):
         raise ConfigError(
@@ -129,9 +133,17 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
     if not path.exists() and not could_be_hub_id:
         raise WeightsNotFoundError(f"{model} does not exist: give a directory, a .safetensors file or a hub id")
     where = path.parent if path.suffix == ".safetensors" else model
+    refuse_special_files(Path(where))
+    tell_of_code(Path(where))
     try:
-        return AutoTokenizer.from_pretrained(str(where))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(str(where), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if "trust_remote_code" in str(error):
+            named = "; ".join(code_in(Path(where))) or "auto_map in its configuration"
+            raise ConfigError(
+                f"{where} has a tokenizer that is code of its own ({named}), which LEMA does not run: convert it to a "
+                "tokenizer.json, or give a model whose tokenizer is one of transformers"
+            ) from error
         raise ConfigError(f"{where} has no tokenizer that can be loaded: {error}") from error
 
 

@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _TEMPLATES = tuple(name for name in TOKENIZER_FILES if name.startswith("chat_template"))
+_MORE_TEMPLATES = "additional_chat_templates"  # where transformers writes those with names
 GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
 
@@ -80,6 +81,8 @@ def _copy(source: Path, folder: Path, names: tuple[str, ...]) -> bool:
     found = [name for name in names if (source / name).is_file()]
     for name in found:
         shutil.copyfile(source / name, folder / name)
+    if "chat_template.jinja" in found and (source / _MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / _MORE_TEMPLATES, folder / _MORE_TEMPLATES, dirs_exist_ok=True)
     return bool(found)
 
 

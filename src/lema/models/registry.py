@@ -8,6 +8,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..errors import UnsupportedError
+from ..strangers import code_of
 from .base import LemaModelAdapter
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter
@@ -43,6 +44,12 @@ def get_adapter(model_type: str, config_dict: Mapping[str, Any] | PreTrainedConf
         known = type(AutoConfig.for_model(model_type)) in MODEL_FOR_CAUSAL_LM_MAPPING
     except ValueError:
         known = False
+    if not known and (code := code_of(values)):
+        raise UnsupportedError(
+            f"model type {model_type!r} is none of the installed transformers: it is code of its own "
+            f"({'; '.join(code)}), which LEMA does not run. Read it, and register an adapter of yours with "
+            "lema.models.register_adapter"
+        )
     if not known:
         raise UnsupportedError(
             f"model type {model_type!r} is neither registered ({', '.join(sorted(_ADAPTERS))}) nor a causal language "

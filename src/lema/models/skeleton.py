@@ -35,9 +35,15 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
     if attn_implementation == "sdpa" and not getattr(family, "_supports_sdpa", False):
         logger.info("%s has no sdpa attention, using eager", family.__name__)
         attn_implementation = "eager"
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(getattr(config, name, None)):  # a kernel of the hub that config.json names: code of strangers
+            logger.warning("config.json names the kernel %s, which is not run", getattr(config, name))
+            setattr(config, name, None)
     try:
         with apart_from_heap(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+            )
     except (ValueError, ImportError) as error:
         raise UnsupportedError(f"{family.__name__} cannot be built: {error}") from error
     model.config.use_cache = False

@@ -69,7 +69,8 @@ def write_companions(
         text = json.dumps(_with_dtype(values, dtype), indent=2, sort_keys=True) + "\n"
         (output / CONFIG).write_text(text, encoding="utf-8")
         if not (output / GENERATION).exists() and values.get("model_type") in CONFIG_MAPPING:
-            GenerationConfig.from_model_config(AutoConfig.from_pretrained(output)).save_pretrained(output)
+            config = AutoConfig.from_pretrained(output, trust_remote_code=False)
+            GenerationConfig.from_model_config(config).save_pretrained(output)
     except OSError as error:
         raise WeightsError(f"{output}: writing failed: {error}. Check the disk and its permissions.") from error
 

@@ -38,9 +38,11 @@ class GgufSource:
         self.path, self.files = path, [path]
         self.metadata: dict[str, str] = {}
         reader = _open(path)
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(config) if config else _read_config(path)
+        self.config: PretrainedConfig = (
+            AutoConfig.from_pretrained(config, trust_remote_code=False) if config else _read_config(path)
+        )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         model.tie_weights()
         self.config.architectures = [type(model).__name__]
         self._gguf = GgufTensors(path, reader, model)
@@ -76,7 +78,9 @@ class GgufSource:
             WeightsFormatError: the file has no tokenizer that transformers can read.
         """
         try:
-            AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
+            ).save_pretrained(folder)
         except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
             raise WeightsFormatError(
                 f"{self.path}: transformers cannot read the tokenizer in it: {type(error).__name__}: {error}. Give the "

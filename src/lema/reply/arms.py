@@ -19,6 +19,13 @@ from .speaker import Speaker
 BASE_IN_FORMAT, BASE_PLAINLY, ADAPTER, MODEL = "base, in the format", "base, asked plainly", "adapter", "model"
 
 
+def _of_base(speaker: Speaker) -> ChatRenderer:
+    """The base's own template, with the variables it has in common with the one trained with."""
+    renderer = ChatRenderer(load_tokenizer(speaker.model.config.model_name_or_path))
+    shared = {name: value for name, value in speaker.renderer.variables.items() if name in renderer.known_variables}
+    return ChatRenderer(renderer.tokenizer, None, shared) if shared else renderer
+
+
 def arms_of(
     speaker: Speaker,
     *,
@@ -53,7 +60,7 @@ def arms_of(
 
     if not adapted or alone:
         return [Arm(ADAPTER if adapted else MODEL, lambda prompts: with_prompts(prompts, False))]
-    base = Speaker(speaker.model, ChatRenderer(load_tokenizer(speaker.model.config.model_name_or_path)))
+    base = Speaker(speaker.model, _of_base(speaker))
 
     def plainly(questions: Sequence[str]) -> list[str]:
         if base.renderer.has_template:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..data.thinking import opening
 from ..errors import InputError
 from .answer import Reply
 from .sampling import Sampling
@@ -67,5 +68,8 @@ class Conversation:
         text = self.prompt(question, self.room(sampling))
         ids = self.speaker.renderer.ids(text) if self.speaker.renderer.has_template else self.speaker.renderer.ask(text)
         reply = self.speaker.continue_from(ids, sampling, tell)
-        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply.text.strip()}]
+        answer = reply.text.strip()
+        if "</" in answer:  # what the prompt opened is a part of what was said
+            answer = opening(text) + answer
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return reply

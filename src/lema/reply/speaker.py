@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from ..config import CONFIG_NAME, DTYPES, LemaConfig
 from ..core.lora import ADAPTER_CONFIG, LoRAManager
 from ..data.render import ChatRenderer
+from ..engine.generation import end_tokens
 from ..engine.training import load_tokenizer
 from ..errors import ConfigError, InputError
 from ..model import LemaModel
@@ -43,7 +44,7 @@ class Speaker:
     @classmethod
     def open(
         cls, path: str | Path, *, base: str | None = None, adapter: bool = True, template: str | None = None,
-        **overrides: Any,
+        variables: Mapping[str, Any] | None = None, **overrides: Any,
     ) -> Speaker:  # fmt: skip
         """From a checkpoint of a run, an adapter of PEFT, a merged model, or any model.
 
@@ -51,6 +52,7 @@ class Speaker:
             base: the model an adapter is for, where it is not where the adapter says.
             adapter: False: the base model alone.
             template: a Jinja file; None: the tokenizer's own.
+            variables: of the template; None: those it was trained with.
             **overrides: settings of `LemaConfig`.
 
         Raises:
@@ -62,7 +64,7 @@ class Speaker:
         if not adapter:
             config = config.replace(use_lora=False)
         tokenizer = load_tokenizer(folder if (folder / _TOKENIZER).is_file() else config.model_name_or_path)
-        renderer = ChatRenderer.from_file(tokenizer, template)
+        renderer = ChatRenderer.from_file(tokenizer, template, variables)
         model = LemaModel(config)
         if model.lora_manager is not None and not (folder / CONFIG_NAME).is_file():  # patterns, rsLoRA
             model.lora_manager = LoRAManager(LoRAManager.settings_from(folder), device=config.device, seed=config.seed)
@@ -181,10 +183,8 @@ class Speaker:
         return [reply_of(row, self.tokenizer, ends, sampling, seconds) for row in made[:, longest:].tolist()]
 
     def _end_tokens(self) -> set[int]:
-        module: Any = self.model.adapter.causal_lm().module
-        ends = module.generation_config.eos_token_id
-        listed = ends if isinstance(ends, list) else [ends]
-        return {token for token in (*listed, *self.renderer.end_tokens) if token is not None}
+        self.model.initialize_lora()
+        return end_tokens(self.model.adapter.causal_lm().module) | {*self.renderer.end_tokens}
 
     def _padding(self) -> int:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

@@ -31,7 +31,7 @@ class Sampler:
     prompts: Sequence[str]
     max_new_tokens: int
     end_tokens: Sequence[int] = ()
-    """Tokens that end an answer besides the model's own."""
+    """Tokens that end an answer; none: the model's own."""
 
     def answers(self, machine: Machine) -> Iterator[tuple[str, str]]:
         """Prompt and answer; the random state is left as it was."""

@@ -15,6 +15,9 @@ from ..errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 
+NESTED = ("chat_template_kwargs",)
+"""Settings whose value is names with values."""
+
 
 def read_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]]:
     """Values and line numbers (from 1) by name.
@@ -59,7 +62,7 @@ def _value(where: str, name: str, node: yaml.Node) -> Any:
     parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if isinstance(node, yaml.MappingNode):  # of names, as `columns` has them; whether it may be one its type says
         parts = [part for pair in node.value for part in pair]
-    if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+    if name not in NESTED and not all(isinstance(part, yaml.ScalarNode) for part in parts):
         raise ConfigError(f"{where}: {name} must be a single value or a list of them; settings are not nested")
     loader = yaml.SafeLoader("")
     try:

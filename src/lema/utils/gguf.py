@@ -108,14 +108,15 @@ def _write_folder(source: Path, folder: Path, dtype: torch.dtype) -> None:
     reader = _open(source)
     config = _read_config(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     _write_weights(source, reader, model, folder / "model.safetensors", dtype)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
 
 
 def _open(source: Path) -> Any:
@@ -134,7 +135,7 @@ def _open(source: Path) -> Any:
 
 def _read_config(source: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+        config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     except (ValueError, KeyError, IndexError) as error:
         raise UnsupportedError(
             f"{source}: transformers cannot read this model from GGUF: {error}"
