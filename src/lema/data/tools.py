@@ -129,7 +129,7 @@ def takes_text(render: Callable[[list[dict[str, Any]]], str]) -> bool:
         render: messages as the template writes them; an `InputError` where it refuses them.
     """
     call = {"id": "lema00001", "type": "function", "function": {"name": "lema", "arguments": dict(_PROBE)}}
-    asked = {"role": "user", "content": "?"}
+    asked: dict[str, Any] = {"role": "user", "content": "?"}
     probe = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
     try:
         if str(_PROBE) not in render(probe):
