@@ -150,7 +150,7 @@ def test_from_another_tools_file_to_an_adapter(
     checked = CliRunner().invoke(app, ["data", "check", str(tmp_path / "run.yaml")])
     assert checked.exit_code == 0, checked.output
     shown = checked.output.replace("↵", "")
-    spans = [part.split("⟧")[0] for part in shown.split("⟦")[1:]]
+    spans = [part.split("⟧")[0] for part in shown.split("⟦")[2:]]  # the first is the legend
     assert spans == learned and "4 rows" in shown
     assert ("fields that are not used" in shown) == bool(unused) and all(field in shown for field in unused)
     done = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml")])

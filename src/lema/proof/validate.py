@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..data.index import check_regular
 from ..errors import InputError
 from .grammar import CONFIDENCES, SYSTEM, read
 from .rows import CATEGORIES, FIELDS, question_key
@@ -90,6 +91,7 @@ def _template() -> jinja2.Template:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             yield from enumerate(file, 1)
     except OSError as error:
