@@ -238,11 +238,11 @@ def test_an_end_token_that_is_there_is_not_doubled() -> None:
 
 
 def test_tools_reach_the_template() -> None:
-    tokenizer = make_tokenizer("{% if tools %}{{ tools[0]['name'] }}|{% endif %}" + CHATML)
+    tokenizer = make_tokenizer("{% if tools %}{{ tools[0].function.name }}|{% endif %}" + CHATML)
     rows = [{"messages": chat("q", "a"), "tools": tools} for tools in ([{"name": "clock"}], '[{"name": "clock"}]')]
     for row in rows:
         assert tokenizer.decode(encoder(tokenizer, "messages")(row).input_ids).startswith("clock|")
-    with pytest.raises(InputError, match="tools is not JSON"):
+    with pytest.raises(InputError, match="tools is text that is not JSON"):
         encoder(tokenizer, "messages")({**rows[0], "tools": "{"})
 
 
