@@ -179,7 +179,20 @@ def test_the_layer_that_leaks_is_named_though_it_is_given_a_mask() -> None:
         check_packing(adapter.causal_lm())
 
 
-def test_trying_a_model_takes_little_memory_and_leaves_it_as_it_was(folder: Path) -> None:
+def test_reduced_precision_around_it_is_no_leak() -> None:
+    adapter = get_adapter("llama", tiny_config("llama").to_dict())
+    adapter.configure(torch.float32, "sdpa")
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            check_packing(adapter.causal_lm())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_trying_a_model_leaves_it_as_it_was(folder: Path) -> None:
     with lema_model(folder) as model:
         lm = model.adapter.causal_lm()
         before = {name: (id(p), p.data_ptr(), p._version) for name, p in lm.module.named_parameters()}

@@ -32,6 +32,7 @@ _CUTS = ((5, 6), (4, 7))
 """Tokens of the rows of each pack."""
 _ROUNDING = 1e-4
 """What the order of sums may change of float32 values around 1; a row that leaks moves some by a hundred times that."""
+_ROUNDING_OF_DEVICES = 5e-3
 _ROUNDING_OF_HALF = 5e-2
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError)
 """What code of a model can raise where it is run on values that it is not made for."""
@@ -151,15 +152,29 @@ def _leaks(lm: CausalLM, number: int, packs: _Call, alone: list[_Call]) -> bool:
     layer = lm.layers[number]
     half = getattr(getattr(lm.module, "config", None), "_attn_implementation", "").startswith("flash")
     dtype = packs.hidden.dtype if half else torch.float32
+    device = packs.hidden.device
+    tolerance = _ROUNDING_OF_HALF if half else _ROUNDING if device.type == "cpu" else _ROUNDING_OF_DEVICES
     random = torch.Generator().manual_seed(number)
-    hidden = torch.randn(packs.hidden.shape, generator=random).to(packs.hidden.device, dtype)
-    with _tried(layer, dtype), torch.no_grad():
+    hidden = torch.randn(packs.hidden.shape, generator=random).to(device, dtype)
+    with _tried(layer, dtype), _in_full(device.type), torch.no_grad():
         together = _run(layer, hidden, packs.arguments)
         for pack, (first, _) in enumerate(_CUTS):
             single = _run(layer, hidden[pack : pack + 1, first:].contiguous(), alone[pack].arguments)
-            if _differ(together[pack, first:], single[0], _ROUNDING_OF_HALF if half else _ROUNDING):
+            if _differ(together[pack, first:], single[0], tolerance):
                 return True
     return False
+
+
+@contextmanager
+def _in_full(device: str) -> Iterator[None]:
+    """Inside the block matmuls of float32 are not made in fewer bits, whatever is set outside."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _run(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
