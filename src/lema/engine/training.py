@@ -18,6 +18,7 @@ import torch
 from ..data import Data, load_data
 from ..data.config import DataConfig
 from ..errors import ConfigError, WeightsNotFoundError
+from ..models.folder import refuse_other_folders
 from ..training.checkpoints import CheckpointFolder
 from ..training.config import TrainingConfig
 from ..training.panel import View, make_view
@@ -132,6 +133,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(where))
     except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse_other_folders(Path(where))
         raise ConfigError(f"{where} has no tokenizer that can be loaded: {error}") from error
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.heap import apart_from_heap
 from ..errors import UnsupportedError
+from .outputs import take_out_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
     if attn_implementation == "sdpa" and not getattr(family, "_supports_sdpa", False):
         logger.info("%s has no sdpa attention, using eager", family.__name__)
         attn_implementation = "eager"
+    take_out_outputs(config)
     try:
         with apart_from_heap(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
