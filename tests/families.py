@@ -73,12 +73,32 @@ SECOND_GROUP: dict[str, dict[str, Any]] = {
 
 FAMILIES = {**FIRST_GROUP, **SECOND_GROUP}
 
+MIXING: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4,
+                  "head_dim": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "attn_layer_indices": [1, 3]},
+    "jamba": {"num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "use_mamba_kernels": False},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "num_experts_per_tok": 2,
+                         "layer_types": ["mamba", "attention", "mamba", "attention"], "num_local_experts": 4,
+                         "shared_intermediate_size": 32},
+    "recurrent_gemma": {"lru_width": 32, "head_dim": 8, "attention_window_size": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "num_hidden_layers": 2, "chunk_size": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 2},
+    "bloom": {},
+    "mpt": {},
+    "biogpt": {},
+}  # fmt: skip
+"""Families that mix tokens beside attention, or tell positions in another way than by `position_ids`."""
+
+_OWN = {**FAMILIES, **MIXING}
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of a few thousand parameters; all dropout off."""
-    values = {**_SMALL, **_DROPOUT_OFF, **FAMILIES.get(family, {}), **overrides}
+    values = {**_SMALL, **_DROPOUT_OFF, **_OWN.get(family, {}), **overrides}
     default = AutoConfig.for_model(family)
-    known = {name for name in values if hasattr(default, name) or name in FAMILIES.get(family, {}) or name in overrides}
+    known = {name for name in values if hasattr(default, name) or name in _OWN.get(family, {}) or name in overrides}
     return AutoConfig.for_model(family, **{name: values[name] for name in known})
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from data_helpers import CHATML, VOCABULARY, make_tokenizer, write_jsonl
@@ -108,6 +110,7 @@ def cases(shop: Workshop) -> Iterator[Case]:
     yield from _forms(shop)
     yield from _yaml(shop)
     yield from _models(shop)
+    yield from _given_as_models(shop)
     yield from _checkpoints(shop)
 
 
@@ -281,6 +284,54 @@ def _strangers(case: Callable[..., Case]) -> Iterator[Case]:
         "a model that is code of its own", "own-model",
         code("config.json", model_type="own", auto_map={"AutoConfig": "own_code.OwnConfig"}),
     )  # fmt: skip
+
+
+def _given_as_models(shop: Workshop) -> Iterator[Case]:
+    """Folders and weights that are something else than a model to train over."""
+
+    def case(what: str, name: str, make: Callable[[Path], Any]) -> Case:
+        folder = shop.folder / name
+        folder.mkdir()
+        make(folder)
+        return Case("Model and tokenizer", what, ["plan", str(folder)])
+
+    def adapter(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(shop.model)}))
+
+    def run_folder(folder: Path) -> None:
+        adapter(folder / "final")
+        (folder / "run.yaml").write_text("{}")
+
+    def model(folder: Path, **changes: Any) -> None:
+        shutil.copytree(shop.model, folder, dirs_exist_ok=True)
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    def both(folder: Path) -> None:
+        model(folder)
+        adapter(folder)
+
+    def packed(folder: Path) -> None:
+        model(folder)
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            stem, weight = name.removesuffix("weight"), tensors.pop(name)
+            tensors[f"{stem}qweight"] = torch.zeros(weight.shape[1] // 8, weight.shape[0], dtype=torch.int32)
+            tensors[f"{stem}scales"] = torch.ones(1, weight.shape[0])
+        save_file(tensors, folder / "model.safetensors")
+
+    def pickled(folder: Path) -> None:
+        model(folder)
+        (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+        (folder / "pytorch_model.bin").write_bytes(b"PK")
+
+    yield case("an adapter's folder given as the model", "an-adapter", adapter)
+    yield case("a run's folder given as the model", "a-run", run_folder)
+    yield case("a model and an adapter in one folder", "both", both)
+    yield case("GPTQ weights, and no word of it in config.json", "packed", packed)
+    yield case("weights by MLX", "mlx", lambda f: model(f, quantization={"group_size": 64, "bits": 4}))
+    yield case("a file that transformers passes over for a pickle", "pickled", pickled)
 
 
 def _checkpoints(shop: Workshop) -> Iterator[Case]:

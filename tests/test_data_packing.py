@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lema
 from data_helpers import byte_dataset, numbered_rows
-from families import FAMILIES, save_tiny, tiny_config
+from families import FAMILIES, MIXING, save_tiny, tiny_config
 from helpers import Batch, gradients_of, lema_model, lema_step, recording_trainer, relative
 from lema.data import BatchStream, EncodedRow, collate, collate_packed
 from lema.engine.packing import check_packing
@@ -19,7 +19,7 @@ from lema.errors import UnsupportedError
 from lema.models import get_adapter
 
 LEAKING = {"opt", "falcon", "gpt_oss", "qwen3_next", "lfm2", "minimax"}
-NO_SDPA = {"gemma2", "gpt_oss", "gptj"}
+NO_SDPA = {"gemma2", "gpt_oss", "gptj", "mamba2", "bloom", "mpt"}
 
 
 def random_rows(*lengths: int, seed: int = 0, vocabulary: int = 99) -> list[EncodedRow]:
@@ -135,15 +135,16 @@ def leak(family: str, attn: str) -> float:
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXING])
 def test_families_that_leak_are_refused_by_name_and_no_others(family: str, attn: str) -> None:
     if attn == "sdpa" and family in NO_SDPA:
         pytest.skip("has no sdpa")
     adapter = get_adapter(family, tiny_config(family).to_dict())
     adapter.configure(torch.float32, attn)
     lm = adapter.causal_lm()
-    assert (leak(family, attn) > 1e-5) == (family in LEAKING)
-    if family in LEAKING:
+    leaks = family in LEAKING or family in MIXING
+    assert (leak(family, attn) > 1e-5) == leaks
+    if leaks:
         with pytest.raises(UnsupportedError, match=rf"{type(lm.module).__name__}.*packed rows.*packing: false"):
             check_packing(lm)
     else:
@@ -167,3 +168,36 @@ def test_a_step_refuses_a_packed_batch_of_a_family_that_leaks(tmp_path: Path) ->
         with pytest.raises(UnsupportedError, match="OPTForCausalLM cannot train on packed rows"):
             trainer.train_step(collate_packed([random_rows(5, 6)], 0))
         trainer.train_step(collate(random_rows(5, 6), 0))
+
+
+def test_the_layer_that_leaks_is_named_though_it_is_given_a_mask() -> None:
+    adapter = get_adapter("falcon_h1", tiny_config("falcon_h1").to_dict())
+    adapter.configure(torch.bfloat16, "sdpa")
+    with pytest.raises(
+        UnsupportedError, match=r"its layer 0 \(FalconH1DecoderLayer\) a row changes with the row before"
+    ):
+        check_packing(adapter.causal_lm())
+
+
+def test_reduced_precision_around_it_is_no_leak() -> None:
+    adapter = get_adapter("llama", tiny_config("llama").to_dict())
+    adapter.configure(torch.float32, "sdpa")
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            check_packing(adapter.causal_lm())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_trying_a_model_leaves_it_as_it_was(folder: Path) -> None:
+    with lema_model(folder) as model:
+        lm = model.adapter.causal_lm()
+        before = {name: (id(p), p.data_ptr(), p._version) for name, p in lm.module.named_parameters()}
+        check_packing(lm)
+        assert before == {name: (id(p), p.data_ptr(), p._version) for name, p in lm.module.named_parameters()}
+        assert model.hf_model.training
+        batch = collate_packed([random_rows(5, 6)], 0)
+        assert recording_trainer(model).train_step(batch)[1] is not None

@@ -523,7 +523,11 @@ def test_gguf_with_types_nobody_knows(tmp_path: Path) -> None:
 def test_which_file_is_meant(tmp_path: Path) -> None:
     choose = locate.choose_weights
     assert choose(["training_args.bin", "pytorch_model.bin", "a.gguf"], "x") == "pytorch_model.bin"
-    assert choose(["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"], "x").endswith("x.json")
+    assert choose(["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"], "x").endswith(
+        "l.safetensors"
+    )
+    assert choose(["pytorch_model.bin", "model.safetensors.index.json"], "x").endswith("x.json")
+    assert choose(["pytorch_model.bin", "pytorch_model.bin.index.json", "other.safetensors"], "x").endswith("l.bin")
     assert choose(["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "net.pth"], "x") == "net.pth"
     with pytest.raises(ConfigError, match=r"several.*a\.Q4\.gguf, a\.Q8\.gguf.*--file a\.Q4\.gguf"):
         choose(["a.Q8.gguf", "a.Q4.gguf"], "x")

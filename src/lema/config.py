@@ -116,6 +116,9 @@ class LemaConfig:
     where all logits at once would be large; None, 'none' or 'exact': the model's own loss on all rows at once."""
     max_seq_length: int = 512
     """A cap on data in tokens; inputs are checked against the model's own positions."""
+    leave_out_router_loss: bool = False
+    """True: a mixture whose own configuration adds its routers' auxiliary loss (`output_router_logits`) is trained
+    without it; False: it is refused, as that loss is not computed."""
     gradient_checkpointing: bool = False
     """True: every layer is recomputed in the backward even where memory would allow to keep it."""
     seed: int = 42

@@ -26,6 +26,7 @@ from .engine.streamer import LayerStreamer
 from .engine.trainer import LemaTrainer
 from .errors import ConfigError, DeviceError, WeightsNotFoundError
 from .models.base import LemaModelAdapter
+from .models.folder import refuse_other_folders
 from .models.registry import get_adapter
 from .strangers import refuse_special_files, tell_of_code
 
@@ -51,6 +52,8 @@ class LemaModel:
         self.adapter = adapter or _adapter_for(config, model_path)
         self.gbi = GlobalBinaryIndex(_weights_path(config))
         self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi)
+        if config.leave_out_router_loss:
+            self.adapter.causal_lm().router_loss = None
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
         self._streamer: LayerStreamer | None = None
         self._adapter_source: Path | None = None
@@ -71,7 +74,7 @@ class LemaModel:
                 peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
         self._streamer = LayerStreamer(self.adapter.causal_lm(), self.memory, self.config.micro_batch_size)
         if self.lora_manager is not None:
-            guard_peft(self.lora_manager.peft_model, self.lora_manager.state_dict)
+            guard_peft(self.lora_manager.peft_model)
         self.hf_model.eval()
 
     @property
@@ -171,9 +174,14 @@ class LemaModel:
 
 
 def _local(name_or_path: str, *patterns: str) -> Path:
-    """A local path for a path or a hub id; files of a hub id come through huggingface_hub's cache."""
+    """A local path for a path or a hub id; files of a hub id come through huggingface_hub's cache.
+
+    Raises:
+        WeightsNotFoundError: it is neither. ConfigError: it is there, and no model.
+    """
     path = Path(name_or_path)
     if path.exists():
+        refuse_other_folders(path)
         return path
     could_be_hub_id = name_or_path.count("/") <= 1 and path.suffix != ".safetensors" and not path.is_absolute()
     if not could_be_hub_id or name_or_path.startswith("."):
@@ -182,11 +190,13 @@ def _local(name_or_path: str, *patterns: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
+        fetched = Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise WeightsNotFoundError(
             f"{name_or_path!r} is neither a local path nor a model that could be fetched from the hub: {error}"
         ) from error
+    refuse_other_folders(fetched)
+    return fetched
 
 
 def _weights_path(config: LemaConfig) -> Path:

@@ -40,6 +40,8 @@ class Planned:
     vram_budget: int | None
     weights: bool
     """Sizes are those of the weight files; False: they follow from the model's configuration."""
+    adapter: LemaModelAdapter
+    """The model without its weights."""
 
 
 def plan(
@@ -164,7 +166,7 @@ def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Plann
         _check_budget("ram_budget", ram, machine.ram_bytes, machine.name)
         _check_budget("vram_budget", vram, machine.vram_bytes, machine.name)
         made = assemble_plan(config.replace(ram_budget=ram, vram_budget=vram), adapter, gbi, machine)
-    return Planned(config, made, machine, spec is not None, ram, vram, gbi is not None)
+    return Planned(config, made, machine, spec is not None, ram, vram, gbi is not None, adapter)
 
 
 def as_dict(planned: Planned) -> dict[str, Any]:

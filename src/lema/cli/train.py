@@ -102,6 +102,7 @@ def _run(
     import dataclasses
 
     from ..engine.packing import check_packing
+    from ..engine.streamer import check_router_loss
     from ..engine.training import load_tokenizer, open_data, train_run
     from ..model import LemaModel
     from ..training.panel import make_view
@@ -113,18 +114,18 @@ def _run(
     planned = make(config, None)
     resolved = planned.config.replace(ram_budget=planned.ram_budget, vram_budget=planned.vram_budget)
     with contextlib.ExitStack() as opened:
-        trainer = None
-        if run.data.packing and not dry_run:  # a model that cannot says so before all rows are counted
-            trainer = opened.enter_context(LemaModel(resolved)).get_trainer()
-            check_packing(trainer.lm)
+        lm = planned.adapter.causal_lm()
+        if not run.lema.leave_out_router_loss:
+            check_router_loss(lm)
+        if run.data.packing:  # a model that cannot says so before all rows are counted
+            check_packing(lm)
         data = open_data(run, tokenizer)
         check_evaluation(run.training, data.eval is not None)
         _say_cost(run, data, planned, start)
         if dry_run:
             return None
         start = dataclasses.replace(start, messages=[*cleared, *start.messages])
-        if trainer is None:
-            trainer = opened.enter_context(LemaModel(resolved)).get_trainer()
+        trainer = opened.enter_context(LemaModel(resolved)).get_trainer()
         return train_run(trainer, run, data, tokenizer, folder, start, make_view(plain or None))
 
 

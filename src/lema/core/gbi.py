@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from io import BufferedReader
 from itertools import groupby
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -24,23 +24,18 @@ from ..errors import (
     ReadError,
     WeightsError,
     WeightsFormatError,
-    WeightsNotFoundError,
 )
 from .safetensors_header import (
     Header,
     TensorRecord,
     open_weights,
     read_header,
-    read_json_object,
     show,
 )
+from .weight_files import check_promises, locate_weights
 
 __all__ = ["GlobalBinaryIndex", "TensorRecord"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_ADAPTER = "adapter_model.safetensors"
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 # The mmap module names it from Python 3.13 on.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -49,9 +44,9 @@ class GlobalBinaryIndex:
     """Index over a `.safetensors` file, a directory with one, or a sharded checkpoint.
 
     Layout: opening reads 8 bytes and the header of every file, checks them in full, and keeps one
-    `TensorRecord` a tensor. In a directory `model.safetensors.index.json` comes before
-    `model.safetensors`, and that before a lone `*.safetensors`. The tensors served are those the files
-    hold; an index that contradicts them is refused. The values are little-endian, as in the format.
+    `TensorRecord` a tensor. Which files of a directory are meant is transformers' order, see `locate_weights`.
+    The tensors served are those the files hold; an index that contradicts them is refused. The values are
+    little-endian, as in the format.
 
     Mechanics: `view` maps a file on first use, privately and copy-on-write, so a write to a view is seen by
     later views of this index and never reaches the file. The mapping is never closed by hand: torch keeps
@@ -70,7 +65,7 @@ class GlobalBinaryIndex:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         """The path given."""
-        files, weight_map = _locate(self.path)
+        files, weight_map = locate_weights(self.path)
         self._headers: dict[Path, Header] = {file: read_header(file) for file in files}
         self._records: dict[str, TensorRecord] = {}
         for header in self._headers.values():
@@ -81,7 +76,7 @@ class GlobalBinaryIndex:
                         f"{self.path}: tensor {show(record.name)} is in {known.file.name} and in"
                         f" {record.file.name}. Remove one of them, or save the model again."
                     )
-        _check_promises(self.path, weight_map, self._records)
+        check_promises(self.path, weight_map, self._records)
         self._mappings: dict[Path, mmap.mmap] = {}
         self._closed = False
 
@@ -280,86 +275,6 @@ class GlobalBinaryIndex:
                     f"{file}: cannot be mapped: {error}. Use load_tensors(), which needs no mapping."
                 ) from error
         return self._mappings.setdefault(file, mapping)  # two threads agree on one
-
-
-def _locate(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The weight files at a path, and the file an index promises for each tensor (empty without one)."""
-    if not os.path.exists(path):
-        raise WeightsNotFoundError(
-            f"{path}: no such file or directory. Give a .safetensors file or the directory of a downloaded model."
-        )
-    if not path.is_dir():
-        return _read_shard_index(path) if path.suffix == ".json" else ([path], {})
-    try:
-        names = sorted(os.listdir(path))
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be listed: {error.strerror}. Check its permissions.") from error
-    if _INDEX in names:
-        return _read_shard_index(path / _INDEX)
-    if _SINGLE in names:
-        return [path / _SINGLE], {}
-    found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
-    if len(found) > 1:
-        found = [name for name in found if name != _ADAPTER]
-    if len(found) > 1:
-        raise WeightsError(
-            f"{path}: several weight files and neither {_INDEX} nor {_SINGLE}: {', '.join(found)}."
-            " Give the path of the one to use."
-        )
-    if not found:
-        others = [name for name in names if name.endswith(_OTHER_FORMATS)]
-        advice = (
-            f"It has {', '.join(others)}: load the model with transformers and call save_pretrained()"
-            if others
-            else "Check the path, or download the model first"
-        )
-        raise WeightsNotFoundError(f"{path}: no .safetensors file in this directory. {advice}.")
-    return [path / found[0]], {}
-
-
-def _read_shard_index(index: Path) -> tuple[list[Path], dict[str, Path]]:
-    shard_of = read_json_object(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise WeightsFormatError(
-            f"{index}: has no weight_map from tensor names to files, or an empty one."
-            " Download the index again, or give the directory or a .safetensors file."
-        )
-    for name, shard in shard_of.items():
-        if not isinstance(shard, str) or not _stays_inside(shard):
-            raise WeightsFormatError(
-                f"{index}: weight_map sends tensor {show(name)} to {show(shard)}, which is not"
-                " a file below the directory of the index. Download the index again."
-            )
-    weight_map = {name: index.parent / shard for name, shard in shard_of.items()}
-    files = sorted(set(weight_map.values()))
-    if missing := [str(file.relative_to(index.parent)) for file in files if not os.path.isfile(file)]:
-        raise WeightsNotFoundError(
-            f"{index}: {len(missing)} of {len(files)} files it names are missing:"
-            f" {', '.join(map(show, missing))}. Download them."
-        )
-    return files, weight_map
-
-
-def _stays_inside(shard: str) -> bool:
-    # By name only: the Hugging Face cache links shards to files elsewhere. Windows' rules include POSIX's.
-    path = PureWindowsPath(shard)
-    return bool(path.parts) and not path.anchor and ".." not in path.parts
-
-
-def _check_promises(path: Path, weight_map: dict[str, Path], records: dict[str, TensorRecord]) -> None:
-    """Refuse an index that contradicts its shards. Tensors it does not mention are served all the same."""
-    lies = []
-    for name, file in weight_map.items():
-        record = records.get(name)
-        if record is None:
-            lies.append(f"{show(name)} is not in {file.name}")
-        elif record.file != file:
-            lies.append(f"{show(name)} is in {record.file.name}, not in {file.name}")
-    if lies:
-        raise WeightsFormatError(
-            f"{path}: the index contradicts its files: {'; '.join(lies)}. Download index and files from one"
-            " revision, or save the model again."
-        )
 
 
 def _fingerprint(file: Path, header: Header, blocks: int = 256, block_bytes: int = 1 << 14) -> dict[str, int | str]:

@@ -29,6 +29,7 @@ from .ring import Load
 from .schedule import Phase, Schedule
 from .timeline import COMPUTE, Timeline
 from .transport import DeviceBackend
+from .turn import Turn
 from .units import BoundUnit, StreamableAdapter, bind_to_files, bind_to_slot
 
 __all__ = ["MemoryStats", "TripleBufferManager"]
@@ -120,6 +121,7 @@ class TripleBufferManager:
         if backend is None:
             check_device(device)
         self.gbi = gbi
+        self.turn = Turn()
         self.adapter = adapter
         self.device = device
         self.strategy = MemoryStrategy.parse(strategy)

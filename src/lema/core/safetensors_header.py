@@ -8,6 +8,7 @@ bytes without gap or remainder: https://github.com/huggingface/safetensors#forma
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -33,6 +34,8 @@ __all__ = [
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own cap
 _INT64_MAX = 2**63 - 1
+_DEEPEST = 120
+"""Objects and lists within one another that the library's parser takes, less those around an entry."""
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute)
@@ -130,8 +133,10 @@ class Header:
 def read_header(file: Path) -> Header:
     """Read and check the header of one file; the tensors' bytes are not touched.
 
-    Stricter than the safetensors library in this: no JSON key may appear twice, an entry has exactly the
-    fields dtype, shape and data_offsets, in their plain forms, and a shape must fit torch's 64-bit strides.
+    Stricter than the safetensors library in this: no JSON key may appear twice, which the format forbids and where
+    readers differ in which of the two they take; entries are objects and types are texts, which the library's parser
+    takes in other forms as well; and the sizes of a tensor without items must fit torch's 64-bit strides. Fields beside
+    dtype, shape and data_offsets are passed over, as the library does.
 
     Raises:
         WeightsNotFoundError: no such file.
@@ -240,7 +245,7 @@ def _parse_object(raw: bytes, file: Path, what: str) -> dict[str, object]:
 
     try:
         text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=without_duplicates)
+        value = json.loads(text, object_pairs_hook=without_duplicates, parse_int=_whole)
         if "\\u" in text:  # half a surrogate pair parses, and then no message with that name can be printed
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
@@ -252,6 +257,11 @@ def _parse_object(raw: bytes, file: Path, what: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise WeightsFormatError(f"{file}: its {what} is {show(value)}, not an object. {_AGAIN}")
     return value
+
+
+def _whole(text: str) -> int | float:
+    """-0 is a number with a fraction to the format's own parser, and so is no size."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _check_metadata(file: Path, value: object) -> dict[str, str]:
@@ -272,10 +282,13 @@ def _record(file: Path, name: str, entry: object, data_start: int) -> TensorReco
     if not isinstance(entry, dict):
         raise WeightsFormatError(f"{where}: its header entry is {show(entry)}, not an object. {_AGAIN}")
     fields = {"dtype", "shape", "data_offsets"}
-    if entry.keys() != fields:
+    others = {name: value for name, value in entry.items() if name not in fields}
+    if not fields <= entry.keys():
         raise WeightsFormatError(
-            f"{where}: its header entry has the fields {show(sorted(entry))} instead of {sorted(fields)}. {_AGAIN}"
+            f"{where}: its header entry has the fields {show(sorted(entry))}, not all of {sorted(fields)}. {_AGAIN}"
         )
+    if not _is_json(others):
+        raise WeightsFormatError(f"{where}: the field beside {sorted(fields)} is no JSON: {show(others)}. {_AGAIN}")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
@@ -308,14 +321,25 @@ def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= _INT64_MAX for item in value)
 
 
+def _is_json(value: object, depth: int = 0) -> bool:
+    """Whether the format's own parser would take a value: numbers are finite, and not nested beyond its limit."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < _DEEPEST and all(_is_json(item, depth + 1) for item in inner)
+
+
 def _count(where: str, shape: list[int]) -> int:
     """Items in a shape. Stops at the first overflow: a product of many large sizes would never end."""
-    span = 1
-    for size in shape:
-        span *= max(size, 1)  # as torch computes strides, also where there are no items
-        if span > _INT64_MAX:
-            raise WeightsFormatError(f"{where}: shape {show(shape)} overflows 64 bits. {_AGAIN}")
-    return 0 if 0 in shape else span
+    items = strides = 1
+    for axis, size in enumerate(shape):
+        items *= size  # as the library multiplies, in 64 bits without a sign
+        strides *= max(size, 1) if axis else 1  # as torch does, also where there are no items
+        if items > 2 * _INT64_MAX + 1 or strides > _INT64_MAX:
+            break
+    if items > _INT64_MAX or strides > _INT64_MAX:
+        raise WeightsFormatError(f"{where}: shape {show(shape)} overflows 64 bits. {_AGAIN}")
+    return items
 
 
 def _check_coverage(file: Path, records: list[TensorRecord], data_start: int, size: int) -> None:

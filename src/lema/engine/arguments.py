@@ -18,6 +18,8 @@ from ..models.skeleton import replaced_forwards
 
 _SCALARS = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
+_OF_A_LAYER = "_lema_of_a_layer"
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -29,6 +31,14 @@ def named_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tupl
                 yield f"{name}[{i}]", item
         else:
             yield name, value
+
+
+def of_a_layer(value: Any) -> Any:
+    """What a layer returned beside its hidden states, so marked: of it a later layer gets the rows it computes, which
+    are the first dimension, as they are of all that layers return."""
+    if isinstance(value, torch.Tensor):
+        setattr(value, _OF_A_LAYER, True)
+    return value
 
 
 def holds_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -113,6 +123,8 @@ class BatchRules:
             if not isinstance(value, torch.Tensor):
                 return value
             key = (name, value.dim())
+            if key not in self.dims and getattr(value, _OF_A_LAYER, False):
+                return value.narrow(0, start, end - start)
             if key not in self.dims:
                 raise UnsupportedError(
                     f"layer argument {name!r} of shape {list(value.shape)} is not one the model passes by itself, so "

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import flop_registry
 from ..core.gbi import GlobalBinaryIndex
 from ..core.lora import LoRAManager
 from ..core.plan import LayerCost, LossCost, ModelSizes, Workload
-from ..errors import UnsupportedError
+from ..errors import LemaError, UnsupportedError
+from ..models.causal_lm import TransformersCausalLM
 from ..models.sizes import model_sizes
 from ..models.skeleton import replaced_forwards
 from ..models.stages import layer_arguments
@@ -34,6 +35,10 @@ from .loss import _piece
 from .streamed_layer import _take_apart, _take_hidden
 
 logger = logging.getLogger(__name__)
+
+_ANYTHING = Exception
+"""What a family's code and torch raise where a shape depends on values or an operator is not prepared: no two agree,
+and whatever it is, a real run tells what was asked."""
 
 _SMALL = tuple((rows, length) for rows in (2, 3) for length in (16, 32, 48))
 """Shapes that a layer is run on for real where it cannot be run without memory."""
@@ -103,10 +108,35 @@ class DryRun:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             _without_memory(self.lm.module, self._fake)
-            bare = [lambda hidden, *_, **__: self.lm.pass_on(hidden)] * len(self.lm.layers)
-            with replaced_forwards(self.lm.layers, bare), torch.no_grad():
-                self._head_input = self.lm.hidden_states(input_ids=torch.zeros((1, 1), dtype=torch.long))
+        self._head_input = self._hidden_states()
         self._kinds = _distinct(list(self.lm.layers))
+
+    def _hidden_states(self) -> torch.Tensor:
+        """What the head is given for one token, without memory."""
+        try:
+            with self._fake:
+                return _around(self.lm)
+        except _ANYTHING as error:
+            self._say("the model around its layers", error)
+        found = _around(self._measured())
+        with self._fake:
+            return torch.empty(found.shape, dtype=found.dtype)
+
+    def _measured(self) -> TransformersCausalLM:
+        """The same model with real tensors, its weights zeros of which there is one."""
+        if self._real is None:
+            self._real = TransformersAdapter(self.lm.module.config)
+            self._real.configure(self.adapter.dtype, self.lm.module.config._attn_implementation)
+            _with_lora(self._real, self._lora)
+        return self._real.causal_lm()
+
+    def _say(self, what: str, error: Exception) -> None:
+        if isinstance(error, LemaError):
+            raise error
+        logger.warning(
+            "what %s takes is measured with real tensors, as it cannot be run without memory (%s: %s)",
+            what, type(error).__name__, str(error).partition("\n")[0],
+        )  # fmt: skip
 
     def sizes(self) -> ModelSizes:
         """Bytes of the model's parts, each tensor stored in the type it is computed with."""
@@ -136,43 +166,67 @@ class DryRun:
         layer = self.lm.layers[unit]
         try:
             with self._fake:
-                return _LayerRun(layer, layer_arguments(self.lm, unit, (rows, seq))).cost(layer)
-        except RuntimeError as error:  # torch's, where a shape depends on values or an operator is not prepared
-            logger.info("%s is measured with real tensors: %s", type(layer).__name__, error)
+                return _run_alone(self.lm, unit, (rows, seq)).cost(layer)
+        except _ANYTHING as error:
+            self._say(type(layer).__name__, error)
             try:
-                return self._extrapolated(unit, rows, seq)
-            except RuntimeError as real:
+                return self._real_layer(unit, rows, seq)
+            except _ANYTHING as real:
                 raise UnsupportedError(
-                    f"what {type(layer).__name__} takes in memory cannot be measured ({real}), so budgets cannot be "
-                    "planned for it; leave them and the plan's other settings unset"
+                    f"what {type(layer).__name__} takes in memory cannot be measured ({type(real).__name__}: {real}), "
+                    "so budgets cannot be planned for it; leave them and the plan's other settings unset"
                 ) from error
 
-    def _extrapolated(self, unit: int, rows: int, seq: int) -> LayerCost:
-        """From runs on a few real tokens. Weights are zeros, of which a system keeps one page for all."""
-        if self._real is None:
-            self._real = TransformersAdapter(self.lm.module.config)
-            self._real.configure(self.adapter.dtype, self.lm.module.config._attn_implementation)
-            _with_lora(self._real, self._lora)
-        lm = self._real.causal_lm()
+    def _real_layer(self, unit: int, rows: int, seq: int) -> LayerCost:
+        """From runs on a few real tokens; where those do not grow alike, from a run on all of them.
+
+        Weights are zeros, of which a system keeps one page for all.
+        """
+        lm = self._measured()
         layer = lm.layers[unit]
-        arguments = [layer_arguments(lm, unit, shape) for shape in _SMALL]
         hollow = _with_zeros(layer)
         try:
             with torch.random.fork_rng(devices=[]):
-                runs = [_LayerRun(layer, each) for each in arguments]
-            return _grown(runs, _SMALL, (rows, seq)).cost(layer)
+                runs = [_run_alone(lm, unit, shape) for shape in _SMALL]
+                try:
+                    return _grown(runs, _SMALL, (rows, seq)).cost(layer)
+                except RuntimeError as error:
+                    logger.warning("%s is run on %d x %d tokens: %s", type(layer).__name__, rows, seq, error)
+                    return _run_alone(lm, unit, (rows, seq)).cost(layer)
         finally:
             for module, name, parameter in hollow:
                 module._parameters[name] = parameter
 
     def loss(self, positions: int) -> LossCost:
         """Head and loss with their gradient for a chunk of target positions."""
-        with self._fake:
-            hidden = self._head_input.new_empty(1, positions, self._head_input.shape[-1])
-            targets = torch.empty(1, positions, dtype=torch.long)
-            with Counting() as live:
-                _piece(self.lm, hidden, targets, 1.0, 1.0, True)
-        return LossCost(peak=live.peak, flops=live.flops)
+        try:
+            with self._fake:
+                return _loss_cost(self.lm, self._head_input, positions)
+        except _ANYTHING as error:
+            self._say("the loss", error)
+        few, more = 16, 32
+        like = torch.empty(self._head_input.shape, dtype=self._head_input.dtype)
+        small, large = (_loss_cost(self._measured(), like, count) for count in (few, more))
+        share = (positions - few) / (more - few)
+        return LossCost(
+            *(round(a + share * (b - a)) for a, b in ((small.peak, large.peak), (small.flops, large.flops)))
+        )
+
+
+def _around(lm: TransformersCausalLM) -> torch.Tensor:
+    """What comes out of a model of one token without its layers."""
+    lm.pass_on(torch.empty(0))  # learned before the layers are replaced
+    bare = [lambda hidden, *_, **__: lm.pass_on(hidden)] * len(lm.layers)
+    with replaced_forwards(lm.layers, bare), torch.no_grad():
+        return lm.hidden_states(input_ids=torch.zeros((1, 1), dtype=torch.long))
+
+
+def _loss_cost(lm: TransformersCausalLM, like: torch.Tensor, positions: int) -> LossCost:
+    hidden = like.new_zeros(1, positions, like.shape[-1])
+    targets = torch.zeros(1, positions, dtype=torch.long)
+    with Counting() as live:
+        _piece(lm, hidden, targets, 1.0, 1.0, True)
+    return LossCost(peak=live.peak, flops=live.flops)
 
 
 class _LayerRun:
@@ -203,6 +257,17 @@ class _LayerRun:
             backward_flops=self.both.flops - self.forward.flops,
             kernel_scratch=0 if self.dtype is torch.float32 else max(p.nbytes for p in layer.parameters()),
         )
+
+
+def _run_alone(lm: TransformersCausalLM, unit: int, shape: tuple[int, int]) -> _LayerRun:
+    """A layer run with what the model hands to it; where it needs what layers before it return, they run as well."""
+    layer = lm.layers[unit]
+    try:
+        return _LayerRun(layer, layer_arguments(lm, unit, shape))
+    except _ANYTHING:
+        if not lm.returns_several:
+            raise
+        return _LayerRun(layer, layer_arguments(lm, unit, shape, fed=True))
 
 
 def _grown(runs: Sequence[_LayerRun], shapes: Sequence[tuple[int, int]], shape: tuple[int, int]) -> _LayerRun:

@@ -69,7 +69,7 @@ def generate(
         Ids `[batch, seq + new]`, or what `return_dict_in_generate` asks for.
 
     Raises:
-        UnsupportedError: a family of one's own.
+        UnsupportedError: a family of one's own. StreamingError: another thread is in a step.
         DeviceMemoryError: rows and their cache do not fit into the device's memory.
     """
     module: Any = lm.module
@@ -78,13 +78,14 @@ def generate(
     given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     given = {name: value.to(memory.device) for name, value in given.items()}
     kwargs.setdefault("use_cache", True)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), explained(memory.device, memory.plan):
-            return module.generate(**given, **kwargs)
-    except BaseException:
-        memory.abort()
-        raise
-    finally:
-        model.train(training)
+    with memory.turn.taken("generate"):
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), explained(memory.device, memory.plan):
+                return module.generate(**given, **kwargs)
+        except BaseException:
+            memory.abort()
+            raise
+        finally:
+            model.train(training)

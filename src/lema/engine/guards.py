@@ -1,4 +1,4 @@
-"""Refusals that keep a streamed model whole: no casts, moves, merges or state dicts of weights not there.
+"""What keeps a streamed model whole: no casts, moves or merges of weights not there; states and saves without them.
 
 It knows what users and libraries call on models; it knows nothing of how weights come.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from torch import nn
 from ..core.memory import TripleBufferManager
 from ..errors import BindingError
 from ..models.causal_lm import CausalLM
+from .base_state import state_from_files
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +30,31 @@ def guard(lm: CausalLM, memory: TripleBufferManager) -> None:
     if not memory.streamed:
         return
     owners = [module for unit in memory.streamed for module in lm.layers[unit].modules()]
+    known = state_from_files(memory)
     for module in (lm.module, *owners):
         module.__dict__["_apply"] = functools.partial(_apply, module)
     for module in owners:
         if isinstance(module, BaseTunerLayer):
             module.__dict__["merge"] = _refuse_merge
-        if any(True for _ in module.parameters(recurse=False)) and not _holds_adapter(module):
+        if not known and any(True for _ in module.parameters(recurse=False)) and not _holds_adapter(module):
             module.register_state_dict_pre_hook(_refuse_state_dict)
     lm.module.__dict__["save_pretrained"] = _refuse_save
 
 
-def guard_peft(model: nn.Module, adapter_state: Callable[[], dict[str, torch.Tensor]]) -> None:
-    """Make PEFT's own `save_pretrained` take the adapter's tensors, without asking for the base's."""
+def guard_peft(model: nn.Module) -> None:
+    """Make PEFT's own `save_pretrained` take the adapters' tensors, all there are, without asking for the base's.
+
+    It is what trainers call to save: with `state_dict=None`, or with the state of the whole model.
+    """
     save: Any = type(model).__dict__.get("save_pretrained") or PeftModel.save_pretrained
 
-    def save_adapter(directory: str, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("state_dict", adapter_state())
+    def save_adapters(directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
         kwargs.setdefault("save_embedding_layers", False)
-        save(model, directory, *args, **kwargs)
+        save(model, os.fspath(directory), *args, **kwargs)
 
-    model.__dict__["save_pretrained"] = save_adapter
+    model.__dict__["save_pretrained"] = save_adapters
     model.__dict__["_apply"] = functools.partial(_apply, model)
 
 

@@ -1,31 +1,43 @@
 """Packed rows: whether a model keeps rows apart that lie one after the other in one sequence.
 
-It knows what a model hands to its layers; it knows nothing of text or of how rows are packed.
+It knows how to try a model's layers on a few tokens; it knows nothing of text or of how rows are packed.
 
 Rows are told apart by `position_ids` that restart, without an `attention_mask`: transformers builds a block-diagonal
 mask from them, but not for every family. Some build their masks without looking at positions, some mix tokens without
-a mask (linear attention, convolutions, state spaces), flash attention gets no mask at all. So the model is asked: its
-own forward is run on two rows packed and on the second alone, with the layers replaced, and what the layers would get
-is compared. A layer without a mask that shuts out the other row means that rows would leak into each other.
+a mask (linear attention, convolutions, state spaces) even where they are given one, flash attention looks at positions
+only where a batch has one row. So the model is tried: its own forward prepares two packs of two rows, and the second
+rows alone; one layer of each kind computes both, on random values and random weights. Where a row is not what it is
+alone, rows leak into each other. A weight is as many random numbers as its sides are long, laid out along both, so a
+layer of any size takes the memory of its largest matrix and no file is read.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
 from ..models.skeleton import replaced_forwards
-from .arguments import named_leaves
+from .arguments import Arguments, named_leaves
+from .streamed_layer import _take_apart, _take_hidden
 
-_FIRST, _SECOND = 5, 6
+_CUTS = ((5, 6), (4, 7))
+"""Tokens of the rows of each pack."""
+_ROUNDING = 1e-4
+"""What the order of sums may change of float32 values around 1; a row that leaks moves some by a hundred times that."""
+_ROUNDING_OF_DEVICES = 5e-3
+_ROUNDING_OF_HALF = 5e-2
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError)
+"""What code of a model can raise where it is run on values that it is not made for."""
 _known: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 """Of models asked before, what is wrong with packing; an empty text if nothing is."""
-
-_Seen = dict[tuple[int, str], torch.Tensor]
 
 
 def is_packed(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:
@@ -34,7 +46,7 @@ def is_packed(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | 
 
 
 def check_packing(lm: CausalLM) -> None:
-    """Refuse a model that would let packed rows see each other.
+    """Refuse a model that would let packed rows see each other. Its weights are not read, and need not be there.
 
     Raises:
         UnsupportedError: names the model and what it does.
@@ -49,65 +61,166 @@ def check_packing(lm: CausalLM) -> None:
         )
 
 
+class _Enough(BaseException):
+    """Ends a forward before its head, which would be most of the work; not an error, so nothing takes it for one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a layer was called with."""
+
+    hidden: torch.Tensor
+    arguments: Arguments
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Arguments that are tensors, by name."""
+        return [(name, value) for name, value in named_leaves(*self.arguments) if isinstance(value, torch.Tensor)]
+
+
 def _fault(lm: CausalLM) -> str:
     """Why rows would not be kept apart; empty if they are."""
-    first, second = torch.arange(_FIRST), torch.arange(_SECOND)
-    packed = _seen_by_layers(lm, torch.cat((first, second)))
-    alone = _seen_by_layers(lm, second)
-    for number in range(len(lm.layers)):
-        masks = [value for (layer, _), value in packed.items() if layer == number and _is_mask(value)]
-        if not masks:
-            return f"its layer {number} is given no attention mask"
-        if not all(_shuts_out(mask) for mask in masks):
-            return f"the attention mask of its layer {number} does not follow positions that restart"
-    for key, value in alone.items():
-        whole = packed.get(key)
-        if whole is not None and not _is_mask(value) and not _same_positions(whole, value):
-            return f"what its layer {key[0]} is given as {key[1]} does not restart with the positions"
+    try:
+        packs = _calls(lm, [torch.cat([torch.arange(n) for n in cut]) for cut in _CUTS])
+        alone = [_calls(lm, [torch.arange(second)]) for _, second in _CUTS]
+    except _FAILURES as error:
+        return f"it cannot be tried on them ({type(error).__name__}: {error})"
+    for pack, (first, _) in enumerate(_CUTS):
+        if _differ(packs[0].hidden[pack, first:], alone[pack][0].hidden[0]):
+            return "what its first layer is given does not restart with the positions"
+    for number in _kinds(lm, packs):
+        try:
+            leaks = _leaks(lm, number, packs[number], [calls[number] for calls in alone])
+        except _FAILURES as error:
+            return f"its layer {number} cannot be tried on them ({type(error).__name__}: {error})"
+        if leaks:
+            return f"in its layer {number} ({type(lm.layers[number]).__name__}) a row changes with the row before it"
     return ""
 
 
-def _seen_by_layers(lm: CausalLM, positions: torch.Tensor) -> _Seen:
-    """Every tensor each layer is given for one sequence, its hidden states included."""
-    seen: _Seen = {}
+def _calls(lm: CausalLM, positions: list[torch.Tensor]) -> list[_Call]:
+    """What each layer is called with for a batch of these positions, the layers themselves left out."""
+    calls: dict[int, _Call] = {}
     lm.pass_on(torch.empty(0))  # learned before the layers are replaced
 
     def note(number: int) -> Any:
-        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            for name, value in (("hidden states", hidden), *named_leaves(args, kwargs)):
-                if isinstance(value, torch.Tensor):
-                    seen[number, name] = value.detach()
-            return lm.pass_on(hidden)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls[number] = _Call(*_take_hidden(args, kwargs))
+            if number == len(lm.layers) - 1:
+                raise _Enough
+            return lm.pass_on(calls[number].hidden)
 
         return forward
 
-    device = getattr(lm.module, "device", torch.device("cpu"))
-    inputs = {"input_ids": positions[None].to(device), "position_ids": positions[None].to(device)}
+    rows = torch.stack(positions).to(getattr(lm.module, "device", torch.device("cpu")))
     training = lm.module.training
     lm.module.eval()  # dropout on the embeddings would differ from one run to the next
     try:
         with replaced_forwards(lm.layers, [note(i) for i in range(len(lm.layers))]), torch.no_grad():
-            lm.module.forward(**inputs, use_cache=False)
+            lm.module.forward(input_ids=rows, position_ids=rows, use_cache=False)
+    except _Enough:
+        pass
     finally:
         lm.module.train(training)
-    return seen
+    return [calls[number] for number in range(len(lm.layers))]
 
 
-def _is_mask(value: torch.Tensor) -> bool:
-    return value.dim() == 4 and value.shape[-1] == value.shape[-2]
+def _kinds(lm: CausalLM, calls: list[_Call]) -> list[int]:
+    """One layer of each kind: made of the same parts with the same settings, and given the same."""
+    kinds: dict[Any, int] = {}
+    for number, layer in enumerate(lm.layers):
+        parts = tuple(
+            (name, type(module), tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)))
+            + tuple((key, value) for key, value in vars(module).items() if _is_setting(value, number))
+            for name, module in layer.named_modules()
+        )
+        given = tuple((name, _bytes(value)) for name, value in calls[number].tensors())
+        kinds.setdefault((parts, given), number)
+    return list(kinds.values())
 
 
-def _shuts_out(mask: torch.Tensor) -> bool:
-    """Whether the second row sees nothing of the first, and something of itself."""
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    own = seen[..., _FIRST:, _FIRST:].diagonal(dim1=-2, dim2=-1)
-    return bool(own.all()) and not bool(seen[..., _FIRST:, :_FIRST].any())
+def _is_setting(value: Any, number: int) -> bool:
+    """Whether an attribute may tell layers apart; a layer's own number does not."""
+    return isinstance(value, str | bool | float) or (isinstance(value, int) and value != number)
 
 
-def _same_positions(whole: torch.Tensor, alone: torch.Tensor) -> bool:
-    """Whether the part of the second row, along the axis that is tokens, is what it is alone."""
-    axes = [d for d, (a, b) in enumerate(zip(whole.shape, alone.shape)) if (a, b) == (_FIRST + _SECOND, _SECOND)]
-    if whole.dim() != alone.dim() or not axes:
-        return True
-    part = whole.narrow(axes[0], _FIRST, _SECOND)
-    return torch.allclose(part.float(), alone.float(), rtol=1e-3, atol=1e-3)
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b""
+
+
+def _leaks(lm: CausalLM, number: int, packs: _Call, alone: list[_Call]) -> bool:
+    """Whether the second rows of the packs come out of a layer as others than alone."""
+    layer = lm.layers[number]
+    half = getattr(getattr(lm.module, "config", None), "_attn_implementation", "").startswith("flash")
+    dtype = packs.hidden.dtype if half else torch.float32
+    device = packs.hidden.device
+    tolerance = _ROUNDING_OF_HALF if half else _ROUNDING if device.type == "cpu" else _ROUNDING_OF_DEVICES
+    random = torch.Generator().manual_seed(number)
+    hidden = torch.randn(packs.hidden.shape, generator=random).to(device, dtype)
+    with _tried(layer, dtype), _in_full(device.type), torch.no_grad():
+        together = _run(layer, hidden, packs.arguments)
+        for pack, (first, _) in enumerate(_CUTS):
+            single = _run(layer, hidden[pack : pack + 1, first:].contiguous(), alone[pack].arguments)
+            if _differ(together[pack, first:], single[0], tolerance):
+                return True
+    return False
+
+
+@contextmanager
+def _in_full(device: str) -> Iterator[None]:
+    """Inside the block matmuls of float32 are not made in fewer bits, whatever is set outside."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _run(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+    """A layer's hidden states, floating arguments cast to the type of those it gets."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cast(item) for item in value)
+        return value.to(hidden.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    args, kwargs = arguments
+    run = type(layer).forward
+    output = run(layer, hidden, *map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+    return _take_apart(output)[1][0]
+
+
+@contextmanager
+def _tried(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block a layer has random weights, and draws nothing."""
+    random = torch.Generator().manual_seed(0)
+    before, training = [], layer.training
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                before.append((module, name, parameter))
+                kind = dtype if parameter.is_floating_point() else parameter.dtype
+                value = _random(parameter.shape, random, parameter.device, kind)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    layer.eval()
+    try:
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
+        layer.train(training)
+
+
+def _random(shape: torch.Size, random: torch.Generator, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers in little memory: element `[i, j]` is number `i + j` of one row. Of more than two sides the last
+    two lie as kernels ask for, and are the same along the others."""
+    if len(shape) > 2:
+        return (torch.randn(shape[-2:], generator=random) * shape[-1] ** -0.5).to(device, dtype).expand(shape)
+    scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.5
+    row = torch.randn(sum(shape) + 1, generator=random) * scale
+    return row.to(device, dtype).as_strided(shape, [1] * len(shape))
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float = _ROUNDING) -> bool:
+    return not torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance)

@@ -23,6 +23,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .host_optimizer import HostMasters
 from .loss_scale import LossScale
 from .optimizer import keep_state_apart
+from .turns import in_turn
 from .window import Window
 
 
@@ -41,6 +42,7 @@ class Resumable:
     _state_settled = False
     _base_weights: dict[str, Any] | None = None
 
+    @in_turn
     def save_checkpoint(
         self,
         directory: str | os.PathLike[str],
@@ -68,6 +70,7 @@ class Resumable:
         )  # fmt: skip
         return Path(directory)
 
+    @in_turn
     def load_checkpoint(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
         """Go on from a checkpoint as if never stopped; returns the `trainer_state` it was saved with.
 

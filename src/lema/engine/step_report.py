@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..core.device import peak_memory
+from ..core.heap import resident_bytes
+from ..core.memory import MemoryStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,21 @@ class StepReport:
     """Global norm before clipping; None where the optimizer did not step."""
     skipped: bool = False
     """Whether an fp16 overflow skipped the update and lowered the loss scale."""
+
+
+def report_of(used: MemoryStats, seconds: float, device: str, targets: int, outcome: Mapping[str, Any]) -> StepReport:
+    """What a step did, from what memory did meanwhile and what the update says of itself."""
+    return StepReport(
+        step_seconds=seconds,
+        wait_seconds=used.wait_seconds,
+        bytes_read=used.bytes_read,
+        loads=used.loads,
+        bytes_copied=used.bytes_copied,
+        peak_bytes=peak_bytes(device),
+        host_bytes=resident_bytes(),
+        num_targets=targets,
+        **outcome,
+    )
 
 
 def peak_bytes(device: str) -> int:

@@ -17,7 +17,7 @@ from ..core.binding import keep_apart
 from ..core.heap import HeapGuard
 from ..core.memory import HEAD, TripleBufferManager
 from ..core.schedule import Phase
-from .arguments import Arguments, BatchRules, check_replayable, holds_cache
+from .arguments import Arguments, BatchRules, check_replayable, holds_cache, of_a_layer
 from .draws import Draws
 from .randomness import RandomState
 from .vocabulary import HeadChunks, chunked_linear
@@ -248,7 +248,8 @@ class LayerCall:
         if self.template is None:
             return tensors[0]
         rest = iter(tensors)
-        return tuple(next(rest) if is_tensor else value for is_tensor, value in self.template)
+        first, *others = [next(rest) if is_tensor else value for is_tensor, value in self.template]
+        return (first, *map(of_a_layer, others))
 
 
 class _Replayed(torch.autograd.Function):

@@ -23,6 +23,23 @@ from .streamed_layer import Batching, ChunkedHead, StreamedHead, StreamedLayer
 
 logger = logging.getLogger(__name__)
 
+
+def check_router_loss(lm: CausalLM, leave_out: bool = False) -> None:
+    """Refuse to train a mixture whose configuration adds its routers' auxiliary loss, or from now on leave that out.
+
+    Raises:
+        UnsupportedError: says how to train without it.
+    """
+    router_loss = getattr(lm, "router_loss", None)
+    if router_loss is not None and leave_out:
+        lm.router_loss = None
+    elif router_loss is not None:
+        raise UnsupportedError(
+            f"{type(lm.module).__name__}'s configuration adds the auxiliary loss of its routers ({router_loss}), which "
+            "is not computed while layers are streamed. Set leave_out_router_loss: true to train without it"
+        )
+
+
 _REFUSED_OUTPUTS = {
     "output_attentions": "attention weights",
     "output_router_logits": "router logits and their auxiliary loss",
@@ -63,6 +80,7 @@ class LayerStreamer:
             lm.head.__dict__["forward"] = StreamedHead(lm.head, memory)
         lm.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         lm.module.register_forward_hook(self._end)
+        lm.module.register_forward_hook(self._give_turn, always_call=True)
         guard(lm, memory)
 
     def prepare(self, batch: int) -> None:
@@ -77,12 +95,15 @@ class LayerStreamer:
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.memory.turn.take("the model")
         config = getattr(module, "config", None)
         for name, label in _REFUSED_OUTPUTS.items():
             if kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False)):
                 raise UnsupportedError(
                     f"{name}=True asks for {label}, which are not right while layers are streamed; set it to False"
                 )
+        if kwargs.get("labels") is not None and kwargs.get("output_router_logits") is None:
+            check_router_loss(self.lm)
         count = len(self.layers)
         self.memory.check_bindings()
         self.memory.gbi.check_unchanged()
@@ -97,3 +118,6 @@ class LayerStreamer:
 
     def _end(self, *_: Any) -> None:
         self.draws.end()
+
+    def _give_turn(self, *_: Any) -> None:
+        self.memory.turn.give()

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import LemaConfig
 from ..core.gbi import GlobalBinaryIndex
-from ..core.heap import give_back_idle_heap, resident_bytes
+from ..core.heap import give_back_idle_heap
 from ..core.lora import LoRAManager
 from ..core.memory import TripleBufferManager
 from ..core.timeline import COMPUTE
@@ -36,8 +36,9 @@ from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer
 from .randomness import RandomState
 from .resumable import Resumable
-from .step_report import StepReport, peak_bytes
-from .streamer import LayerStreamer
+from .step_report import StepReport, report_of
+from .streamer import LayerStreamer, check_router_loss
+from .turns import check_gradients_on, in_turn
 from .update import GradientBuffer, step_optimizer
 from .window import Window
 
@@ -84,10 +85,11 @@ class LemaTrainer(Resumable):
         self.lm = model_adapter.causal_lm()
         self.lora_manager = lora_manager
         if lora_manager is not None:
+            check_router_loss(self.lm, config.leave_out_router_loss)
             lora_manager.attach(model_adapter)
         self.streamer = streamer or LayerStreamer(self.lm, self.memory, config.micro_batch_size)
         if lora_manager is not None and streamer is None:
-            guard_peft(lora_manager.peft_model, lora_manager.state_dict)
+            guard_peft(lora_manager.peft_model)
         self.layers = model_adapter.get_layer_metadata()
         self.owns_optimizer = optimizer is None
         """Whether the optimizer was made here, so that its settings are the config's."""
@@ -117,6 +119,7 @@ class LemaTrainer(Resumable):
 
     # -- one step --------------------------------------------------------------------------------
 
+    @in_turn
     def train_step(
         self,
         inputs: torch.Tensor | Mapping[str, Any],
@@ -140,11 +143,13 @@ class LemaTrainer(Resumable):
             InputError: nothing can be learned from this batch.
             NonFiniteError: loss or gradient is NaN or infinite; the optimizer was not touched.
             DeviceMemoryError: the step does not fit into the device's memory; the next one may.
+            StreamingError: another thread is in a step. UnsupportedError: autograd is off.
         """
         batch = self.batch(inputs, labels, attention_mask, position_ids)
         if batch.targets is None:
             return self._forward(batch), None
         parameters = self._parameters()
+        check_gradients_on(parameters)
         denominator = self._window.expect(batch.num_targets)
         self._place_gradients(parameters)
         with self._accounted(batch) as outcome:
@@ -166,6 +171,7 @@ class LemaTrainer(Resumable):
         self._save_if_due(outcome)
         return result.logits, loss * denominator / batch.num_targets
 
+    @in_turn
     def train_window(self, batches: Sequence[Mapping[str, Any]]) -> float:
         """One optimizer step on all these batches: as so many calls of `train_step`, but weights are read once.
 
@@ -182,6 +188,7 @@ class LemaTrainer(Resumable):
         assert loss is not None
         return loss
 
+    @in_turn
     def eval_step(
         self,
         inputs: torch.Tensor | Mapping[str, Any],
@@ -197,6 +204,7 @@ class LemaTrainer(Resumable):
         result = self.evaluate(batch, batch.num_targets, with_logits=return_logits)
         return result.logits, result.loss
 
+    @in_turn
     def finish(self) -> bool:
         """Step the optimizer on a window that is not full yet; False if there is nothing to step on."""
         if self._window.calls == 0:
@@ -206,6 +214,7 @@ class LemaTrainer(Resumable):
         self._save_if_due(outcome)
         return True
 
+    @in_turn
     def batch(self, inputs: torch.Tensor | Mapping[str, Any], *rest: torch.Tensor | None) -> Batch:
         """A batch checked, where it is computed, in a form the layers can cut."""
         batch = make_batch(self.lm, inputs, *rest).on(self.device)
@@ -225,6 +234,7 @@ class LemaTrainer(Resumable):
         with self._evaluating(batch):
             return self.lm.logits(self.lm.hidden_states(**batch.model_inputs))
 
+    @in_turn
     def evaluate(self, batch: Batch, denominator: float, **wanted: bool) -> LossResult:
         """Loss summed over a batch's targets and divided by `denominator`; see `HeadLoss` for what may be wanted."""
         assert batch.targets is not None
@@ -378,18 +388,9 @@ class LemaTrainer(Resumable):
             if training:
                 self.discard_window()
             raise
+        targets = batch.num_targets if batch is not None else 0
         used = self.memory.stats - before
-        self.last_step = StepReport(
-            step_seconds=time.perf_counter() - started,
-            wait_seconds=used.wait_seconds,
-            bytes_read=used.bytes_read,
-            loads=used.loads,
-            bytes_copied=used.bytes_copied,
-            peak_bytes=peak_bytes(self.config.device),
-            host_bytes=resident_bytes(),
-            num_targets=batch.num_targets if batch is not None else 0,
-            **outcome,
-        )
+        self.last_step = report_of(used, time.perf_counter() - started, self.config.device, targets, outcome)
 
     def _parameters(self) -> list[nn.Parameter]:
         if self.lora_manager is None:

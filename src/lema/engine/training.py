@@ -18,6 +18,7 @@ import torch
 from ..data import Data, load_data
 from ..data.config import DataConfig
 from ..errors import ConfigError, WeightsNotFoundError
+from ..models.folder import refuse_other_folders
 from ..strangers import code_in, refuse_special_files, tell_of_code
 from ..training.checkpoints import CheckpointFolder
 from ..training.config import TrainingConfig
@@ -144,6 +145,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
                 f"{where} has a tokenizer that is code of its own ({named}), which LEMA does not run: convert it to a "
                 "tokenizer.json, or give a model whose tokenizer is one of transformers"
             ) from error
+        refuse_other_folders(Path(where))
         raise ConfigError(f"{where} has no tokenizer that can be loaded: {error}") from error
 
 

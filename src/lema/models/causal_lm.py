@@ -28,6 +28,8 @@ class CausalLM(Protocol):
 
     layers: Any
     """The decoder layers, in order of depth."""
+    router_loss: str | None
+    """Entries of the configuration that ask for the routers' auxiliary loss, which is not computed."""
 
     @property
     def module(self) -> nn.Module:
@@ -58,6 +60,14 @@ class CausalLM(Protocol):
         """The model's loss, summed over targets that are not -100 and divided by `denominator`."""
 
 
+_MOST_ITEMS = 4
+
+
+def _output(hidden: torch.Tensor, items: int) -> Any:
+    """Hidden states as a layer returns them: a tensor (0 items), or a tuple whose other items are empty."""
+    return hidden if items == 0 else (hidden, *[None] * (items - 1))
+
+
 class TransformersCausalLM:
     """A transformers model driven in two halves by its own `forward`.
 
@@ -66,14 +76,15 @@ class TransformersCausalLM:
     between decoder and logits (soft caps, scales, slices) is done by the family's code.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, router_loss: str | None = None) -> None:
         self._model = model
         self.layers: Any = layers
+        self.router_loss = router_loss
         base = getattr(model, model.base_model_prefix)
         # OPT's causal model calls its decoder directly
         self._decoder: nn.Module = base.decoder if isinstance(getattr(base, "decoder", None), nn.Module) else base
         self._output: type[ModelOutput] = BaseModelOutputWithPast
-        self._returns_tuples: bool | None = None
+        self._items: int | None = None
 
     @property
     def module(self) -> PreTrainedModel:
@@ -94,18 +105,24 @@ class TransformersCausalLM:
         return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     def pass_on(self, hidden: torch.Tensor) -> Any:
-        if self._returns_tuples is None:
-            self._returns_tuples = not self._takes_bare_tensors()
-        return (hidden,) if self._returns_tuples else hidden
+        if self._items is None:
+            self._items = next((items for items in range(_MOST_ITEMS + 1) if self._takes(items)), 1)
+        return _output(hidden, self._items)
 
-    def _takes_bare_tensors(self) -> bool:
-        """Whether layers return a tensor, not a tuple: with one too few a dimension gets lost on the way."""
+    @property
+    def returns_several(self) -> bool:
+        """Whether layers return more than their hidden states, so that a layer may be given another's."""
+        return self._items is not None and self._items > 1
+
+    def _takes(self, items: int) -> bool:
+        """Whether layers return so many items; with one too few a dimension gets lost on the way, or it cannot be
+        taken apart."""
         ids = stand_in_ids(self._model, 2, 3)
-        bare = [lambda hidden, *_, **__: hidden] * len(self.layers)
-        with replaced_forwards(self.layers, bare), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        passing = [lambda hidden, *_, **__: _output(hidden, items)] * len(self.layers)
+        with replaced_forwards(self.layers, passing), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
                 hidden = self._first_half(self._model.forward, input_ids=ids)
-            except (IndexError, RuntimeError, TypeError, ValueError):
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
                 return False
         return tuple(hidden.shape[:2]) == (2, 3)
 
@@ -178,6 +195,7 @@ class ComposedCausalLM(nn.Module):
         super().__init__()
         self._adapter: LemaModelAdapter
         self.__dict__["_adapter"] = adapter  # not a submodule
+        self.router_loss: str | None = None
         self.layers: Any = nn.ModuleList(ComposedBlock(adapter) for _ in range(num_blocks))
         self._vocab_size: int | None = None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..core.gbi import GlobalBinaryIndex
 from ..core.layout import ParameterSource
 from ..errors import UnsupportedError
 
@@ -28,6 +29,21 @@ _ADVICE = {
     "fp8": _ON_LOADING.format("FineGrainedFP8Config"),
     "mxfp4": _ON_LOADING.format("Mxfp4Config"),
 }
+_PACKED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (".qweight", (".qzeros", ".scales"), "GPTQ or AWQ"),
+    (".weight", (".scales", ".biases"), "MLX"),
+    (".weight", (".absmax", ".quant_map"), "bitsandbytes (4 bit)"),
+    (".weight", (".SCB",), "bitsandbytes (8 bit)"),
+    (".weight", (".weight_scale_inv",), "FP8 in blocks"),
+    (".weight", (".weight_scale",), "FP8"),
+    (".weight_packed", (".weight_scale",), "compressed-tensors"),
+    ("_blocks", ("_scales",), "MXFP4"),
+    (".W_q", (".scale", ".zero"), "HQQ"),
+    (".weight", (".scales",), "MLX"),
+    (".codes", (".codebooks",), "AQLM"),
+    (".weight._data", (".weight._scale",), "quanto"),
+)
+"""How codes are named, how what turns them into weights is named beside them, and whose names these are."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,6 +53,9 @@ def quantisation_of(config: Mapping[str, Any]) -> str | None:
         if not isinstance(part, Mapping):
             continue
         settings = part.get("quantization_config") or part.get("compression_config")
+        mlx = part.get("quantization")
+        if not settings and isinstance(mlx, Mapping) and "bits" in mlx:
+            return "MLX"
         if settings is None:
             continue
         if not isinstance(settings, Mapping):
@@ -58,10 +77,27 @@ def refuse_quantised(config: Mapping[str, Any], where: object) -> None:
     if method is None:
         return
     others = f", {_ADVICE[method]}" if method in _ADVICE else ""
+    entry = "quantization" if method == "MLX" else "quantization_config"
     raise UnsupportedError(
-        f"{where}: its weights are quantised with {method} (quantization_config in config.json). LEMA trains over "
+        f"{where}: its weights are quantised with {method} ({entry} in config.json). LEMA trains over "
         f"plain float16, bfloat16 or float32 weights: take the model it was made from{others}"
     )
+
+
+def refuse_packed(gbi: GlobalBinaryIndex) -> None:
+    """Raise `UnsupportedError` if the files hold codes, whatever the configuration says: older GPTQ and MLX
+    checkpoints have no `quantization_config`, and to a model their tensors are missing ones or of a wrong shape."""
+    for name in gbi.keys:
+        for codes, beside, method in _PACKED:
+            stem = name.removesuffix(codes)
+            if stem == name or gbi.record(name).dtype in _FLOATS:
+                continue
+            if any(stem + other in gbi or name + other in gbi for other in beside):
+                raise UnsupportedError(
+                    f"{gbi.path}: its weights are quantised, by their names with {method}: {name} holds codes "
+                    f"({gbi.record(name).dtype}), though config.json has no quantization_config. LEMA trains over "
+                    "plain float16, bfloat16 or float32 weights: take the model it was made from"
+                )
 
 
 def refuse_codes(sources: Iterable[ParameterSource], where: object) -> None:

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.heap import apart_from_heap
 from ..errors import UnsupportedError
+from .outputs import take_out_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
         if "/" in str(getattr(config, name, None)):  # a kernel of the hub that config.json names: code of strangers
             logger.warning("config.json names the kernel %s, which is not run", getattr(config, name))
             setattr(config, name, None)
+    take_out_outputs(config)
     try:
         with apart_from_heap(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(

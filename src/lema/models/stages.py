@@ -28,11 +28,16 @@ def _reach(*args: Any, **kwargs: Any) -> Any:
 
 
 def layer_arguments(
-    lm: TransformersCausalLM, unit: int, shape: Sequence[int], **inputs: Any
+    lm: TransformersCausalLM, unit: int, shape: Sequence[int], fed: bool = False, **inputs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model's own forward hands to a layer for a batch of this `[batch, seq]`."""
+    """What the model's own forward hands to a layer for a batch of this `[batch, seq]`.
+
+    Args:
+        fed: run the layers before it, and hand on what they return beside their hidden states.
+    """
     lm.pass_on(torch.empty(0))  # learned before the layers are replaced
-    forwards = [_reach if i == unit else _passing(lm) for i in range(len(lm.layers))]
+    before = _feeding if fed else _passing
+    forwards = [_reach if i == unit else before(lm, i) for i in range(len(lm.layers))]
     ids = stand_in_ids(lm.module, *shape)
     with replaced_forwards(lm.layers, forwards), torch.no_grad():
         try:
@@ -42,8 +47,18 @@ def layer_arguments(
     raise AssertionError(f"layer {unit} was not reached")
 
 
-def _passing(lm: TransformersCausalLM) -> Callable[..., Any]:
+def _passing(lm: TransformersCausalLM, number: int) -> Callable[..., Any]:
     return lambda hidden, *_, **__: lm.pass_on(hidden)
+
+
+def _feeding(lm: TransformersCausalLM, number: int) -> Callable[..., Any]:
+    layer = lm.layers[number]
+
+    def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = type(layer).forward(layer, hidden, *args, **kwargs)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else output
+
+    return run
 
 
 class EmbeddingStage(nn.Module):
@@ -105,7 +120,7 @@ def split_rest(
             after.add(id(module))
 
     handles = [module.register_forward_pre_hook(note) for module in {places[name][0] for name in names}]
-    forwards = [_passing(lm)] * (len(lm.layers) - 1) + [last]
+    forwards = [_passing(lm, i) for i in range(len(lm.layers) - 1)] + [last]
     try:
         with replaced_forwards(lm.layers, forwards), torch.no_grad():
             lm.module(input_ids=stand_in_ids(lm.module, 1, 1), use_cache=False)

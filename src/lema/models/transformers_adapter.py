@@ -21,7 +21,8 @@ from .base import LemaModelAdapter, bind_flat_buffer
 from .causal_lm import TransformersCausalLM
 from .checkpoint import CheckpointMap, map_checkpoint
 from .embedding import gather_rows
-from .quantised import refuse_codes, refuse_quantised
+from .outputs import router_loss_of
+from .quantised import refuse_codes, refuse_packed, refuse_quantised
 from .skeleton import build_skeleton, find_layers
 from .stages import EmbeddingStage, HeadStage, layer_arguments, split_rest
 
@@ -100,7 +101,7 @@ class TransformersAdapter(LemaModelAdapter):
             for name in self._expected:
                 path, _, leaf = name.rpartition(".")
                 self._places[name] = (self._modules[path], leaf)
-            self._lm = TransformersCausalLM(model, layers)
+            self._lm = TransformersCausalLM(model, layers, router_loss_of(self.config))
             self._model = model
         return self._model
 
@@ -124,6 +125,7 @@ class TransformersAdapter(LemaModelAdapter):
     def checkpoint_map(self, gbi: GlobalBinaryIndex) -> CheckpointMap:
         """Sources of every parameter in this index; see `map_checkpoint` for what it raises."""
         if self._map is None or self._map[0] is not gbi:
+            refuse_packed(gbi)
             self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype))
             refuse_codes(self._map[1].sources.values(), gbi.path)
         return self._map[1]
@@ -142,6 +144,10 @@ class TransformersAdapter(LemaModelAdapter):
             [sources[name] for name in self._unit_names(unit) if self._is_parameter(name)]
             for unit in range(self.num_layers)
         ]
+
+    def placed_sources(self, gbi: GlobalBinaryIndex) -> list[tuple[nn.Module, str, ParameterSource]]:
+        """Module, name in it, and source of everything that the files hold."""
+        return [(*self._places[name], source) for name, source in self.checkpoint_map(gbi).sources.items()]
 
     def rest_sources(self, gbi: GlobalBinaryIndex) -> list[ParameterSource]:
         """Sources of what stays: everything outside the layers, and persistent buffers inside them."""
@@ -238,7 +244,7 @@ class TransformersAdapter(LemaModelAdapter):
         """Bytes of the head, of an input embedding that is not the head as well, and of all else that stays."""
         head_name = self._head_name()
         embedding: Any = self.model.get_input_embeddings()
-        tied = head_name is not None and bool(self.model.config.tie_word_embeddings)
+        tied = head_name is not None and bool(getattr(self.model.config, "tie_word_embeddings", False))
         head = self._expected[head_name].nbytes if head_name is not None else 0
         rows = 0 if tied else embedding.weight.nbytes
         names = [name for name in self._rest_names() if self._is_parameter(name)]

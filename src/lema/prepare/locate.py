@@ -34,14 +34,15 @@ _SPLIT_GGUF = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.gguf$")
 
 
 def choose_weights(names: Collection[str], where: object) -> str:
-    """The file that stands for a model's weights among the names in its folder: an index, or the one file.
+    """The file that stands for a model's weights among the names in its folder, in the order of transformers' own
+    `from_pretrained`: one file of its name for them, else an index; else the one file there is.
 
     Raises:
         ConfigError: several could be meant.
         WeightsNotFoundError: none.
     """
     for name in (
-        "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
     ):  # fmt: skip
         if name in names:
             return name

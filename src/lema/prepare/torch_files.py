@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from ..core.budget import format_bytes, free_ram
-from ..core.gbi import TensorRecord, _check_promises, _read_shard_index
+from ..core.gbi import TensorRecord
 from ..core.safetensors_header import DTYPES, show
+from ..core.weight_files import check_promises, read_shard_index
 from ..errors import UnsupportedError, WeightsError, WeightsFormatError
 from .source import PIECE_BYTES, read_pieces
 
@@ -54,7 +55,7 @@ class TorchSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files, promised = _read_shard_index(path) if path.suffix == ".json" else ([path], {})
+        self.files, promised = read_shard_index(path) if path.suffix == ".json" else ([path], {})
         self.tensors: dict[str, TensorRecord] = {}
         self.metadata: dict[str, str] = {}
         self.held_bytes = 0
@@ -63,7 +64,7 @@ class TorchSource:
         self._held: dict[str, torch.Tensor] = {}
         for file in self.files:
             self._add(file)
-        _check_promises(path, promised, self.tensors)
+        check_promises(path, promised, self.tensors)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor's pieces, read from its file without a mapping; one that is no plain run of bytes comes whole."""

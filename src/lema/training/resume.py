@@ -22,8 +22,9 @@ _FREE = {
     "eval_steps", "load_best_model_at_end", "early_stopping_patience",
     "sample_prompts", "sample_max_new_tokens", "save_total_limit", "on_save_error", "max_dropped", "max_train_hours",
 }  # fmt: skip
-_NOW_CALLED = {"loss_chunk_size": (None, "auto")}
-"""What was the default once, and is it no longer, beside what is: a run that set neither goes on."""
+_NOW_CALLED = {"loss_chunk_size": (None, "auto"), "leave_out_router_loss": (None, False)}
+"""What was the default once, and is it no longer, or what there was no setting for, beside what is: a run that set
+neither goes on."""
 _LENGTH = ("max_steps", "num_train_epochs")
 
 
