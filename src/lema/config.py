@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .paths import expanded
 from .typed import check_types
 
 __all__ = ["LemaConfig", "MemoryStrategy"]
@@ -26,6 +27,8 @@ _DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp3
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 HEAD_PLACES = ("resident", "streamed", "chunked")
 PLACES = ("device", "host")
+PATHS = ("model_name_or_path", "gbi_path", "output_dir")
+"""Settings that are paths, or may be one."""
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -145,6 +148,9 @@ class LemaConfig:
         if self.gbi_path is not None:
             self.gbi_path = os.fspath(self.gbi_path)
         self.output_dir = os.fspath(self.output_dir)
+        for name in PATHS:
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, expanded(name, value))
         self.device = str(self.device)
         self.dtype = self._parse_dtype(self.dtype)
         if self.attn_implementation not in ATTENTION:

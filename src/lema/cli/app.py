@@ -24,6 +24,7 @@ from .generate import generate
 from .init import init
 from .kaggle import kaggle
 from .merge import merge
+from .paths import expands_paths
 from .plan import plan
 from .prepare import prepare
 from .report import report
@@ -48,21 +49,21 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(name="lema", cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-app.command("init")(init)
-app.command("plan")(plan)
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("merge")(merge)
-app.command("export")(export)
+app.command("init")(expands_paths(init))
+app.command("plan")(expands_paths(plan))
+app.command("train")(expands_paths(train))
+app.command("eval")(expands_paths(evaluate))
+app.command("generate")(expands_paths(generate))
+app.command("chat")(expands_paths(chat))
+app.command("merge")(expands_paths(merge))
+app.command("export")(expands_paths(export))
 app.add_typer(adapter, name="adapter")
 app.add_typer(data, name="data")
 app.add_typer(kaggle, name="kaggle")
-app.command("report")(report)
-app.command("demo")(demo)
-app.command("prepare")(prepare)
-app.command("doctor")(doctor)
+app.command("report")(expands_paths(report))
+app.command("demo")(expands_paths(demo))
+app.command("prepare")(expands_paths(prepare))
+app.command("doctor")(expands_paths(doctor))
 
 
 def _show_version(wanted: bool) -> None:

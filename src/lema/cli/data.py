@@ -16,6 +16,7 @@ import typer
 from ..data.config import DataConfig
 from ..errors import ConfigError
 from .data_build import build, validate
+from .paths import expands_paths
 from .settings import split_settings
 
 if TYPE_CHECKING:
@@ -57,11 +58,12 @@ def _data() -> None:
     """
 
 
-data.command("build")(build)
-data.command("validate")(validate)
+data.command("build")(expands_paths(build))
+data.command("validate")(expands_paths(validate))
 
 
 @data.command()
+@expands_paths
 def check(
     file: Annotated[
         str,

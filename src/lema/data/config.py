@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..paths import expanded
 
 FORMATS = ("auto", "messages", "conversations", "prompt_completion", "instruction", "text")
 TOO_LONG = ("truncate", "drop", "error")
+
+PATHS = ("train_file", "eval_file", "chat_template")
 
 
 @dataclass
@@ -48,13 +51,13 @@ class DataConfig:
     """Of order and held-out rows; None: the run's seed."""
 
     def __post_init__(self) -> None:
-        for name in ("train_file", "eval_file", "chat_template"):
+        for name in PATHS:
             value = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
                 raise ConfigError(f"{name}={value!r} must be a path")
-            setattr(self, name, os.fspath(value))
+            setattr(self, name, expanded(name, os.fspath(value)))
         for name, values in (("data_format", FORMATS), ("too_long", TOO_LONG)):
             if getattr(self, name) not in values:
                 raise ConfigError(self._one_of(name, values))

@@ -17,9 +17,12 @@ from typing import Any
 
 import yaml
 
+from ..config import PATHS as LEMA_PATHS
 from ..config import LemaConfig
+from ..data.config import PATHS as DATA_PATHS
 from ..data.config import DataConfig
 from ..errors import ConfigError, LemaError
+from ..paths import expanded
 from ..typed import as_type, kinds_of, parse_text
 from .config import TrainingConfig
 from .yaml_file import read_yaml
@@ -33,7 +36,7 @@ ALIASES = {
 }  # fmt: skip
 _ELSEWHERE = {"bf16": "dtype: bfloat16", "fp16": "dtype: float16"}
 _OWNERS: tuple[tuple[str, type], ...] = (("lema", LemaConfig), ("data", DataConfig), ("training", TrainingConfig))
-_PATHS = ("model_name_or_path", "gbi_path", "train_file", "eval_file", "chat_template")
+_PATHS = (*LEMA_PATHS, *DATA_PATHS)
 
 
 @dataclass
@@ -110,7 +113,7 @@ class RunConfig:
     def resolved(self) -> RunConfig:
         """A copy whose paths of existing files are absolute, so that it means the same from anywhere."""
         values = self.to_dict()
-        for name in (*_PATHS, "output_dir"):
+        for name in _PATHS:
             value = values.get(name)
             if isinstance(value, str) and (name == "output_dir" or Path(value).exists()):
                 values[name] = str(Path(value).absolute())
@@ -202,7 +205,10 @@ def _beside(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     found = dict(values)
     for name in _PATHS:
         value = values.get(name)
-        if isinstance(value, str) and value and not Path(value).exists() and (folder / value).is_file():
+        if not isinstance(value, str) or not value:
+            continue
+        found[name] = value = expanded(name, value)
+        if name != "output_dir" and not Path(value).exists() and (folder / value).is_file():
             found[name] = str(folder / value)
     return found
 
