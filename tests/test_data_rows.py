@@ -260,7 +260,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
             open_rows(tmp_path / name)
     monkeypatch.setitem(sys.modules, "datasets", None)
     _csv(tmp_path / "rows.csv")
-    with pytest.raises(ConfigError, match=r"pip install 'lema\[data\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'datasets>=3'"):
         open_rows(tmp_path / "rows.csv")
 
 

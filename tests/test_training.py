@@ -447,7 +447,7 @@ def test_reporters_are_told(model: Path, rows: Path, tmp_path: Path, monkeypatch
     assert told[0] == ("init", "mine")
     assert told[1] == (3, ["train/epoch", "train/grad_norm", "train/learning_rate", "train/loss"])
     assert told[-1] == "finish"
-    with pytest.raises(ConfigError, match="pip install wandb"):
+    with pytest.raises(ConfigError, match=r"pip install 'wandb>=0\.18'"):
         train({**settings, "report_to": "wandb", "output_dir": str(tmp_path / "b")})
 
 

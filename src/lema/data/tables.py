@@ -16,6 +16,7 @@ from typing import Any
 
 from ..cache import cache_folder
 from ..errors import ConfigError, InputError
+from ..libraries import how_to_install
 from .rows import Fingerprint, JsonlRows, ListRows, Rows
 
 _BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -102,7 +103,7 @@ def _library(path: Path) -> Any:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"reading {path} takes the datasets library: pip install 'lema[data]', or give the rows as JSONL"
+            f"reading {path} takes the datasets library: {how_to_install('datasets')}, or give the rows as JSONL"
         ) from error
     return datasets
 
