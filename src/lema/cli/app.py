@@ -6,6 +6,10 @@ another room, until a verb runs: `lema --help` must be quick.
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +36,7 @@ from .train import train
 
 
 class Verbs(TyperGroup):
-    """The verbs. What a user can cause ends in one message and status 1; anything else is our fault, with a traceback.
+    """The verbs. Whatever happens ends in a message and status 1; `LEMA_DEBUG=1` shows the traceback as well.
 
     Usage errors end with status 2 and Ctrl-C with 130, which is typer's doing.
     """
@@ -44,7 +48,19 @@ class Verbs(TyperGroup):
         except BrokenPipeError:  # whoever read the output has had enough; typer ends quietly
             raise
         except (LemaError, OSError) as error:
+            if _debugging():
+                traceback.print_exc()
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except Exception as error:
+            if _debugging() or type(error).__module__.partition(".")[0] in ("typer", "click"):
+                raise
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            typer.echo(
+                f"error: {said[:500]}\nThis was not foreseen, and is LEMA's fault: LEMA_DEBUG=1 before the command "
+                "shows where it happened, which a report of it needs",
+                err=True,
+            )
             raise typer.Exit(1) from error
 
 
@@ -81,6 +97,16 @@ def lema(
     """Fine-tune language models larger than memory: frozen weights stream from disk, layer by layer."""
 
 
+def _debugging() -> bool:
+    return os.environ.get("LEMA_DEBUG", "") not in ("", "0")
+
+
 def main() -> None:
-    """Run the command line and end the process with its status."""
+    """Run the command line and end the process with its status.
+
+    What the output's encoding has no characters for is replaced there.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

@@ -101,11 +101,12 @@ def _run(
 ) -> TrainResult | None:
     import dataclasses
 
+    from ..data.load import check_all_rows
     from ..engine.packing import check_packing
     from ..engine.training import load_tokenizer, open_data, train_run
     from ..model import LemaModel
     from ..training.panel import make_view
-    from ..training.run import check_evaluation
+    from ..training.run import RunData, check_start
     from .plan import make
 
     config = _kept_budgets(run.resolved().engine_config().to_dict(), run, start)
@@ -114,11 +115,14 @@ def _run(
     resolved = planned.config.replace(ram_budget=planned.ram_budget, vram_budget=planned.vram_budget)
     with contextlib.ExitStack() as opened:
         trainer = None
-        if run.data.packing and not dry_run:  # a model that cannot says so before all rows are counted
+        if run.data.packing or dry_run:  # a model that cannot says so before all rows are counted
             trainer = opened.enter_context(LemaModel(resolved)).get_trainer()
+        if trainer is not None and run.data.packing:
             check_packing(trainer.lm)
-        data = open_data(run, tokenizer)
-        check_evaluation(run.training, data.eval is not None)
+        data = open_data(run, tokenizer, limits=planned.limits)
+        check_start(RunData(data.train, data.eval), run, start)
+        if dry_run:
+            check_all_rows(data)
         _say_cost(run, data, planned, start)
         if dry_run:
             return None
@@ -143,6 +147,7 @@ def _kept_budgets(config: dict[str, Any], run: RunConfig, start: Start) -> dict[
 
 def _say_cost(run: RunConfig, data: Any, planned: Planned, start: Start) -> None:
     from ..core.budget import format_bytes
+    from ..training.meanings import understood
     from ..training.panel import duration
     from ..training.schedule import Schedule
 
@@ -175,6 +180,7 @@ def _say_cost(run: RunConfig, data: Any, planned: Planned, start: Start) -> None
                 f"bound by {estimate.bound_by}",
             )
         )
+    lines += [("meaning", text) for text in understood(run)]
     for label, text in lines:
         typer.echo(f"{label:8}{text}")
 

@@ -16,6 +16,7 @@ from ..errors import ConfigError, InputError
 from .config import DataConfig
 from .dataset import TokenDataset
 from .encode import INSTRUCTION_SEPARATOR, RowEncoder
+from .limits import ModelLimits, Within
 from .order import split
 from .render import ChatRenderer
 from .rows import Rows, SomeRows
@@ -53,6 +54,7 @@ def load_data(
     train_rows: Any = None,
     eval_rows: Any = None,
     padding_side: str = "right",
+    limits: ModelLimits = ModelLimits(),  # noqa: B008
 ) -> Data:
     """Open, split and check data.
 
@@ -64,6 +66,7 @@ def load_data(
         seed: of the order, unless the settings have one.
         train_rows, eval_rows: rows in Python instead of `train_file` and `eval_file`.
         padding_side: `right` or `left`.
+        limits: what the model can take.
 
     Raises:
         InputError: rows that cannot be learned from, among the first or a sample of all.
@@ -85,13 +88,14 @@ def load_data(
     if eval_source is not None:
         held_out = open_rows(eval_source)
         eval_kind = config.data_format if config.data_format != "auto" else detect_format(held_out)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    limits.check_length(max_seq_length)
+    pad = limits.padding((tokenizer.pad_token_id, tokenizer.eos_token_id))
 
     def dataset(rows: Rows, kind: str) -> TokenDataset:
         encoder = RowEncoder(
             renderer, kind, train_on_prompt=config.train_on_prompt, mask_history=config.mask_history
         )  # fmt: skip
-        return TokenDataset(rows, encoder, max_seq_length=max_seq_length, too_long=config.too_long)
+        return TokenDataset(rows, Within(encoder, limits), max_seq_length=max_seq_length, too_long=config.too_long)
 
     train = dataset(rows, kind)
     summary: dict[str, Any] = {
@@ -112,6 +116,23 @@ def load_data(
         )  # fmt: skip
         summary["eval"] = {**_described(evaluation, eval_kind), "steps_per_epoch": evaluated.steps_per_epoch}
     return Data(stream, evaluated, summary, renderer)
+
+
+def check_all_rows(data: Data) -> None:
+    """Look at every row of training and evaluation, as the steps will.
+
+    Raises:
+        InputError: a bad row, the first, with its place; or more rows would be dropped than `max_dropped` allows.
+    """
+    for stream in (data.train, data.eval):
+        if stream is None:
+            continue
+        found = survey(stream.dataset, range(len(stream.dataset)))
+        if found.bad:
+            raise InputError(
+                f"{found.bad_rows[0]} ({found.bad} of {found.rows} rows are bad; `lema data check` lists them)"
+            )
+        stream.check_dropped(found.dropped, found.rows)
 
 
 def _held_out(rows: Rows, config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:

@@ -207,6 +207,10 @@ class BatchStream:
             "`lema data check`" + ("" if nothing_left else ", or raise max_dropped")
         )
 
+    def check_dropped(self, counts: Mapping[str, int], seen: int) -> None:
+        """`InputError` where so many rows, for these reasons, are more than may be dropped of those seen."""
+        self._refuse_above(counts, seen)
+
     def report(self) -> None:
         """Say loudly what the epoch so far left out; of evaluation, whose epochs are all the same, once."""
         dropped, truncated, seen = _dropped(self.counts), self.counts["truncated"], self.counts["rows"]

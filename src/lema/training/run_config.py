@@ -23,7 +23,7 @@ from ..data.config import PATHS as DATA_PATHS
 from ..data.config import DataConfig
 from ..errors import ConfigError, LemaError
 from ..paths import expanded
-from ..typed import as_type, kinds_of, parse_text
+from ..typed import as_type, kinds_of, parse_text, shortened
 from .config import TrainingConfig
 from .yaml_file import read_yaml
 
@@ -34,7 +34,15 @@ ALIASES = {
     "lr_scheduler": "lr_scheduler_type", "num_epochs": "num_train_epochs", "base_model": "model_name_or_path",
     "warmup_ratio": "warmup_steps",
 }  # fmt: skip
-_ELSEWHERE = {"bf16": "dtype: bfloat16", "fp16": "dtype: float16"}
+TARGETS = ("lora_target_modules", "exclude_modules")
+_ELSEWHERE = {
+    "bf16": "dtype: bfloat16", "fp16": "dtype: float16", "torch_dtype": "dtype",
+    "train_on_inputs": "train_on_prompt", "val_set_size": "eval_size", "sequence_len": "max_seq_length",
+    "model_max_length": "max_seq_length", "sample_packing": "packing", "iters": "max_steps",
+    "global_batch_size": "batch_size x gradient_accumulation_steps, the rows of a step",
+    "gradient_clipping": "max_grad_norm", "lora_target_linear": "lora_target_modules: all-linear",
+    "lora_model_dir": "adapter_name_or_path", "logging_strategy": "logging_steps",
+}  # fmt: skip
 _OWNERS: tuple[tuple[str, type], ...] = (("lema", LemaConfig), ("data", DataConfig), ("training", TrainingConfig))
 _PATHS = (*LEMA_PATHS, *DATA_PATHS)
 
@@ -49,6 +57,8 @@ class RunConfig:
     """The data's."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The loop's."""
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Names, aliases among them, that somebody wrote in a file or on the command line."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -77,11 +87,14 @@ class RunConfig:
         Raises:
             ConfigError: as `from_dict`; says the line where it is one of the file.
         """
-        raw, lines = read_yaml(path)
+        raw, lines, words = read_yaml(path)
+        raw |= {name: text for name, text in words.items() if _takes_words(name)}
         typed = parse_overrides(overrides or {})
         try:
             values = {**(defaults or {}), **_beside(Path(path).parent, _by_name(raw)), **typed}
-            return cls._of(values)
+            run = cls._of(values)
+            run.given = frozenset({*raw, *(overrides or {})})
+            return run
         except LemaError as error:
             name = setting_named(error)
             line = next((n for key, n in lines.items() if name in (key, ALIASES.get(key))), None)
@@ -168,7 +181,7 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
         owner = owner_of(name)
         assert owner is not None
         kinds = kinds_of(owner)[name]
-        if list[str] in kinds and text.startswith("["):
+        if list[str] in kinds and text.startswith("[") and not (name in TARGETS and not text.startswith('["')):
             found[name] = _json_list(name, text)
         elif name == "sample_prompts":  # a prompt may have commas
             found[name] = [text] if text else []
@@ -177,11 +190,21 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def _takes_words(name: str) -> bool:
+    """Whether a setting of this name takes words, and neither true nor false."""
+    name = ALIASES.get(name, name)
+    owner = owner_of(name)
+    if owner is None:
+        return False
+    kinds = kinds_of(owner)[name]
+    return bool not in kinds and (str in kinds or list[str] in kinds)
+
+
 def _json_list(name: str, text: str) -> list[Any]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}={text!r} is not a JSON list: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}={shortened(text)} is not a JSON list: {error}") from error
     return list(values)
 
 
