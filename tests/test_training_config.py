@@ -191,8 +191,8 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
 def test_what_others_mean_otherwise_is_said(tmp_path: Path) -> None:
     text = MODEL + "micro_batch_size: 2\nbatch_size: 4\ngradient_accumulation_steps: 2\n"
     said = understood(read(tmp_path, text, overrides={"max_steps": "5"}))
-    assert [line.partition("=")[0] for line in said] == ["batch_size", "max_steps", "micro_batch_size"]
-    assert "8 rows a step in all" in said[0] and "Axolotl" in said[2]
+    assert [line.partition("=")[0] for line in said] == ["max_steps", "micro_batch_size"]
+    assert "A step has 8 rows whatever it is" in said[1] and "Axolotl" in said[1]
     assert understood(read(tmp_path, MODEL)) == []
 
 

@@ -74,7 +74,7 @@ def open_speaker(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     overrides: dict[str, Any] = {"strategy": "resident", "device": default_device(), **parse_settings(settings or ())}
-    if overrides["device"] != "cpu":
+    if LemaConfig("any", device=overrides["device"]).device != "cpu":
         overrides.setdefault("vram_budget", "auto")
     return Speaker.open(
         where, base=base, adapter=not no_adapter, template=None if template is None else str(template), **overrides

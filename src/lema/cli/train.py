@@ -101,7 +101,7 @@ def _run(
 ) -> TrainResult | None:
     import dataclasses
 
-    from ..data.load import check_all_rows
+    from ..data.load import Data, check_all_rows
     from ..engine.packing import check_packing
     from ..engine.training import load_tokenizer, open_data, train_run
     from ..model import LemaModel
@@ -115,13 +115,13 @@ def _run(
     resolved = planned.config.replace(ram_budget=planned.ram_budget, vram_budget=planned.vram_budget)
     with contextlib.ExitStack() as opened:
         trainer = None
-        if run.data.packing or dry_run:  # a model that cannot says so before all rows are counted
+        if run.data.packing or dry_run:
             trainer = opened.enter_context(LemaModel(resolved)).get_trainer()
-        if trainer is not None and run.data.packing:
-            check_packing(trainer.lm)
+            if run.data.packing:  # a model that cannot says so before all rows are counted
+                check_packing(trainer.lm)
         data = open_data(run, tokenizer, limits=planned.limits)
         check_start(RunData(data.train, data.eval), run, start)
-        if dry_run:
+        if dry_run and isinstance(data, Data):
             check_all_rows(data)
         _say_cost(run, data, planned, start)
         if dry_run:

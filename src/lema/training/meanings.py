@@ -20,13 +20,6 @@ def _micro_batch_size(run: RunConfig) -> str:
     )
 
 
-def _batch_size(run: RunConfig) -> str:
-    return (
-        f"batch_size={run.lema.batch_size}: rows of one of the {run.lema.gradient_accumulation_steps} parts of a step, "
-        f"{run.rows_per_step} rows a step in all; some tools call the whole so"
-    )
-
-
 def _gradient_checkpointing(run: RunConfig) -> str:
     if run.lema.gradient_checkpointing:
         return ""
@@ -43,11 +36,6 @@ def _packing(run: RunConfig) -> str:
         f"packing: whole rows lie one after the other in up to {run.lema.max_seq_length} tokens and do not see each "
         "other; none is cut across two packs"
     )
-
-
-def _warmup_steps(run: RunConfig) -> str:
-    share = run.training.warmup_steps
-    return f"warmup_steps={share:g}: a number below 1 is a share of all steps" if 0 < share < 1 else ""
 
 
 def _max_steps(run: RunConfig) -> str:
@@ -75,14 +63,12 @@ def _adapter(run: RunConfig) -> str:
 
 _MEANINGS: Mapping[str, Callable[[RunConfig], str]] = {
     "adapter_name_or_path": _adapter,
-    "batch_size": _batch_size,
     "gradient_checkpointing": _gradient_checkpointing,
     "group_by_length": _group_by_length,
     "max_steps": _max_steps,
     "micro_batch_size": _micro_batch_size,
     "packing": _packing,
     "strategy": _strategy,
-    "warmup_steps": _warmup_steps,
 }
 
 
