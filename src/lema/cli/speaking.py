@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import LemaConfig
 from .settings import parse_settings
 
 if TYPE_CHECKING:
