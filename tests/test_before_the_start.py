@@ -96,8 +96,8 @@ def test_padding_beyond_the_embedding_is_another_token(tmp_path: Path) -> None:
         ({"load_best_model_at_end": True}, "need evaluation data"),
         ({"report_to": "wandb"}, "pip install 'wandb>=0.18'"),
         ({"eval_size": 22}, "holds out 22 of the 22 rows"),
-        ({"too_long": "drop", "max_seq_length": 8}, "more than max_dropped=0.1"),
-        ({"too_long": "error", "max_seq_length": 8}, "rows.jsonl, line 1"),
+        ({"too_long": "drop", "max_seq_length": 15}, "more than max_dropped=0.1"),
+        ({"too_long": "error", "max_seq_length": 15}, "rows.jsonl, line"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -125,6 +125,7 @@ def look(
     from ..data.dataset import TokenDataset
     from ..data.encode import RowEncoder
     from ..data.limits import ModelLimits, Within
+    from ..data.load import held_out_rows
     from ..data.render import ChatRenderer
     from ..data.schema import detect_format
     from ..data.survey import survey
@@ -138,6 +139,8 @@ def look(
         if path is None:
             continue
         rows = open_rows(path)
+        if path == config.train_file:
+            held_out_rows(config.eval_size, len(rows))
         kind = config.data_format if config.data_format != "auto" else detect_format(rows)
         encoder = RowEncoder(
             renderer, kind, train_on_prompt=config.train_on_prompt, mask_history=config.mask_history
@@ -170,9 +173,9 @@ def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[Data
         run = RunConfig.from_yaml(file, {**given, **({"model_name_or_path": model} if model is not None else {})})
         if run.data.train_file is None:
             raise ConfigError(f"{file} names no train_file")
-        limits = limits_of(_adapter(run.lema).causal_lm())
-        check_run(run, limits, bool(run.data.eval_file or run.data.eval_size))
-        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, limits
+        known = limits_of(_adapter(run.lema).causal_lm())
+        check_run(run, known, bool(run.data.eval_file or run.data.eval_size))
+        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, known
     if model is None:
         raise typer.BadParameter(
             "is needed to count tokens, unless FILE is the YAML file of a run", param_hint="--model"

@@ -135,14 +135,21 @@ def check_all_rows(data: Data) -> None:
         stream.check_dropped(found.dropped, found.rows)
 
 
+def held_out_rows(eval_size: float, rows: int) -> int:
+    """How many of so many rows are held out; `ConfigError` where none would be left to train on."""
+    if not eval_size:
+        return 0
+    count = int(eval_size) if eval_size >= 1 else max(1, round(eval_size * rows))
+    if count >= rows:
+        raise ConfigError(f"eval_size={eval_size:g} holds out {count} of the {rows} rows, and leaves none to train on")
+    return count
+
+
 def _held_out(rows: Rows, config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     """Rows to train on, and those kept for evaluation where `eval_size` asks for some."""
-    size = config.eval_size
-    if not size:
+    count = held_out_rows(config.eval_size, len(rows))
+    if not count:
         return rows, None
-    count = int(size) if size >= 1 else max(1, round(size * len(rows)))
-    if count >= len(rows):
-        raise ConfigError(f"eval_size={size:g} holds out {count} of the {len(rows)} rows, and leaves none to train on")
     train, held_out = split(len(rows), count, seed)
     return SomeRows(rows, train), SomeRows(rows, held_out)
 
