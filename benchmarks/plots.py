@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MISSING = "No plot: matplotlib is not installed here (`pip install 'lema[bench]'`)."
+MISSING = "No plot: matplotlib is not installed here (`pip install 'matplotlib>=3.8'`)."
 _COLUMNS = 3
 
 

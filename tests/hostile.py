@@ -109,6 +109,7 @@ def cases(shop: Workshop) -> Iterator[Case]:
     yield from _rows(shop)
     yield from _forms(shop)
     yield from _yaml(shop)
+    yield from _settings(shop)
     yield from _models(shop)
     yield from _given_as_models(shop)
     yield from _checkpoints(shop)
@@ -207,6 +208,26 @@ def _yaml(shop: Workshop) -> Iterator[Case]:
     misspelt = ["train", str(shop.yaml("run")), "--set", "learning_rat=1"]
     yield Case("Configuration", "a setting that is not there, on the command line", misspelt, 2)
     yield case("evaluations, and nothing to evaluate on", "no-eval", eval_strategy="epoch")
+
+
+def _settings(shop: Workshop) -> Iterator[Case]:
+    def case(what: str, name: str, text: str = "", verb: str = "train", **changes: Any) -> Case:
+        words = {"train": ["train", "--dry-run"], "check": ["data", "check"]}[verb]
+        return Case("Settings", what, [*words, str(shop.yaml(name, text, **changes))])
+
+    yield case("a variable that is not set", "variable", output_dir="$NOWHERE_AT_ALL/out")
+    yield case("the home of nobody", "nobody", output_dir="~nobody-of-this-name/out")
+    yield case("lists in lists in lists", "deep", "a: " + "[" * 3000)
+    yield case("a number that is too large", "large", seed=2**70)
+    yield case("a number of thousands of digits", "long", f"max_grad_norm: 0x{'f' * 4300}")
+    yield case("a word that YAML takes for true", "yes", "eval_strategy: yes")
+    yield case("a pattern that is none", "pattern", lora_target_modules=".*(q_proj")
+    yield case("a pattern that matches nothing", "matches", lora_target_modules=".*nothing")
+    yield case("a name that another tool uses", "other-tool", "sequence_len: 64")
+    yield case("rows longer than the model takes", "positions", verb="check", max_seq_length=4096)
+    yield case("the same before training", "positions-dry", max_seq_length=4096)
+    yield case("an adapter to train further that is not there", "further", adapter_name_or_path="nowhere")
+    yield Case("Settings", "a device in place of a file", ["train", "/dev/zero"])
 
 
 def _models(shop: Workshop) -> Iterator[Case]:

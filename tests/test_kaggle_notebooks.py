@@ -88,7 +88,7 @@ def test_the_wheel_inside_is_one_that_pip_installs_and_holds_every_file(tmp_path
     there = {p.relative_to(where / "lema") for p in (where / "lema").rglob("*") if "__pycache__" not in p.parts}
     assert own <= there and all((where / "lema" / p).read_bytes() == (root / p).read_bytes() for p in own)
     with zipfile.ZipFile(tmp_path / name) as archive:
-        described = archive.read(f"lema-{lema.__version__}.dist-info/METADATA").decode()
+        described = archive.read(f"lema_lora-{lema.__version__}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch" in described and f"Version: {lema.__version__}" in described
 
 

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lema
+from lema.libraries import BOUNDS, DISTRIBUTION, distribution
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "lema"
@@ -100,9 +101,9 @@ def test_the_source_archive_can_be_tested(built: tuple[Path, Path]) -> None:
 
 
 def test_what_the_wheel_says_of_itself(built: tuple[Path, Path], described: Message) -> None:
-    assert described["Name"] == "lema"
+    assert described["Name"] == DISTRIBUTION
     assert described["Version"] == lema.__version__
-    assert built[0].name == f"lema-{lema.__version__}-py3-none-any.whl"
+    assert built[0].name == f"lema_lora-{lema.__version__}-py3-none-any.whl"
     assert described["Requires-Python"] == ">=3.10"
     assert described["License-Expression"] == "MIT"
     with zipfile.ZipFile(built[0]) as wheel:
@@ -130,6 +131,51 @@ def test_every_requirement_has_a_lower_bound_that_the_tested_versions_keep(descr
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"constraints.txt has no {requirement.name}"
         assert requirement.specifier.contains(pin), f"constraints.txt pins {requirement.name} {pin}, not {requirement}"
+
+
+HINT = re.compile(r"pip install ([^`\n]*)")
+HINTED = ("src", "docs", "benchmarks", "examples", "tasks", "recipes")
+
+
+def hinted_files() -> list[Path]:
+    kinds = (".py", ".md", ".ipynb", ".yaml", ".html")
+    found = [path for folder in HINTED for path in sorted((ROOT / folder).rglob("*")) if path.suffix in kinds]
+    return [path for path in found if "_build" not in path.parts] + [*ROOT.glob("*.md"), ROOT / "Makefile"]
+
+
+def test_hints_name_libraries_with_the_bounds_that_are_declared(described: Message) -> None:
+    declared = {canonicalize_name(one.name): str(one.specifier) for one in requirements(described)}
+    assert {name: declared[name] for name in BOUNDS} == BOUNDS
+    for path in hinted_files():
+        for words in HINT.findall(path.read_text(encoding="utf-8")):
+            for name, bounds in re.findall(r"'([A-Za-z][\w-]*)([<>=!~][^']*)'", words):
+                if canonicalize_name(name) in declared and "index-url" not in words:
+                    assert declared[canonicalize_name(name)] == bounds, f"{path}: pip install {words}"
+
+
+def test_no_hint_installs_a_package_of_somebody_else() -> None:
+    """On PyPI `lema` is another project: only a path, a wheel, or this project's own name there may be installed."""
+    strangers = re.compile(r"(?<![\w./-])(?:lema)(?:\[[\w,]+\]|[<>=!~][^\s=])")
+    for path in hinted_files():
+        text = path.read_text(encoding="utf-8")
+        said = [text[max(0, m.start() - 30) : m.end() + 30] for m in strangers.finditer(text)]
+        said += [words for words in HINT.findall(text) if re.search(r"(?<![\w./-])lema(?![\w/-])", words)]
+        assert not said, f"{path}: {said}"
+
+
+def test_its_own_metadata_is_not_that_of_another_package_of_the_name(tmp_path: Path) -> None:
+    assert any(entry.value == "lema.cli.app:main" for entry in distribution().entry_points)
+    info = tmp_path / "lema-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lema\nVersion: 9.9\n")
+    code = (
+        "from lema.libraries import distribution as d\ntry: print(d().version)\nexcept Exception as e: print(repr(e))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])},
+    )  # fmt: skip
+    assert done.returncode == 0 and "9.9" not in done.stdout
 
 
 def imported(path: Path) -> set[tuple[str, int]]:

@@ -158,7 +158,7 @@ def test_a_plot_is_drawn(evaluation: Evaluation, tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match=r"cannot be a plot: .*png"):
         plot(evaluation, tmp_path / "e.nothing")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lema\[bench\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'matplotlib>=3\.8'"):
         plot(evaluation, tmp_path / "f.png")
 
 

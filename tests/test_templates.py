@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from data_helpers import CHATML, MARKED, STRIPS_THINKING, chat, encoder, learned_text, make_tokenizer
 from lema.data import ChatRenderer, DataConfig
 from lema.data import template as template_module
-from lema.data.limits import OutOfTimeError, limited
 from lema.data.render import IGNORE
+from lema.data.sandbox import OutOfTimeError, limited
 from lema.errors import ConfigError, InputError
 from lema.reply import Conversation, Reply, Sampling
 from lema.training.run_config import RunConfig

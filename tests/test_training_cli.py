@@ -75,8 +75,11 @@ def test_from_a_model_and_rows_to_an_adapter(
     assert RunConfig.from_yaml(tmp_path / "output" / "final" / "run.yaml").lema.lora_rank == 2
     assert "--resume auto goes on" in lema("train", "run.yaml", *small, status=1).stderr
     assert "finished: 2 steps" in lema("train", "run.yaml", *small, "--resume", "auto").stdout
-    refused = lema("train", "run.yaml", "--set", "lora_rank=2", "--set", "max_steps=3", "--resume", "auto", status=1)
-    assert "max_steps was 2 and is 3" in refused.stderr
+    fewer = lema("train", "run.yaml", "--set", "lora_rank=2", "--set", "max_steps=1", "--resume", "auto", status=1)
+    assert "final has 2 steps, and the run shall have 1 in all: raise max_steps" in fewer.stderr
+    said = lema("train", "run.yaml", "--set", "lora_rank=2", "--set", "max_steps=3", "--resume", "auto").stdout
+    assert "the run has 3 steps now and had 2: the learning rate follows" in said and "finished: 3 steps" in said
+    assert "max_steps counts" not in said and "max_steps=3: optimizer steps" in said
 
 
 def test_an_interrupted_run_says_how_to_go_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lema import LemaConfig
 from lema.data import DataConfig
 from lema.errors import ConfigError, LemaError
 from lema.training.config import TrainingConfig
+from lema.training.meanings import understood
 from lema.training.run_config import ALIASES, RunConfig, owner_of
 from lema.typed import kinds_of
 
@@ -110,7 +112,22 @@ HOSTILE: list[tuple[str | bytes, str]] = [
     (MODEL + "num_train_epochs: 0\n", "num_train_epochs=0.0 must be more than 0"),
     (MODEL + "adam_beta2: 1\n", "adam_beta2=1.0 must be 0 or more and less than 1"),
     (MODEL + "eval_strategy: epochs\n", "did you mean 'epoch'"),
-    (MODEL + "eval_strategy: no\n", "eval_strategy=False must be text"),
+    (MODEL + "eval_strategy: yes\n", "eval_strategy='yes' is unknown: choose one of auto, no"),
+    (MODEL + "strategy: no\n", "strategy=False"),
+    (MODEL + f"seed: {2**70}\n", "line 2: seed=1180591620717411303424 is too large"),
+    (MODEL + f"learning_rate: {2**70}\n", "learning_rate=.* is too large"),
+    (MODEL + f"max_steps: 0x{'f' * 4300}\n", "line 2: max_steps=a number of 17200 bits is too large"),
+    (MODEL + f"weight_decay: 0x{'f' * 4300}\n", "line 2: weight_decay=a number of 17200 bits is too large"),
+    (MODEL + f"run_name: 0x{'f' * 4300}\n", "line 2: run_name=a number of 17200 bits must be text"),
+    (MODEL + "batch_size: 1e300\n", "batch_size=1e.300 is too large"),
+    (MODEL + "sample_prompts: [0x" + "f" * 4300 + "]\n", "a list with such a number must be"),
+    (MODEL + "lora_target_modules: 'q_(proj'\n", r"line 2: lora_target_modules: 'q_\(proj' is not a regular"),
+    (MODEL + "exclude_modules: ['*']\n", r"line 2: exclude_modules: '\*' is not a regular"),
+    (MODEL + "sequence_len: 3\n", "here it is max_seq_length"),
+    (MODEL + "global_batch_size: 3\n", "batch_size x gradient_accumulation_steps"),
+    ("[" * 5000, "nested too deeply"),
+    ("a: " + "{b: " * 5000, "nested too deeply"),
+    ("- " * 9000, "nested too deeply"),
     (MODEL + "load_best_model_at_end: true\neval_strategy: 'no'\n", "needs evaluations"),
     (MODEL + "save_total_limit: 0\n", "save_total_limit=0 must be 1 or more"),
     (MODEL + "on_save_error: ignore\n", "on_save_error='ignore' is unknown"),
@@ -125,6 +142,64 @@ def test_hostile_files(tmp_path: Path, text: str | bytes, said: str) -> None:
     with pytest.raises(LemaError, match=said) as caught:
         read(tmp_path, text)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("strategy", ["no", "off", "false", "No", "OFF", "'no'", "none"])
+def test_words_that_yaml_takes_for_false(tmp_path: Path, strategy: str) -> None:
+    text = MODEL + f"eval_strategy: {strategy}\nsave_strategy: {strategy}\nreport_to: {strategy}\npacking: off\n"
+    run = read(tmp_path, text + "run_name: on\nsample_prompts: [yes, No, y]\nshuffle: no\nhead: chunked\n")
+    assert (run.training.eval_strategy, run.training.save_strategy, run.training.report_to) == ("no", "no", [])
+    assert (run.data.packing, run.data.shuffle, run.training.run_name) == (False, False, "on")
+    assert run.training.sample_prompts == ["yes", "No", "y"]
+    given = read(tmp_path, MODEL, overrides={"eval_strategy": strategy.strip("'"), "report_to": "no", "packing": "no"})
+    assert (given.training.eval_strategy, given.training.report_to) == ("no", [])
+    assert TrainingConfig(eval_strategy=False).eval_strategy == "no"  # type: ignore[arg-type]
+    assert RunConfig.from_yaml(run.save(tmp_path / "again")) == run
+
+
+def test_lists_with_commas(tmp_path: Path) -> None:
+    run = read(tmp_path, MODEL + "report_to: wandb, tensorboard\nlora_target_modules: q_proj, v_proj\n")
+    assert run.training.report_to == ["wandb", "tensorboard"]
+    assert run.lema.lora_target_modules == ["q_proj", "v_proj"]
+    pattern = r"model\.layers\.\d{1,2}\.self_attn\.(q|v)_proj"
+    for given in ({"lora_target_modules": pattern}, {"target_modules": pattern}):
+        assert read(tmp_path, MODEL, overrides=given).lema.lora_target_modules == pattern
+    run = read(tmp_path, MODEL + f"lora_target_modules: '{pattern}'\nexclude_modules: up_proj, .*\\.3\\..*\n")
+    assert run.lema.lora_target_modules == pattern
+    assert run.lema.exclude_modules == r"(?:(?:.*\.)?up_proj)|(?:.*\.3\..*)"
+    assert run.replace(lora_rank=3).lema == LemaConfig(**{**run.lema.to_dict(), "lora_rank": 3})
+    assert read(tmp_path, MODEL, overrides={"exclude_modules": '["a", "b"]'}).lema.exclude_modules == ["a", "b"]
+    assert read(tmp_path, MODEL, overrides={"exclude_modules": "[ab]_proj"}).lema.exclude_modules == "[ab]_proj"
+
+
+def test_numbers_on_the_command_line(tmp_path: Path) -> None:
+    for given in ({"seed": "9" * 5000}, {"seed": str(2**70)}, {"max_steps": "1e300"}, {"ram_budget": "1" * 400},
+                  {"sample_prompts": "[" * 100_000}, {"sample_prompts": f"[{'1' * 5000}]"}):  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            read(tmp_path, MODEL, overrides=given)
+        assert len(str(caught.value)) < 400
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", Path("/dev/zero"), Path("/dev/stdin")):
+        if path.exists() and not path.is_file():
+            with pytest.raises(ConfigError, match="is a pipe or a device, not a file"):
+                RunConfig.from_yaml(path)
+
+
+def test_what_others_mean_otherwise_is_said(tmp_path: Path) -> None:
+    text = MODEL + "micro_batch_size: 2\nbatch_size: 4\ngradient_accumulation_steps: 2\n"
+    said = understood(read(tmp_path, text, overrides={"max_steps": "5"}))
+    assert [line.partition("=")[0] for line in said] == ["max_steps", "micro_batch_size"]
+    assert "A step has 8 rows whatever it is" in said[1] and "Axolotl" in said[1]
+    assert understood(read(tmp_path, MODEL)) == []
+
+
+def test_auto_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lema.config.default_device", lambda: "xpu")
+    assert LemaConfig("m", device="auto").device == "xpu"
+    assert LemaConfig("m", device="Auto").to_dict()["device"] == "xpu"
 
 
 def test_hostile_places(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_trackers_are_told_of_the_end_however_it_comes(
     assert (wandb[-1], trackio[-1]) == ({"exit_code": 0}, {})
     assert [wandb.count("init"), wandb.count({"exit_code": 1}), wandb.count({"exit_code": 0})] == [3, 2, 1]
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(ConfigError, match="pip install trackio"):
+    with pytest.raises(ConfigError, match=r"pip install 'trackio>=0\.20'"):
         train({**settings, "output_dir": str(tmp_path / "d")})
     assert wandb[-1] == {"exit_code": 1}, "the first is ended where the second is missing"
 

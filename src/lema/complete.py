@@ -43,7 +43,7 @@ def problem_of(folder: Path, read: bool = True) -> str | None:
                 return f"{name} is damaged: it has {size} bytes and was saved with {promised['bytes']}"
             if read and _hash(path) != promised["blake2b"]:
                 return f"{name} is damaged: its bytes are not those that were saved"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         return f"its {MARKER} file is damaged: {type(error).__name__}: {error}"
     return None
 

@@ -15,7 +15,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from .accelerator import default_device
 from .errors import ConfigError
+from .json_file import read_object
+from .paths import expanded
+from .targets import as_targets
 from .typed import check_types
 
 __all__ = ["LemaConfig", "MemoryStrategy"]
@@ -26,6 +30,8 @@ _DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp3
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 HEAD_PLACES = ("resident", "streamed", "chunked")
 PLACES = ("device", "host")
+PATHS = ("model_name_or_path", "gbi_path", "adapter_name_or_path", "output_dir")
+"""Settings that are paths, or may be one."""
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -63,7 +69,8 @@ class LemaConfig:
     gbi_path: str | None = None
     """Weights, when they are not where the model is: a `.safetensors` file or a directory."""
     device: str = "cuda"
-    """Where layers are computed: 'cpu', or an accelerator as torch names it: 'cuda', 'cuda:1', 'xpu'."""
+    """Where layers are computed: 'cpu', or an accelerator as torch names it: 'cuda', 'cuda:1', 'xpu'; 'auto': the
+    accelerator that is there, else the CPU, and the field then says which."""
     strategy: MemoryStrategy = MemoryStrategy.STREAMING
     """'streaming' or 'resident', in any case."""
     ram_buffer_size: int = 2
@@ -99,7 +106,13 @@ class LemaConfig:
     lora_dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     lora_target_modules: list[str] | str = field(default_factory=lambda: list(LLAMA_TARGETS))
-    """Module names as PEFT matches them, or 'all-linear'."""
+    """Module names as PEFT matches them, or 'all-linear'. Several may stand in one text with commas between them, and
+    a regular expression is matched with the whole path of a module."""
+    exclude_modules: list[str] | str | None = None
+    """Modules that get no LoRA although they are among the targets, in the same forms."""
+    adapter_name_or_path: str | None = None
+    """Directory of an adapter to train further: its weights, rank, alpha and targets are taken, dropout is the
+    config's. None: a new adapter."""
 
     learning_rate: float = 1e-4
     """Of the AdamW built when no optimizer is given."""
@@ -145,20 +158,22 @@ class LemaConfig:
         self.model_name_or_path = os.fspath(self.model_name_or_path)
         if not isinstance(self.model_name_or_path, str) or not self.model_name_or_path:
             raise ConfigError("model_name_or_path is empty: give a hub id, a directory or a .safetensors file")
-        if self.gbi_path is not None:
-            self.gbi_path = os.fspath(self.gbi_path)
+        for name in ("gbi_path", "adapter_name_or_path"):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.fspath(getattr(self, name)))
         self.output_dir = os.fspath(self.output_dir)
-        self.device = str(self.device)
+        for name in PATHS:
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, expanded(name, value))
+        self.device = default_device() if str(self.device).lower() == "auto" else str(self.device)
         self.dtype = self._parse_dtype(self.dtype)
         if self.attn_implementation not in ATTENTION:
             raise ConfigError(self._one_of("attn_implementation", ATTENTION))
-        if isinstance(self.lora_target_modules, str):
-            if self.lora_target_modules != "all-linear":
-                self.lora_target_modules = [self.lora_target_modules]
-        else:
-            self.lora_target_modules = list(self.lora_target_modules)
-            if self.use_lora and not self.lora_target_modules:
-                raise ConfigError("lora_target_modules is empty: name modules, or say 'all-linear'")
+        self.lora_target_modules = as_targets("lora_target_modules", self.lora_target_modules)
+        if self.use_lora and not self.lora_target_modules:
+            raise ConfigError("lora_target_modules is empty: name modules, or say 'all-linear'")
+        if self.exclude_modules is not None:
+            self.exclude_modules = as_targets("exclude_modules", self.exclude_modules) or None
         check_types(self)
         for name, lowest in (
             ("ram_buffer_size", 1), ("vram_buffer_size", 1), ("lora_rank", 1), ("batch_size", 1),
@@ -204,7 +219,7 @@ class LemaConfig:
     def _check_loss_chunk_size(self) -> None:
         if isinstance(self.loss_chunk_size, str):
             word = self.loss_chunk_size.strip().lower()
-            if word in ("none", "exact"):
+            if word in ("none", "exact", "no", "off", "false"):
                 self.loss_chunk_size = None
             elif word.isdecimal():
                 self.loss_chunk_size = int(word)
@@ -265,10 +280,4 @@ class LemaConfig:
         path = path if path.name == CONFIG_NAME else path / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {directory} is not a directory saved by LEMA")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds {type(values).__name__}, not an object of settings")
-        return cls.from_dict({**values, **overrides})
+        return cls.from_dict({**read_object(path, ConfigError), **overrides})

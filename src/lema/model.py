@@ -19,6 +19,7 @@ from .core.gbi import GlobalBinaryIndex
 from .core.lora import ADAPTER_CONFIG, LoRAManager
 from .core.memory import TripleBufferManager
 from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
+from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
 from .engine.generation import generate, take_end_tokens
 from .engine.guards import guard_peft
@@ -69,6 +70,9 @@ class LemaModel:
         take_end_tokens(self.adapter.causal_lm().module, self._folder)
         if self.lora_manager is not None:
             peft_model = self.lora_manager.attach(self.adapter)
+            if self.config.adapter_name_or_path is not None:
+                check_base_of_adapter(Path(self.config.adapter_name_or_path), self.gbi.fingerprint())
+                self.lora_manager.load_pretrained(self.config.adapter_name_or_path)
             base = getattr(peft_model, "base_model", None)
             if base is not None:
                 peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
@@ -144,7 +148,10 @@ class LemaModel:
         Raises:
             FileNotFoundError: no `lema_config.json` there.
         """
-        model = cls(LemaConfig.from_pretrained(directory, **overrides))
+        config = LemaConfig.from_pretrained(directory, **overrides)
+        if config.adapter_name_or_path is not None:  # where it began; what it came to is here
+            config = config.replace(adapter_name_or_path=os.fspath(directory))
+        model = cls(config)
         if model.lora_manager is not None and (Path(directory) / ADAPTER_CONFIG).is_file():
             model.initialize_lora()
             model.lora_manager.load_pretrained(directory)

@@ -18,6 +18,8 @@ from typing import Any
 from .errors import ConfigError
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+LARGEST = 2**63 - 1
+"""What generators take as a seed, and files as a count."""
 _WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts",
     dict: "names with values",
@@ -66,6 +68,8 @@ def as_type(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     if isinstance(value, bool):
         if bool in kinds:
             return value
+    elif isinstance(value, int) and abs(value) > LARGEST and (int in kinds or float in kinds):
+        raise ConfigError(f"{name}={shortened(value)} is too large a number: {_wanted(kinds)} up to 2**63 - 1 is meant")
     elif isinstance(value, int) and int in kinds:
         return value
     elif isinstance(value, (int, float)) and (float in kinds or int in kinds):
@@ -91,11 +95,29 @@ def parse_text(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
     if bool in kinds or (float in kinds and str not in kinds):
         return _from_text(name, text, kinds)
     if int in kinds and text.removeprefix("-").isdecimal():
-        return int(text)
+        return _whole(name, text)
     if list[str] in kinds:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = split_names(text)
         return parts if len(parts) > 1 or str not in kinds else text
     return text
+
+
+def split_names(text: str) -> list[str]:
+    """Names with commas between them; commas within brackets of any kind belong to a pattern and split nothing."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _whole(name: str, text: str) -> int:
+    if len(text) > 20 or abs(int(text)) > LARGEST:
+        raise ConfigError(f"{name}={shortened(text)} is too large a number")
+    return int(text)
 
 
 def _from_text(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
@@ -104,7 +126,7 @@ def _from_text(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
         if stripped.lower() in _BOOLS:
             return _BOOLS[stripped.lower()]
     elif int in kinds and stripped.removeprefix("-").isdecimal():
-        return int(stripped)
+        return _whole(name, stripped)
     else:
         try:
             return _number(name, float(stripped), kinds)
@@ -131,12 +153,17 @@ def _number(name: str, value: float, kinds: tuple[Any, ...]) -> int | float:
         return float(value)
     if value != int(value):
         raise ConfigError(f"{name}={value} must be a whole number")
+    if abs(value) > LARGEST:
+        raise ConfigError(f"{name}={value} is too large a number")
     return int(value)
 
 
 def shortened(value: Any) -> str:
     """A value for a message, never a page of it."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of more than 4,300 digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a list with such a number"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .paths import expands_paths
+
 if TYPE_CHECKING:
     from ..export.check import Finding
 
@@ -40,6 +42,7 @@ def _adapter() -> None:
 
 
 @adapter.command()
+@expands_paths
 def check(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The adapter's directory.", show_default=False)],
     readers: Annotated[

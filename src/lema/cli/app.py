@@ -6,6 +6,8 @@ another room, until a verb runs: `lema --help` must be quick.
 
 from __future__ import annotations
 
+import os
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +26,7 @@ from .generate import generate
 from .init import init
 from .kaggle import kaggle
 from .merge import merge
+from .paths import expands_paths
 from .plan import plan
 from .prepare import prepare
 from .report import report
@@ -32,7 +35,7 @@ from .train import train
 
 
 class Verbs(TyperGroup):
-    """The verbs. What a user can cause ends in one message and status 1; anything else is our fault, with a traceback.
+    """The verbs. Whatever happens ends in a message and status 1; `LEMA_DEBUG=1` shows the traceback as well.
 
     Usage errors end with status 2 and Ctrl-C with 130, which is typer's doing.
     """
@@ -44,26 +47,38 @@ class Verbs(TyperGroup):
         except BrokenPipeError:  # whoever read the output has had enough; typer ends quietly
             raise
         except (LemaError, OSError) as error:
+            if _debugging():
+                traceback.print_exc()
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except Exception as error:
+            if _debugging() or type(error).__module__.partition(".")[0] in ("typer", "click"):
+                raise
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            typer.echo(
+                f"error: {said[:500]}\nThis was not foreseen, and is LEMA's fault: LEMA_DEBUG=1 before the command "
+                "shows where it happened, which a report of it needs",
+                err=True,
+            )
             raise typer.Exit(1) from error
 
 
 app = typer.Typer(name="lema", cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-app.command("init")(init)
-app.command("plan")(plan)
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("merge")(merge)
-app.command("export")(export)
+app.command("init")(expands_paths(init))
+app.command("plan")(expands_paths(plan))
+app.command("train")(expands_paths(train))
+app.command("eval")(expands_paths(evaluate))
+app.command("generate")(expands_paths(generate))
+app.command("chat")(expands_paths(chat))
+app.command("merge")(expands_paths(merge))
+app.command("export")(expands_paths(export))
 app.add_typer(adapter, name="adapter")
 app.add_typer(data, name="data")
 app.add_typer(kaggle, name="kaggle")
-app.command("report")(report)
-app.command("demo")(demo)
-app.command("prepare")(prepare)
-app.command("doctor")(doctor)
+app.command("report")(expands_paths(report))
+app.command("demo")(expands_paths(demo))
+app.command("prepare")(expands_paths(prepare))
+app.command("doctor")(expands_paths(doctor))
 
 
 def _show_version(wanted: bool) -> None:
@@ -79,6 +94,10 @@ def lema(
     ] = False,
 ) -> None:
     """Fine-tune language models larger than memory: frozen weights stream from disk, layer by layer."""
+
+
+def _debugging() -> bool:
+    return os.environ.get("LEMA_DEBUG", "") not in ("", "0")
 
 
 def main() -> None:

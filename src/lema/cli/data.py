@@ -16,10 +16,13 @@ import typer
 from ..data.config import DataConfig
 from ..errors import ConfigError
 from .data_build import build, validate
+from .paths import expands_paths
+from .plan import _adapter
 from .settings import split_settings
 
 if TYPE_CHECKING:
     from ..data.dataset import TokenDataset
+    from ..data.limits import ModelLimits
     from ..data.survey import Survey
 
 _YAML = (".yaml", ".yml")
@@ -57,11 +60,12 @@ def _data() -> None:
     """
 
 
-data.command("build")(build)
-data.command("validate")(validate)
+data.command("build")(expands_paths(build))
+data.command("validate")(expands_paths(validate))
 
 
 @data.command()
+@expands_paths
 def check(
     file: Annotated[
         str,
@@ -93,8 +97,8 @@ def check(
     for name, value in (("max_seq_length", max_seq_length), ("data_format", data_format)):
         if value is not None:
             given[name] = str(value)
-    config, tokenizer_of, length = _settings(file, model, given)
-    checked = look(config, tokenizer_of, length, limit, quiet=as_json)
+    config, tokenizer_of, length, limits = _settings(file, model, given)
+    checked = look(config, tokenizer_of, length, limit, quiet=as_json, limits=limits)
     if as_json:
         typer.echo(json.dumps([as_dict(one) for one in checked], indent=2))
     else:
@@ -106,13 +110,20 @@ def check(
         raise typer.Exit(1)
 
 
-def look(config: DataConfig, model: str, max_seq_length: int, limit: int | None, quiet: bool = True) -> list[Checked]:
+def look(
+    config: DataConfig, model: str, max_seq_length: int, limit: int | None, quiet: bool = True,
+    limits: ModelLimits | None = None,
+) -> list[Checked]:  # fmt: skip
     """Look at the training file, and at the evaluation file if there is one.
+
+    Args:
+        limits: what the model can take; None: nothing is known of it but its tokenizer.
 
     Raises:
         LemaError: a file cannot be read at all, or model or template have no use.
     """
-    from ..data.load import dataset_of, rows_of
+    from ..data.limits import ModelLimits
+    from ..data.load import dataset_of, held_out_rows, rows_of
     from ..data.render import ChatRenderer
     from ..data.survey import survey
     from ..engine.training import load_tokenizer
@@ -124,7 +135,9 @@ def look(config: DataConfig, model: str, max_seq_length: int, limit: int | None,
         if path is None:
             continue
         rows, kind = rows_of(path, config)
-        dataset = dataset_of(rows, kind, renderer, config, max_seq_length)
+        if path == config.train_file:
+            held_out_rows(config.eval_size, len(rows))
+        dataset = dataset_of(rows, kind, renderer, config, max_seq_length, limits or ModelLimits())
         chosen = _spread(len(rows), limit)
         indices = chosen if quiet or len(chosen) < 2000 else _with_progress(chosen, path)
         found.append(Checked(path, kind, dataset, survey(dataset, indices), config.max_dropped))
@@ -140,22 +153,29 @@ def as_dict(one: Checked) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[DataConfig, str, int]:
-    """Settings of the data, the model and the length: of a run's file, or of the command line alone."""
+def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[DataConfig, str, int, ModelLimits | None]:
+    """Settings of the data, the model, the length and what the model takes: of a run's file, whose other settings are
+    held against it as `lema train` does, or of the command line alone."""
+    from ..engine.training import check_run, limits_of
     from ..training.run_config import RunConfig, parse_overrides
 
     if Path(file).suffix.lower() in _YAML:
         run = RunConfig.from_yaml(file, {**given, **({"model_name_or_path": model} if model is not None else {})})
         if run.data.train_file is None:
             raise ConfigError(f"{file} names no train_file")
-        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length
+        known = limits_of(_adapter(run.lema).causal_lm())
+        check_run(run, known, bool(run.data.eval_file or run.data.eval_size))
+        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, known
     if model is None:
         raise typer.BadParameter(
             "is needed to count tokens, unless FILE is the YAML file of a run", param_hint="--model"
         )
 
     run = RunConfig.from_dict({**parse_overrides(given), "train_file": file, "model_name_or_path": model})
-    return run.data, model, run.lema.max_seq_length
+    limits = limits_of(_adapter(run.lema).causal_lm()) if (Path(model) / "config.json").is_file() else None
+    if limits is not None:
+        limits.check_length(run.lema.max_seq_length)
+    return run.data, model, run.lema.max_seq_length, limits
 
 
 def _spread(rows: int, limit: int | None) -> list[int] | range:

@@ -61,6 +61,10 @@ def export(
 
     with usage_of("--dtype"):
         target = None if dtype is None else parse_dtype(dtype)
+    from ..export.check import check_adapter, refuse_problems
+
+    if to is not Form.PEFT:
+        refuse_problems(checkpoint)
     if to is Form.HF:
         from ..export.merge import merge
         from .merge import show
@@ -72,7 +76,6 @@ def export(
 
         typer.echo(str(export_gguf(checkpoint, output, base=base, dtype=dtype or "float32")))
         return
-    from ..export.check import check_adapter
     from ..export.peft_adapter import export_peft
     from .adapter import show_findings
 

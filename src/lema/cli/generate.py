@@ -92,6 +92,8 @@ def generate(
 
 
 def _prompts_in(file: Path) -> Iterator[str]:
+    if str(file) != "-" and file.exists() and not file.is_file():
+        raise InputError(f"{file} is not a file; - reads prompts from standard input")
     raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     try:
         lines = raw.decode("utf-8").split("\n")
@@ -105,7 +107,7 @@ def _prompts_in(file: Path) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise InputError(f"{file}, line {number} has no text named prompt")

@@ -28,6 +28,7 @@ from .kaggle_options import (
     Title,
     User,
 )
+from .paths import expands_paths
 
 if TYPE_CHECKING:
     from ..kaggle.client import Kernels, Pushed
@@ -46,6 +47,7 @@ def _kaggle() -> None:
 
 
 @kaggle.command()
+@expands_paths
 def build(
     notebook: Name,
     output: Output = None,
@@ -77,6 +79,7 @@ def build(
 
 
 @kaggle.command()
+@expands_paths
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What build wrote.", show_default=False)],
     accelerator: Accelerator = None,
@@ -91,6 +94,7 @@ def push(
 
 
 @kaggle.command()
+@expands_paths
 def status(
     kernel: Annotated[str | None, typer.Argument(metavar="KERNEL", show_default=False)] = None,
     once: Annotated[bool, typer.Option("--once", help="Say where it is now, do not wait.")] = False,
@@ -122,6 +126,7 @@ def status(
 
 
 @kaggle.command()
+@expands_paths
 def logs(
     kernel: Kernel,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the kernel has ended.")] = False,
@@ -142,6 +147,7 @@ def logs(
 
 
 @kaggle.command()
+@expands_paths
 def pull(
     kernel: Kernel,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: the slug.")] = None,
@@ -165,6 +171,7 @@ def pull(
 
 
 @kaggle.command()
+@expands_paths
 def run(
     notebook: Name,
     output: Output = None,

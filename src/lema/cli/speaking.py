@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import LemaConfig
 from ..typed import as_type
 from .settings import parse_settings
 
@@ -84,7 +85,7 @@ def open_speaker(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     overrides: dict[str, Any] = {"strategy": "resident", "device": default_device(), **parse_settings(settings or ())}
-    if overrides["device"] != "cpu":
+    if LemaConfig("any", device=overrides["device"]).device != "cpu":
         overrides.setdefault("vram_budget", "auto")
     given = None if variables is None else as_type("chat_template_kwargs", variables, (dict[str, Any],))
     return Speaker.open(

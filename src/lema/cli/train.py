@@ -101,12 +101,13 @@ def _run(
 ) -> TrainResult | None:
     import dataclasses
 
+    from ..data.load import Data, check_all_rows
     from ..engine.packing import check_packing
     from ..engine.streamer import check_router_loss
     from ..engine.training import load_tokenizer, open_data, train_run
     from ..model import LemaModel
     from ..training.panel import make_view
-    from ..training.run import check_evaluation
+    from ..training.run import RunData, check_start
     from .plan import make
 
     config = _kept_budgets(run.resolved().engine_config().to_dict(), run, start)
@@ -119,8 +120,11 @@ def _run(
             check_router_loss(lm)
         if run.data.packing:  # a model that cannot says so before all rows are counted
             check_packing(lm)
-        data = open_data(run, tokenizer)
-        check_evaluation(run.training, data.eval is not None)
+        trainer = opened.enter_context(LemaModel(resolved)).get_trainer() if dry_run else None
+        data = open_data(run, tokenizer, limits=planned.limits)
+        check_start(RunData(data.train, data.eval), run, start)
+        if dry_run and isinstance(data, Data):
+            check_all_rows(data)
         _say_cost(run, data, planned, start)
         if dry_run:
             return None
@@ -144,6 +148,7 @@ def _kept_budgets(config: dict[str, Any], run: RunConfig, start: Start) -> dict[
 
 def _say_cost(run: RunConfig, data: Any, planned: Planned, start: Start) -> None:
     from ..core.budget import format_bytes
+    from ..training.meanings import understood
     from ..training.panel import duration
     from ..training.schedule import Schedule
 
@@ -176,6 +181,7 @@ def _say_cost(run: RunConfig, data: Any, planned: Planned, start: Start) -> None
                 f"bound by {estimate.bound_by}",
             )
         )
+    lines += [("meaning", text) for text in understood(run)]
     for label, text in lines:
         typer.echo(f"{label:8}{text}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..accelerator import default_device as default_device
 from ..config import DTYPES
 from ..errors import DeviceError
 from . import cuda
@@ -36,12 +37,6 @@ class DeviceMemory:
     def available(self) -> int:
         """What this process could still allocate."""
         return self.free + self.reserved - self.allocated
-
-
-def default_device() -> str:
-    """The kind of the accelerator that is there, as in 'cuda'; 'cpu' without one."""
-    found = _accelerator()
-    return found.type if found is not None else "cpu"
 
 
 def check_device(device: str | torch.device) -> None:

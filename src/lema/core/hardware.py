@@ -99,7 +99,7 @@ class Hardware:
         """The machine `to_json` wrote, or one written by hand. `where` names the text in messages."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{where} holds {type(values).__name__}, not an object")
@@ -233,6 +233,8 @@ _LANE_BYTES_PER_S = {"3": 0.75e9, "4": 1.5e9, "5": 3e9}
 
 
 def _read(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"hardware={str(path)!r} is not a file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,11 +17,14 @@ from typing import Any, Protocol
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..json_file import read_object
+from ..typed import shortened
 
 __all__ = ["LoRAManager"]
 
@@ -165,7 +167,7 @@ class LoRAManager:
 
         Raises:
             FileNotFoundError: no adapter there.
-            CheckpointError: rank, targets or shapes differ from this manager's.
+            CheckpointError: rank, targets or shapes differ from this manager's, or the file cannot be read.
         """
         folder = Path(directory)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -175,7 +177,14 @@ class LoRAManager:
             self._pending = folder
             return
         self._pending = None
-        saved = load_file(folder / ADAPTER_WEIGHTS)
+        try:
+            saved = load_file(folder / ADAPTER_WEIGHTS)
+        except (SafetensorError, OSError) as error:
+            size = (folder / ADAPTER_WEIGHTS).stat().st_size
+            raise CheckpointError(
+                f"{folder / ADAPTER_WEIGHTS} ({size} bytes) cannot be read: {error}; use another checkpoint, "
+                "or save the adapter again"
+            ) from error
         own = self.state_dict()
         expected = {name: tuple(t.shape) for name, t in own.items()}
         found = {name: tuple(t.shape) for name, t in saved.items()}
@@ -233,11 +242,25 @@ class LoRAManager:
 
     @staticmethod
     def settings_from(directory: str | os.PathLike[str]) -> dict[str, Any]:
-        """Settings of a saved adapter, as this class takes them. `FileNotFoundError` without one."""
+        """Settings of a saved adapter, as this class takes them.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: its settings cannot be read, or r, lora_alpha or target_modules are missing.
+        """
         path = Path(directory) / ADAPTER_CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {directory} holds no PEFT adapter")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
+        if values.get("peft_type", "LORA") != "LORA":
+            raise UnsupportedError(f"{path}: is a {values['peft_type']} adapter; only LoRA is understood")
+        for name, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
+            value = values.get(name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not value:
+                said = "missing" if value is None else shortened(value)
+                raise CheckpointError(
+                    f"{path}: {name} is {said}; save the adapter again with PEFT, or set it to what it was trained with"
+                )
         return {name: values[name] for name in (*_PASSED_ON, *_REFUSED) if values.get(name) not in (None, {}, [])}
 
     @contextlib.contextmanager

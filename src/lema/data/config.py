@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from ..paths import expanded
 
 FORMATS = ("auto", "messages", "conversations", "prompt_completion", "instruction", "text")
 TOO_LONG = ("truncate", "drop", "error")
@@ -21,6 +22,8 @@ RESERVED_VARIABLES = frozenset((
     "chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens",
 ))  # fmt: skip
+
+PATHS = ("train_file", "eval_file", "chat_template")
 
 
 @dataclass
@@ -62,13 +65,13 @@ class DataConfig:
     """Of order and held-out rows; None: the run's seed."""
 
     def __post_init__(self) -> None:
-        for name in ("train_file", "eval_file", "chat_template"):
+        for name in PATHS:
             value = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
                 raise ConfigError(f"{name}={value!r} must be a path")
-            setattr(self, name, os.fspath(value))
+            setattr(self, name, expanded(name, os.fspath(value)))
         variables = self.chat_template_kwargs
         if variables is not None:
             if not isinstance(variables, dict) or not all(isinstance(name, str) for name in variables):

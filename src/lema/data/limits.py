@@ -1,107 +1,70 @@
-"""What code of strangers may take: so many seconds, and so much memory.
+"""What a model can take: token ids below its vocabulary, and as many as it has positions.
 
-It knows threads and limits of a process; it knows nothing of what runs under them.
-
-Mechanics. A chat template is a program, and may loop or grow for ever. Time is watched by a thread that raises an
-error in the one that renders, at its next byte code; memory by a limit of the process on its address space, so that
-one operation that asks for gigabytes fails before it takes them. Both are taken back whatever happens.
+It knows encoded rows and two numbers; it knows nothing of models. Rows are held against them one by one as they are
+encoded, so whoever looks at a row, a check before the start or the step itself, is told the same with its place.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import threading
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-_PAGES = Path("/proc/self/statm")
-_LOOKS, _IDLE = 0.05, 5.0  # seconds
-_one_at_a_time = threading.Lock()
+from ..errors import ConfigError, InputError
+from .render import EncodedRow
 
 
-class OutOfTimeError(Exception):
-    """The time is over."""
+@dataclass(frozen=True)
+class ModelLimits:
+    """Of a model whose rows are made here; None: no limit is known."""
+
+    vocabulary: int | None = None
+    """Ids are below it."""
+    positions: int | None = None
+    """Tokens of a row at most."""
+
+    def check_length(self, max_seq_length: int) -> None:
+        """`ConfigError` where rows may have more tokens than the model has positions."""
+        if self.positions is not None and max_seq_length > self.positions:
+            raise ConfigError(
+                f"max_seq_length={max_seq_length} is more than the model's {self.positions} positions; lower it"
+            )
+
+    def padding(self, candidates: Iterable[int | None]) -> int:
+        """The first of these ids that the model has, else 0: padding is masked, so any will do."""
+        return next((i for i in candidates if i is not None and self._has(i)), 0)
+
+    def _has(self, token: int) -> bool:
+        return token >= 0 and (self.vocabulary is None or token < self.vocabulary)
 
 
-class _Watch:
-    """One thread that looks at who runs, and goes when nothing has run for a while: starting one costs too much."""
+class Within:
+    """An encoder whose rows are refused where the model lacks one of their tokens.
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._runs: tuple[int, float] | None = None
-        self.over = False
-
-    def begin(self, seconds: float) -> None:
-        with self.lock:
-            self._runs, self.over = (threading.get_ident(), time.monotonic() + seconds), False
-            if self._thread is None or not self._thread.is_alive():  # gone, or left behind by a fork
-                self._thread = threading.Thread(target=self._look, name="template-watch", daemon=True)
-                self._thread.start()
-
-    def end(self) -> None:
-        with self.lock:
-            self._runs = None
-
-    def _look(self) -> None:
-        idle_since = time.monotonic()
-        while True:
-            time.sleep(_LOOKS)
-            with self.lock:
-                now = time.monotonic()
-                if self._runs is not None:
-                    idle_since, (runner, deadline) = now, self._runs
-                    if now > deadline:
-                        self._runs, self.over = None, True
-                        _raise_in(runner, OutOfTimeError)
-                elif now - idle_since > _IDLE:
-                    self._thread = None
-                    return
-
-
-_watch = _Watch()
-
-
-@contextlib.contextmanager
-def limited(seconds: float, more_bytes: int) -> Iterator[None]:
-    """Run a block for so many seconds, with so many bytes more of address space than there are now.
-
-    Raises:
-        OutOfTimeError: it ran longer.
-        MemoryError: it asked for more.
+    Args:
+        encoder: with `renderer` and `key`; see `RowEncoder`.
     """
-    with _one_at_a_time, _ceiling(more_bytes):
-        try:
-            _watch.begin(seconds)
-            yield
-        finally:
-            _watch.end()
-        if _watch.over:  # in its very last moment: what has not come yet must not come later
-            _raise_in(threading.get_ident(), None)
-            raise OutOfTimeError
 
+    def __init__(self, encoder: Any, limits: ModelLimits) -> None:
+        self._encoder: Callable[[Mapping[str, Any]], EncodedRow] = encoder
+        self._limits = limits
+        self.renderer = encoder.renderer
 
-@contextlib.contextmanager
-def _ceiling(more_bytes: int) -> Iterator[None]:
-    if not _PAGES.exists():  # no Linux: time is watched there, and memory is not
-        yield
-        return
-    import resource
+    @property
+    def key(self) -> str:
+        """The encoder's."""
+        key: str = self._encoder.key  # type: ignore[attr-defined]
+        return key
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    ceiling = int(_PAGES.read_text().split()[0]) * resource.getpagesize() + more_bytes
-    if soft != resource.RLIM_INFINITY:
-        ceiling = min(ceiling, soft)
-    resource.setrlimit(resource.RLIMIT_AS, (ceiling, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _raise_in(thread: int, error: type[Exception] | None) -> None:
-    """Let an error come up in a thread at its next byte code; None: take back one that has not come yet."""
-    raised = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+    def __call__(self, row: Mapping[str, Any]) -> EncodedRow:
+        """The row's ids and labels; `InputError` names the first token that the model has not."""
+        encoded = self._encoder(row)
+        vocabulary = self._limits.vocabulary
+        if vocabulary is not None and encoded.input_ids and max(encoded.input_ids) >= vocabulary:
+            at, token = next((at, i) for at, i in enumerate(encoded.input_ids) if i >= vocabulary)
+            text = self.renderer.tokenizer.convert_ids_to_tokens(token)
+            raise InputError(
+                f"token {at} is {token} ({text!r}), outside the model's vocabulary of {vocabulary} tokens "
+                f"(0..{vocabulary - 1}); is this the model's own tokenizer?"
+            )
+        return encoded

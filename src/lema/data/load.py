@@ -16,6 +16,7 @@ from ..errors import ConfigError, InputError
 from .config import DataConfig
 from .dataset import TokenDataset
 from .encode import INSTRUCTION_SEPARATOR, RowEncoder
+from .limits import ModelLimits, Within
 from .order import split
 from .render import ChatRenderer
 from .rows import Rows, SomeRows
@@ -54,6 +55,7 @@ def load_data(
     train_rows: Any = None,
     eval_rows: Any = None,
     padding_side: str = "right",
+    limits: ModelLimits = ModelLimits(),  # noqa: B008
 ) -> Data:
     """Open, split and check data.
 
@@ -65,6 +67,7 @@ def load_data(
         seed: of the order, unless the settings have one.
         train_rows, eval_rows: rows in Python instead of `train_file` and `eval_file`.
         padding_side: `right` or `left`.
+        limits: what the model can take.
 
     Raises:
         InputError: rows that cannot be learned from, among the first or a sample of all.
@@ -84,10 +87,11 @@ def load_data(
     eval_kind = kind
     if eval_source is not None:
         held_out, eval_kind = rows_of(eval_source, config)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    limits.check_length(max_seq_length)
+    pad = limits.padding((tokenizer.pad_token_id, tokenizer.eos_token_id))
 
     def dataset(rows: Rows, kind: str) -> TokenDataset:
-        return dataset_of(rows, kind, renderer, config, max_seq_length)
+        return dataset_of(rows, kind, renderer, config, max_seq_length, limits)
 
     train = dataset(rows, kind)
     summary: dict[str, Any] = {
@@ -119,25 +123,53 @@ def rows_of(source: Any, config: DataConfig) -> tuple[Rows, str]:
 
 
 def dataset_of(
-    rows: Rows, kind: str, renderer: ChatRenderer, config: DataConfig, max_seq_length: int
-) -> TokenDataset:  # fmt: skip
-    """Rows of a kind, encoded as settings say."""
+    rows: Rows, kind: str, renderer: ChatRenderer, config: DataConfig, max_seq_length: int, limits: ModelLimits
+) -> TokenDataset:
+    """Rows of a kind, encoded as settings say and as the model can take them."""
     encoder = RowEncoder(
         renderer, kind, train_on_prompt=config.train_on_prompt, mask_history=config.mask_history, limit=max_seq_length
     )
     return TokenDataset(
-        rows, encoder, max_seq_length=max_seq_length, too_long=config.too_long, on_bad_row=config.on_bad_row
+        rows,
+        Within(encoder, limits),
+        max_seq_length=max_seq_length,
+        too_long=config.too_long,
+        on_bad_row=config.on_bad_row,
     )
+
+
+def check_all_rows(data: Data) -> None:
+    """Look at every row of training and evaluation, as the steps will.
+
+    Raises:
+        InputError: a bad row, the first, with its place; or more rows would be dropped than `max_dropped` allows.
+    """
+    for stream in (data.train, data.eval):
+        if stream is None:
+            continue
+        found = survey(stream.dataset, range(len(stream.dataset)))
+        if found.bad:
+            raise InputError(
+                f"{found.bad_rows[0]} ({found.bad} of {found.rows} rows are bad; `lema data check` lists them)"
+            )
+        stream.check_dropped(found.dropped, found.rows)
+
+
+def held_out_rows(eval_size: float, rows: int) -> int:
+    """How many of so many rows are held out; `ConfigError` where none would be left to train on."""
+    if not eval_size:
+        return 0
+    count = int(eval_size) if eval_size >= 1 else max(1, round(eval_size * rows))
+    if count >= rows:
+        raise ConfigError(f"eval_size={eval_size:g} holds out {count} of the {rows} rows, and leaves none to train on")
+    return count
 
 
 def _held_out(rows: Rows, config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     """Rows to train on, and those kept for evaluation where `eval_size` asks for some."""
-    size = config.eval_size
-    if not size:
+    count = held_out_rows(config.eval_size, len(rows))
+    if not count:
         return rows, None
-    count = int(size) if size >= 1 else max(1, round(size * len(rows)))
-    if count >= len(rows):
-        raise ConfigError(f"eval_size={size:g} holds out {count} of the {len(rows)} rows, and leaves none to train on")
     train, held_out = split(len(rows), count, seed)
     return SomeRows(rows, train), SomeRows(rows, held_out)
 

@@ -210,6 +210,10 @@ class BatchStream:
             + (f". The first bad row: {self._first_bad}" if self._first_bad else "")
         )  # fmt: skip
 
+    def check_dropped(self, counts: Mapping[str, int], seen: int) -> None:
+        """`InputError` where so many rows, for these reasons, are more than may be dropped of those seen."""
+        self._refuse_above(counts, seen)
+
     def report(self) -> None:
         """Say loudly what the epoch so far left out; of evaluation, whose epochs are all the same, once."""
         dropped, truncated, seen = _dropped(self.counts), self.counts["truncated"], self.counts["rows"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..cache import cache_folder
 from ..errors import ConfigError, InputError
+from ..libraries import how_to_install
 from .rows import Fingerprint, ListRows, Rows
 
 
@@ -81,7 +82,7 @@ def _library(what: object) -> Any:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"reading {what} takes the datasets library: pip install 'datasets>=3', or give the rows as JSONL"
+            f"reading {what} takes the datasets library: {how_to_install('datasets')}, or give the rows as JSONL"
         ) from error
     return datasets
 

@@ -25,8 +25,8 @@ import jinja2.parser
 
 from ..errors import ConfigError, InputError
 from .config import RESERVED_VARIABLES
-from .limits import OutOfTimeError, limited
 from .messages import Message
+from .sandbox import OutOfTimeError, limited
 from .thinking import count_tags, with_field
 
 VARIABLES = "lema_template_variables"  # their name in tokenizer_config.json

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ..libraries import distribution
 from .facts import Device, Facts, Hub, Library, Memory, Place, Rates, Torch
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -66,11 +67,12 @@ def gather(model: str | None = None, output_dir: str = "output", measure: bool =
     )
 
 
-def _requirements(package: str = "lema") -> tuple[str, tuple[Library, ...]]:
-    """Bounds on Python, and libraries, of an installed package as its metadata has them."""
-    bounds = importlib.metadata.metadata(package)["Requires-Python"] or ""
+def _requirements() -> tuple[str, tuple[Library, ...]]:
+    """Bounds on Python, and libraries, of this package as its metadata has them."""
+    own = distribution()
+    bounds = own.metadata["Requires-Python"] or ""
     libraries = []
-    for text in importlib.metadata.requires(package) or ():
+    for text in own.requires or ():
         wanted = Requirement(text)
         extra = "extra" in str(wanted.marker or "")
         if extra and any(name in str(wanted.marker) for name in ("'dev'", '"dev"', "'bench'", '"bench"')):

@@ -156,6 +156,8 @@ def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBi
 
 def lora_settings(config: LemaConfig, adapter: LemaModelAdapter) -> dict[str, Any]:
     """The config's LoRA settings as `LoRAManager` takes them."""
+    if config.adapter_name_or_path is not None:
+        return {**LoRAManager.settings_from(config.adapter_name_or_path), "dropout": config.lora_dropout}
     targets = config.lora_target_modules
     if targets == list(LLAMA_TARGETS) and adapter.default_target_modules is not None:
         targets = list(adapter.default_target_modules)
@@ -164,6 +166,7 @@ def lora_settings(config: LemaConfig, adapter: LemaModelAdapter) -> dict[str, An
         "alpha": config.lora_alpha,
         "dropout": config.lora_dropout,
         "target_modules": targets,
+        "exclude_modules": config.exclude_modules,
     }
 
 

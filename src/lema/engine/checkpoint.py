@@ -18,6 +18,7 @@ from ..complete import problem_of
 from ..config import LemaConfig
 from ..core.lora import LoRAManager
 from ..errors import CheckpointError
+from ..json_file import read_object
 from .base_config import check_config
 from .files import replaced_directory
 from .randomness import random_states, restore_random_states
@@ -136,6 +137,17 @@ def check_base(folder: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) 
         f"{folder} was trained on other base weights: {'; '.join(differ)}. Give the weights it was trained on, or "
         "start a new run in another output_dir"
     )
+
+
+def check_base_of_adapter(folder: Path, here: Mapping[str, Any]) -> None:
+    """As `check_base`, for an adapter to go on from, where it notes the base that it was trained on."""
+    path = folder / TRAINER_STATE
+    if not path.is_file():
+        return
+    own = read_object(path).get("lema")
+    noted = own.get("base_weights") if isinstance(own, dict) else None
+    if isinstance(noted, dict) and {*noted} == {*here}:
+        check_base(folder, noted, here)
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -88,6 +88,10 @@ class TrainerMachine:
         self.trainer.global_step = number
         return loss
 
+    def drop_step(self) -> None:
+        """Drop loads and gradients of a step that was left anywhere, even while it was cleared up."""
+        self.trainer.drop_step()
+
     def evaluate(self, inputs: Mapping[str, Any]) -> tuple[float, int, int]:
         """See `evaluate_batch`."""
         return evaluate_batch(self.trainer, inputs)

@@ -292,6 +292,11 @@ class LemaTrainer(Resumable):
             self._masters.drop_gradients()
         self._window.reset()
 
+    def drop_step(self) -> None:
+        """Stop every reader and forget the gradients of a step that cannot be gone on with."""
+        self.memory.abort()
+        self.discard_window()
+
     @contextlib.contextmanager
     def whole_windows(self) -> Iterator[None]:
         """Inside the block each `train_step` is one optimizer step, and when to save is somebody else's decision.
@@ -384,9 +389,7 @@ class LemaTrainer(Resumable):
             with explained(self.config.device, self.memory.plan):
                 yield outcome
         except BaseException:
-            self.memory.abort()
-            if training:
-                self.discard_window()
+            self.drop_step() if training else self.memory.abort()
             raise
         targets = batch.num_targets if batch is not None else 0
         used = self.memory.stats - before

@@ -17,14 +17,17 @@ import torch
 
 from ..data import Data, load_data
 from ..data.config import DataConfig
+from ..data.limits import ModelLimits
 from ..errors import ConfigError, WeightsNotFoundError
+from ..models.causal_lm import CausalLM
 from ..models.folder import refuse_other_folders
 from ..strangers import code_in, refuse_special_files, tell_of_code
 from ..training.checkpoints import CheckpointFolder
 from ..training.config import TrainingConfig
 from ..training.panel import View, make_view
+from ..training.reporters import check_reporters
 from ..training.result import TrainResult
-from ..training.run import RunData, run_training
+from ..training.run import RunData, check_evaluation, run_training
 from ..training.run_config import RunConfig
 from ..training.sampling import Sampler
 from ..training.start import Start, choose_start
@@ -71,7 +74,7 @@ def train_with(
             tokenizer = load_tokenizer(trainer.config.model_name_or_path)
         if run.data.packing:
             check_packing(trainer.lm)  # before all rows are counted for it
-        loaded = open_data(run, tokenizer, dataset, eval_dataset)
+        loaded = open_data(run, tokenizer, dataset, eval_dataset, limits_of(trainer.lm))
         return train_run(trainer, run, loaded, tokenizer, folder, start, make_view(plain), callbacks)
     finally:
         folder.close()
@@ -91,11 +94,8 @@ def train_run(
         sampler = Sampler(
             tokenizer, ask, run.training.sample_prompts, run.training.sample_max_new_tokens, sorted(ends)
         )  # fmt: skip
-    limit = trainer.lm.max_positions
-    if limit is not None and run.lema.max_seq_length > limit and isinstance(data, Data):
-        raise ConfigError(
-            f"max_seq_length={run.lema.max_seq_length} is more than the model's {limit} positions; lower it"
-        )
+    if isinstance(data, Data):
+        limits_of(trainer.lm).check_length(run.lema.max_seq_length)
     if start.checkpoint is None:
         _seed(run.lema.seed)
     with trainer.whole_windows():
@@ -106,14 +106,36 @@ def train_run(
         )  # fmt: skip
 
 
-def open_data(run: RunConfig, tokenizer: Any, dataset: Any = None, eval_dataset: Any = None) -> Data | RunData:
+def check_run(run: RunConfig, limits: ModelLimits, has_evaluation: bool) -> None:
+    """What is refused before a row is read: `lema train`, its dry run and `lema data check RUN.YAML` all ask here.
+
+    Raises:
+        ConfigError: rows longer than the model takes, evaluations without rows, trackers that are not installed.
+    """
+    limits.check_length(run.lema.max_seq_length)
+    check_evaluation(run.training, has_evaluation)
+    check_reporters(run.training.report_to)
+
+
+def limits_of(lm: CausalLM) -> ModelLimits:
+    """What a model can take."""
+    return ModelLimits(lm.vocab_size, lm.max_positions)
+
+
+def open_data(
+    run: RunConfig, tokenizer: Any, dataset: Any = None, eval_dataset: Any = None,
+    limits: ModelLimits = ModelLimits(),  # noqa: B008
+) -> Data | RunData:  # fmt: skip
     """Batches of what was given; without it, of the configuration's files."""
+    has_evaluation = bool(run.data.eval_file or run.data.eval_size or eval_dataset is not None)
+    if not _has_batches(dataset):
+        check_run(run, limits, has_evaluation)
     if dataset is None or isinstance(dataset, (str, os.PathLike)) or not _has_batches(dataset):
         named = isinstance(dataset, (str, os.PathLike))
         config = run.replace(train_file=os.fspath(dataset)).data if named else run.data
         return load_data(
             config, tokenizer, max_seq_length=run.lema.max_seq_length, rows_per_step=run.rows_per_step,
-            seed=run.lema.seed, train_rows=None if named else dataset, eval_rows=eval_dataset,
+            seed=run.lema.seed, train_rows=None if named else dataset, eval_rows=eval_dataset, limits=limits,
         )  # fmt: skip
     if isinstance(dataset, (Data, RunData)):
         return dataset

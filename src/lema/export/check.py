@@ -25,6 +25,9 @@ from .lora_layers import PREFIX, SAFE_STARTS, copies_of_base
 READERS = ("PEFT", "vLLM", "llama.cpp")
 _MAX_RANK = 16  # of vLLM unless --max-lora-rank says more
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+_PICKLED = "adapter_model.bin"
+_AGAIN = "load the adapter with PEFT and save it again"
+_OTHER_COPY = f"{_AGAIN}: {_PICKLED} beside it may be the only copy that is whole"
 _BY_CONVERTER = "use `lema export --to gguf-adapter`, which writes the right scale"
 
 
@@ -56,6 +59,13 @@ def check_adapter(folder: str | os.PathLike[str]) -> list[Finding]:
     return sorted(found, key=lambda finding: READERS.index(finding.reader))
 
 
+def refuse_problems(folder: str | os.PathLike[str]) -> None:
+    """`CheckpointError` where PEFT would not take an adapter: what `lema adapter check` calls a problem of PEFT's."""
+    for finding in check_adapter(folder):
+        if finding.reader == "PEFT" and finding.level == "problem":
+            raise CheckpointError(f"{folder}: {finding.what}; {finding.advice}")
+
+
 def _settings(folder: Path, settings: dict[str, Any]) -> Iterator[Finding]:
     if settings.get("peft_type") != "LORA":
         yield Finding("PEFT", "problem", f"peft_type is {settings.get('peft_type')!r}", "only LoRA is understood here")
@@ -65,6 +75,12 @@ def _settings(folder: Path, settings: dict[str, Any]) -> Iterator[Finding]:
     except (TypeError, ValueError, KeyError) as error:
         yield Finding("PEFT", "problem", f"{ADAPTER_CONFIG} is refused: {error}", "save the adapter again")
         return
+    for name in ("r", "lora_alpha"):
+        value = settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            what = f"{ADAPTER_CONFIG} has {name}={value!r}, and PEFT's default need not be what it was trained with"
+            yield Finding("PEFT", "problem", what, f"set {name} to what it was trained with")
+            return
     yield Finding("PEFT", "ok", f"{ADAPTER_CONFIG}: LoRA, r={settings.get('r')}, alpha={settings.get('lora_alpha')}")
     if not settings.get("target_modules") and not settings.get("target_parameters"):
         yield Finding("PEFT", "problem", "no target_modules, so nothing would be loaded", "name the modules")
@@ -86,16 +102,17 @@ def _settings(folder: Path, settings: dict[str, Any]) -> Iterator[Finding]:
             "PEFT", "warning", f"init_lora_weights={settings['init_lora_weights']!r} needs a changed base",
             "save it with path_initial_model_for_weight_conversion",
         )  # fmt: skip
-    if (folder / "adapter_model.bin").is_file():
-        yield Finding("PEFT", "warning", "there is a pickled adapter_model.bin as well", "remove it")
 
 
 def _tensors(folder: Path, settings: dict[str, Any]) -> Iterator[Finding]:
     try:
         saved = GlobalBinaryIndex(folder / ADAPTER_WEIGHTS)
     except WeightsError as error:
-        yield Finding("PEFT", "problem", str(error), "load the adapter with PEFT and save it again")
+        yield Finding("PEFT", "problem", str(error), _OTHER_COPY if (folder / _PICKLED).is_file() else _AGAIN)
         return
+    if (folder / _PICKLED).is_file():
+        what = f"there is a pickled {_PICKLED} as well, which some readers may take instead"
+        yield Finding("PEFT", "warning", what, "export it, which leaves that file out; keep it until you have compared")
     with saved:
         whole = copies_of_base(saved)
         keys = [key for key in saved.keys if key not in whole]

@@ -22,6 +22,7 @@ from ..core.gbi import GlobalBinaryIndex
 from ..core.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..engine.checkpoint import check_base
 from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..json_file import read_object
 from ..model import _local
 from ..models.registry import get_adapter
 from ..models.transformers_adapter import TransformersAdapter
@@ -174,10 +175,4 @@ def read_settings(folder: Path) -> dict[str, Any]:
         inside = sorted(found.parent.name for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f"; there are {', '.join(str(folder / name) for name in inside)}" if inside else ""
         raise CheckpointError(f"{path} does not exist: {folder} holds no PEFT adapter{hint}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, not an object of settings")
-    return values
+    return read_object(path)

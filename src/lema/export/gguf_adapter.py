@@ -20,6 +20,7 @@ import torch
 
 from ..core.gbi import GlobalBinaryIndex
 from ..errors import ConfigError, UnsupportedError, WeightsError
+from ..libraries import how_to_install
 from ..utils.safetensors_writer import sync_directory
 from .checkpoint import Checkpoint
 from .lora_layers import Target, copies_of_base, find_targets
@@ -57,7 +58,7 @@ def export_gguf(
     """
     path = Path(output)
     if importlib.util.find_spec("gguf") is None:
-        raise WeightsError("Writing GGUF needs the gguf package. Install it: pip install 'lema[gguf]'.")
+        raise WeightsError(f"Writing GGUF needs the gguf package. Install it: {how_to_install('gguf')}.")
     if dtype not in _TYPES:
         raise ConfigError(f"dtype={dtype!r}: llama.cpp takes adapters in {' or '.join(_TYPES)}")
     if path.exists() or path.suffix != ".gguf":

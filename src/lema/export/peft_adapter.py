@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ..core.lora import ADAPTER_WEIGHTS
 from ..utils.model_utils import parse_dtype
+from .check import refuse_problems
 from .checkpoint import Checkpoint
 from .staging import staged
 from .surroundings import copy_tokenizer, write_adapter_card
@@ -38,6 +39,7 @@ def export_peft(
         ConfigError: the output exists, or nothing says what the base is.
     """
     source = Checkpoint.open(checkpoint, base)
+    refuse_problems(source.folder)
     target = None if dtype is None else parse_dtype(dtype)
     config = source.lora_config()
     config.inference_mode, config.base_model_name_or_path = True, source.base

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from ..errors import KaggleError
+from ..libraries import how_to_install
 
 
 @contextlib.contextmanager
@@ -13,12 +14,12 @@ def kaggle_extra() -> Iterator[None]:
     """Around imports of packages of the extra.
 
     Raises:
-        KaggleError: one is missing; names the extra and the Python it needs.
+        KaggleError: one is missing; says how to get it and the Python it needs.
     """
     try:
         yield
     except ImportError as error:
         raise KaggleError(
-            f"{error.name or error} is not installed. Run: pip install 'lema[kaggle]' (the official client needs "
-            "Python 3.11 or newer)"
+            f"{error.name or error} is not installed. Run: {how_to_install('kaggle', 'nbformat', 'requests')} (the "
+            "official client needs Python 3.11 or newer)"
         ) from error

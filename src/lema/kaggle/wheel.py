@@ -17,8 +17,10 @@ from pathlib import Path
 import lema
 
 from ..errors import KaggleError
+from ..libraries import DISTRIBUTION, distribution
 
 PACKAGE = "lema"
+_FILE = DISTRIBUTION.replace("-", "_")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _LEFT_OUT = ("__pycache__", "benchmarks")  # these only the notebook that runs them carries
 
@@ -40,19 +42,19 @@ def build_wheel(compressed: bool = True) -> tuple[str, bytes]:
         KaggleError: the package was put on the path without being installed: what it needs is not known then.
     """
     try:
-        distribution = metadata.distribution(PACKAGE)
+        installed = distribution()
     except metadata.PackageNotFoundError as error:
         raise KaggleError("lema is not installed, only on the path: run pip install (-e) first") from error
     version = lema.__version__
-    info = f"{PACKAGE}-{version}.dist-info"
-    described = _with_version(distribution.read_text("METADATA") or "", version)
+    info = f"{_FILE}-{version}.dist-info"
+    described = _with_version(installed.read_text("METADATA") or "", version)
     files = [*package_files(), (f"{info}/METADATA", described.encode())]
     files.append((f"{info}/WHEEL", b"Wheel-Version: 1.0\nGenerator: lema\nRoot-Is-Purelib: true\nTag: py3-none-any\n"))
-    if entry_points := distribution.read_text("entry_points.txt"):
+    if entry_points := installed.read_text("entry_points.txt"):
         files.append((f"{info}/entry_points.txt", entry_points.encode()))
     lines = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in files]
     files.append((f"{info}/RECORD", "\n".join([*lines, f"{info}/RECORD,,", ""]).encode()))
-    return f"{PACKAGE}-{version}-py3-none-any.whl", zipped(files, compressed)
+    return f"{_FILE}-{version}-py3-none-any.whl", zipped(files, compressed)
 
 
 def zipped(files: Iterable[tuple[str, bytes]], compressed: bool = True) -> bytes:
@@ -71,7 +73,8 @@ def _is_left_out(path: Path) -> bool:
 
 
 def _with_version(text: str, version: str) -> str:
-    """An editable install keeps the version it was installed at; the sources may be newer."""
+    """An editable install keeps the name and version it was installed at; the sources may be newer."""
+    text = re.sub(r"^Name: .*$", f"Name: {DISTRIBUTION}", text, count=1, flags=re.MULTILINE)
     return re.sub(r"^Version: .*$", f"Version: {version}", text, count=1, flags=re.MULTILINE)
 
 

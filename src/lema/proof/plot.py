@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..libraries import how_to_install
 from .evaluate import Evaluation
 from .score import Share
 
@@ -26,7 +27,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ConfigError(
-            f"a plot needs matplotlib, which cannot be imported ({error}): pip install 'lema[bench]'"
+            f"a plot needs matplotlib, which cannot be imported ({error}): {how_to_install('matplotlib')}"
         ) from error
     kinds = FigureCanvasBase.get_supported_filetypes()
     kind = os.path.splitext(path)[1].removeprefix(".").lower()

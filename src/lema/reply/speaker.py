@@ -5,7 +5,6 @@ It knows where a run, an adapter or a model keeps these; how layers come into me
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -21,6 +20,7 @@ from ..data.render import ChatRenderer
 from ..engine.generation import end_tokens
 from ..engine.training import load_tokenizer
 from ..errors import ConfigError, InputError
+from ..json_file import read_object
 from ..model import LemaModel
 from .answer import Reply, Teller, reply_of
 from .sampling import Sampling
@@ -195,6 +195,8 @@ def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, 
     """Settings for what lies in a folder."""
     if (folder / CONFIG_NAME).is_file():
         config = LemaConfig.from_pretrained(folder)
+        if config.adapter_name_or_path is not None:  # where it began; what it came to is here
+            config = config.replace(adapter_name_or_path=str(folder))
         named = {"model_name_or_path": base, "gbi_path": None} if base is not None else {}
         # budgets and decisions were for training steps
         planned = dict.fromkeys(
@@ -206,17 +208,12 @@ def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, 
         if base is not None:
             raise ConfigError(f"{given} holds no adapter ({ADAPTER_CONFIG} is missing), so there is no use for a base")
         return LemaConfig(given, use_lora=False, **{**_own_dtype(given), **overrides})
-    try:
-        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{folder / ADAPTER_CONFIG} is not valid JSON: {error}") from error
-    name = base or values.get("base_model_name_or_path")
-    if not name:
+    settings = LoRAManager.settings_from(folder)
+    name = base or read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
         raise ConfigError(f"{folder / ADAPTER_CONFIG} does not say which model it is for: name it with --base")
-    return LemaConfig(
-        name, lora_rank=values["r"], lora_alpha=values["lora_alpha"], lora_target_modules=values["target_modules"],
-        **{**_own_dtype(name), **overrides},
-    )  # fmt: skip
+    own = {"rank": settings["r"], "alpha": settings["lora_alpha"], "target_modules": settings["target_modules"]}
+    return LemaConfig(name, **{**{f"lora_{k}": v for k, v in own.items()}, **_own_dtype(name), **overrides})
 
 
 def _own_dtype(name: str) -> dict[str, str]:

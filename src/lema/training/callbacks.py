@@ -78,7 +78,9 @@ def arguments(settings: Mapping[str, Any], strategies: Mapping[str, str]) -> Arg
         "logging_strategy": "steps",
         "logging_first_step": False,
         "logging_dir": f"{settings['output_dir']}/runs",
-        "save_strategy": "steps" if settings["save_steps"] > 0 else "no",
+        "save_strategy": "no"
+        if settings["save_steps"] <= 0 and settings["save_strategy"] == "steps"
+        else settings["save_strategy"],
         "eval_delay": 0,
         "disable_tqdm": True,
         "should_log": True,

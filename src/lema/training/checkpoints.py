@@ -6,7 +6,6 @@ It knows names and completeness; it knows nothing of what is in a checkpoint.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -17,11 +16,13 @@ from typing import Any
 
 from ..complete import problem_of
 from ..errors import CheckpointError, ConfigError
+from ..json_file import read_object
 
 FINAL = "final"
 _LOCK = ".lock"
 TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_OF_A_RUN = re.compile(r"\.(tokenizer|run\.yaml|data_summary\.json)\.\d+\.tmp")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\..+\.(tmp|old|removed)")
 
 
@@ -85,6 +86,12 @@ class CheckpointFolder:
         """Where the last save goes."""
         return self.folder / FINAL
 
+    def aside(self, name: str) -> Path:
+        """A new folder in here for the time of the run; what a killed run left of it, `open` clears."""
+        path = self.folder / f".{name}.{os.getpid()}.tmp"
+        path.mkdir(parents=True)
+        return path
+
     def all(self) -> list[Path]:
         """Every folder with a checkpoint's name, whole or not, the newest first."""
         if not self.folder.is_dir():
@@ -145,6 +152,9 @@ class CheckpointFolder:
     def _clear_leftovers(self) -> list[str]:
         cleared = []
         for path in sorted(self.folder.iterdir()):
+            if _OF_A_RUN.fullmatch(path.name):  # of its time only: nothing is lost with it, and nothing said
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                continue
             match = _LEFTOVER.fullmatch(path.name)
             if match is None or not path.is_dir():
                 continue
@@ -166,11 +176,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     if (problem := problem_of(checkpoint)) is not None:
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {problem}; use an earlier one")
-    try:
-        values = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / TRAINER_STATE} cannot be read: {error}") from error
-    if not isinstance(values, dict) or "run" not in values.get("lema", {}):
+    values = read_object(checkpoint / TRAINER_STATE)
+    if not isinstance(own := values.get("lema"), dict) or "run" not in own:
         raise CheckpointError(
             f"{checkpoint} was saved by train_step alone, without a training run around it: load it with "
             "LemaModel.get_trainer(resume_from=...)"

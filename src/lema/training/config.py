@@ -9,11 +9,13 @@ import difflib
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
-from ..typed import check_types
+from ..typed import check_types, split_names
 
 SCHEDULES = ("linear", "cosine", "constant")
 _SCHEDULE_ALIASES = {"constant_with_warmup": "constant"}
 STRATEGIES = ("auto", "no", "steps", "epoch")
+SAVE_STRATEGIES = ("no", "steps", "epoch")
+_OFF = ("false", "off", "n", "never", "none", "no")
 ON_SAVE_ERROR = ("stop", "continue")
 METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
 REPORTERS = ("none", "tensorboard", "wandb", "trackio")
@@ -70,21 +72,27 @@ class TrainingConfig:
     sample_max_new_tokens: int = 64
     """Tokens an answer to a sample prompt has at most."""
 
+    save_strategy: str = "steps"
+    """steps: every `save_steps`; epoch: after every epoch; no: only at the end, and where a run is stopped."""
     save_total_limit: int | None = 3
     """Checkpoints kept; the newest and the best are never removed. None: all."""
     on_save_error: str = "stop"
     """stop or continue, when a checkpoint cannot be written (a full disk); the one before stays either way."""
 
     def __post_init__(self) -> None:
+        for name, off in (("eval_strategy", "no"), ("save_strategy", "no"), ("report_to", "none")):
+            if (value := getattr(self, name)) is False or (isinstance(value, str) and value.lower() in _OFF):
+                setattr(self, name, off)
         check_types(self)
         self.lr_scheduler_type = _SCHEDULE_ALIASES.get(self.lr_scheduler_type, self.lr_scheduler_type)
         for name in ("report_to", "sample_prompts"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else list(value))
-        self.report_to = [name for name in self.report_to if name != "none"]
+        self.report_to = [name for text in self.report_to for name in split_names(text) if name.lower() not in _OFF]
         for name, choices in (
             ("lr_scheduler_type", SCHEDULES),
             ("eval_strategy", STRATEGIES),
+            ("save_strategy", SAVE_STRATEGIES),
             ("on_save_error", ON_SAVE_ERROR),
             ("metric_for_best_model", METRICS),
         ):

@@ -33,8 +33,9 @@ class LastGood:
         self._kept = None
 
     def go_back(self) -> None:
-        """Put counters, data and random states there, after the step under way was left."""
+        """Put counters, data and random states there, after the step under way was left, and drop what it made."""
         assert self._kept is not None
+        self._machine.drop_step()
         state, cursor, random = self._kept
         for name, value in vars(state).items():
             setattr(self._state, name, value)

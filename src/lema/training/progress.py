@@ -59,7 +59,13 @@ class Progress:
     @property
     def save_due(self) -> bool:
         """Whether to save after this step."""
-        return self.save_steps > 0 and self.state.global_step % self.save_steps == 0
+        if self.config.save_strategy == "epoch":
+            return self.schedule.ends_epoch(self.state.global_step)
+        return (
+            self.config.save_strategy == "steps"
+            and self.save_steps > 0
+            and self.state.global_step % self.save_steps == 0
+        )
 
     def count_loss(self, loss: float, targets: int) -> None:
         """A step's mean loss, towards the next entry of the log."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..libraries import how_to_install
 from .callbacks import TrainerCallback
 
 _PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -55,14 +56,24 @@ def reporting(names: Sequence[str], folder: Path, run_name: str, settings: Mappi
         yield made
 
 
-def _reporter(name: str, folder: Path, run_name: str, settings: Mapping[str, Any]) -> Reporter:
+def check_reporters(names: Sequence[str]) -> None:
+    """`ConfigError` where a package of one of these is not installed; says how to get it."""
+    for name in names:
+        _module(name)
+
+
+def _module(name: str) -> Any:
     try:
-        module = importlib.import_module(_PACKAGES[name])
+        return importlib.import_module(_PACKAGES[name])
     except ImportError as error:
         raise ConfigError(
-            f"report_to={name} needs a package that is not installed ({error}): pip install {name}, or set report_to "
-            "to none; metrics.jsonl is written in any case"
+            f"report_to={name} needs a package that is not installed ({error}): {how_to_install(name)}, or set "
+            "report_to to none; metrics.jsonl is written in any case"
         ) from error
+
+
+def _reporter(name: str, folder: Path, run_name: str, settings: Mapping[str, Any]) -> Reporter:
+    module = _module(name)
     if name == "tensorboard":
         return TensorBoard(module.SummaryWriter(str(folder / "runs" / run_name)))
     kind = Wandb if name == "wandb" else Trackio

@@ -21,37 +21,52 @@ _FREE = {
     "num_readers", "prefetch_depth", "max_nonfinite_steps", "logging_steps", "report_to", "run_name", "eval_strategy",
     "eval_steps", "load_best_model_at_end", "early_stopping_patience",
     "sample_prompts", "sample_max_new_tokens", "save_total_limit", "on_save_error", "max_dropped", "max_train_hours",
+    "save_strategy", "adapter_name_or_path",
+    # How rows are cut: the same sums in other pieces, which differ in their last bits.
+    "batch_size", "gradient_accumulation_steps", "micro_batch_size", "loss_chunk_size", "head",
 }  # fmt: skip
-_NOW_CALLED = {"loss_chunk_size": (None, "auto"), "leave_out_router_loss": (None, False)}
-"""What was the default once, and is it no longer, or what there was no setting for, beside what is: a run that set
-neither goes on."""
+_NOW_THERE = {"leave_out_router_loss": False, "on_bad_row": "error"}
+"""Settings that a run may have been saved without, and what they were then."""
 _LENGTH = ("max_steps", "num_train_epochs")
 
 
 def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that numbers depend on."""
-    return {name: value for name, value in settings.items() if name not in _FREE}
+    """The settings that numbers depend on, with the rows of a step for the two whose product they are."""
+    rows = settings.get("batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
+    found = {name: value for name, value in settings.items() if name not in (*_FREE, *_LENGTH)}
+    return {**found, "batch_size x gradient_accumulation_steps": rows}
 
 
 def check_resume(checkpoint: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """`CheckpointError` unless a checkpoint's settings and those of now give the same numbers; says which differ."""
-    before, now = compared(saved), compared(settings)
-    differ = [
-        name
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and (before.get(name), now.get(name)) != _NOW_CALLED.get(name)
-    ]
-    warmup = now.get("warmup_steps", 0)
-    if now.get("lr_scheduler_type") == "constant" and (warmup == 0 or warmup >= 1):
-        differ = [name for name in differ if name not in _LENGTH]  # a longer run begins like a shorter one
+    before, now = compared({**_NOW_THERE, **saved}), compared(settings)
+    differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if differ:
         listed = ", ".join(
             f"{name} was {shortened(before.get(name))} and is {shortened(now.get(name))}" for name in differ
         )
         raise CheckpointError(
             f"{checkpoint} cannot be gone on from: {listed}. Give the settings it was trained with, or start a new "
-            "run in another output_dir"
+            "run in another output_dir. Length (max_steps, num_train_epochs), paths, places and budgets, what is "
+            "logged, evaluated and saved may differ, and how the same rows are cut (batch_size, "
+            "gradient_accumulation_steps, micro_batch_size)"
         )
+
+
+def other_length(saved: Mapping[str, Any], settings: Mapping[str, Any], before: int, now: int) -> str | None:
+    """What another length of the run means for its learning rate; None where it means nothing.
+
+    Args:
+        before, now: steps in all.
+    """
+    warmup = settings.get("warmup_steps", 0)
+    begins_alike = settings.get("lr_scheduler_type") == "constant" and (warmup == 0 or warmup >= 1)
+    if before == now or begins_alike:
+        return None
+    return (
+        f"the run has {now} steps now and had {before}: the learning rate follows the {settings['lr_scheduler_type']} "
+        f"schedule of {now} steps from here on, so this is not the run that {now} steps from the start would have been"
+    )
 
 
 def numerics_changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

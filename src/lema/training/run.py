@@ -22,7 +22,7 @@ from .panel import View
 from .progress import Progress
 from .reporters import reporting
 from .result import FINISHED, TrainResult
-from .resume import check_resume, numerics_changed
+from .resume import check_resume, numerics_changed, other_length
 from .run_config import RunConfig
 from .sampling import Sampler
 from .saving import Saver
@@ -62,19 +62,12 @@ def run_training(
         NonFiniteError: too many steps in a row were not finite.
     """
     training = config.training
-    check_evaluation(training, data.eval is not None)
-    schedule = Schedule.of(training, data.train.steps_per_epoch)
-    if start.finished and start.checkpoint is not None:
-        if schedule.max_steps <= start.state["max_steps"]:
-            check_resume(start.checkpoint, start.state["lema"]["run"]["settings"], config.to_dict())
-            saved = TrainerState.from_dict(start.state)
-            return TrainResult(FINISHED, saved.global_step, start.checkpoint, saved.summary())
-        if start.state["lema"]["run"].get("holds_best"):
-            raise CheckpointError(
-                f"{start.checkpoint} holds the best adapter, not the last: resume from a checkpoint-N"
-            )
+    schedule = check_start(data, config, start)
+    if start.checkpoint is not None and _is_over(start, schedule):
+        saved = TrainerState.from_dict(start.state)
+        return TrainResult(FINISHED, saved.global_step, start.checkpoint, saved.summary())
     machine.set_optimizer((training.adam_beta1, training.adam_beta2), training.adam_epsilon, training.weight_decay)
-    state, start = _state(machine, data, config, start)
+    state, start = _state(machine, data, config, start, schedule.max_steps)
     state.max_steps, state.num_train_epochs = schedule.max_steps, -(-schedule.max_steps // schedule.steps_per_epoch)
     has_evaluation = data.eval is not None or bool(sampler and sampler.prompts)
     progress = Progress(training, config.lema.save_steps, schedule, state, has_evaluation)
@@ -105,6 +98,43 @@ def run_training(
         return loop.run(start)
 
 
+def check_start(data: RunData, config: RunConfig, start: Start) -> Schedule:
+    """Whether a run can begin there with these settings and rows; its length and learning rate. Nothing is changed.
+
+    Raises:
+        ConfigError: evaluations without rows, or no step.
+        CheckpointError: settings, rows or tokenizer are not those of the checkpoint.
+    """
+    check_evaluation(config.training, data.eval is not None)
+    schedule = Schedule.of(config.training, data.train.steps_per_epoch)
+    if start.checkpoint is None:
+        return schedule
+    saved: dict[str, Any] = start.state["lema"]
+    check_resume(start.checkpoint, saved["run"]["settings"], config.to_dict())
+    done = start.state["global_step"]
+    if schedule.max_steps < done:
+        raise ConfigError(
+            f"{start.checkpoint} has {done} steps, and the run shall have {schedule.max_steps} in all: raise max_steps "
+            "or num_train_epochs, or go on from an earlier checkpoint"
+        )
+    if saved["run"].get("holds_best") and not _is_over(start, schedule):
+        raise CheckpointError(f"{start.checkpoint} holds the best adapter, not the last: resume from a checkpoint-N")
+    if hasattr(data.train, "check_identity"):
+        data.train.check_identity(saved["cursor"])
+    if saved["cursor"].get("encoding") != data.train.state_dict().get("encoding"):
+        raise CheckpointError(
+            f"{start.checkpoint} was trained with another tokenizer or chat template: rows would be read otherwise. "
+            "Give those it was trained with (they are in its folder), or start a new run in another output_dir"
+        )
+    _check_evaluation_data(start.checkpoint, saved.get("evaluation"), data.eval)
+    return schedule
+
+
+def _is_over(start: Start, schedule: Schedule) -> bool:
+    """Whether a checkpoint is the end of a run that was no shorter."""
+    return start.finished and schedule.max_steps <= start.state["max_steps"]
+
+
 def check_evaluation(training: TrainingConfig, has_data: bool) -> None:
     """`ConfigError` where evaluations are asked for and there is nothing to evaluate on."""
     if training.wants_best and not has_data:
@@ -118,23 +148,20 @@ def check_evaluation(training: TrainingConfig, has_data: bool) -> None:
         )
 
 
-def _state(machine: Machine, data: RunData, config: RunConfig, start: Start) -> tuple[TrainerState, Start]:
+def _state(
+    machine: Machine, data: RunData, config: RunConfig, start: Start, max_steps: int
+) -> tuple[TrainerState, Start]:
     """Put machine and data where the checkpoint was; messages of what may differ in the last bits are added."""
     if start.checkpoint is None:
         return TrainerState(), start
     saved: dict[str, Any] = start.state["lema"]
-    check_resume(start.checkpoint, saved["run"]["settings"], config.to_dict())
-    before, now = saved["cursor"].get("encoding"), data.train.state_dict().get("encoding")
     data.train.load_state_dict(saved["cursor"])
-    if before != now:
-        raise CheckpointError(
-            f"{start.checkpoint} was trained with another tokenizer or chat template: rows would be read otherwise. "
-            "Give those it was trained with (they are in its folder), or start a new run in another output_dir"
-        )
-    _check_evaluation_data(start.checkpoint, saved.get("evaluation"), data.eval)
     state = TrainerState.from_dict(machine.load(Path(start.checkpoint)))
     changed = numerics_changed(saved["run"]["numerics"], machine.numerics())
-    messages = [] if changed is None else [f"numbers may differ in the last bits from here on: {changed}"]
+    draws = ", and dropout draws otherwise" if config.lema.lora_dropout and changed and "micro_batch" in changed else ""
+    messages = [] if changed is None else [f"numbers may differ in the last bits from here on{draws}: {changed}"]
+    longer = other_length(saved["run"]["settings"], config.to_dict(), start.state["max_steps"], max_steps)
+    messages += [longer] if longer is not None else []
     return state, dataclasses.replace(start, messages=[*start.messages, *messages])
 
 

@@ -18,10 +18,13 @@ from typing import Any
 
 import yaml
 
+from ..config import PATHS as LEMA_PATHS
 from ..config import LemaConfig
+from ..data.config import PATHS as DATA_PATHS
 from ..data.config import DataConfig
 from ..errors import ConfigError, LemaError
-from ..typed import as_type, kinds_of, parse_text
+from ..paths import expanded
+from ..typed import as_type, kinds_of, parse_text, shortened
 from .config import TrainingConfig
 from .yaml_file import read_yaml
 
@@ -32,9 +35,17 @@ ALIASES = {
     "lr_scheduler": "lr_scheduler_type", "num_epochs": "num_train_epochs", "base_model": "model_name_or_path",
     "warmup_ratio": "warmup_steps",
 }  # fmt: skip
-_ELSEWHERE = {"bf16": "dtype: bfloat16", "fp16": "dtype: float16"}
+TARGETS = ("lora_target_modules", "exclude_modules")
+_ELSEWHERE = {
+    "bf16": "dtype: bfloat16", "fp16": "dtype: float16", "torch_dtype": "dtype",
+    "train_on_inputs": "train_on_prompt", "val_set_size": "eval_size", "sequence_len": "max_seq_length",
+    "model_max_length": "max_seq_length", "sample_packing": "packing", "iters": "max_steps",
+    "global_batch_size": "batch_size x gradient_accumulation_steps, the rows of a step",
+    "gradient_clipping": "max_grad_norm", "lora_target_linear": "lora_target_modules: all-linear",
+    "lora_model_dir": "adapter_name_or_path", "logging_strategy": "logging_steps",
+}  # fmt: skip
 _OWNERS: tuple[tuple[str, type], ...] = (("lema", LemaConfig), ("data", DataConfig), ("training", TrainingConfig))
-_PATHS = ("model_name_or_path", "gbi_path", "train_file", "eval_file", "chat_template")
+_PATHS = (*LEMA_PATHS, *DATA_PATHS)
 
 
 @dataclass
@@ -47,6 +58,8 @@ class RunConfig:
     """The data's."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The loop's."""
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Names, aliases among them, that somebody wrote in a file or on the command line."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -75,11 +88,14 @@ class RunConfig:
         Raises:
             ConfigError: as `from_dict`; says the line where it is one of the file.
         """
-        raw, lines = read_yaml(path)
+        raw, lines, words = read_yaml(path)
+        raw |= {name: text for name, text in words.items() if _takes_words(name)}
         typed = parse_overrides(overrides or {})
         try:
             values = {**(defaults or {}), **_beside(Path(path).parent, _by_name(raw)), **typed}
-            return cls._of(values)
+            run = cls._of(values)
+            run.given = frozenset({*raw, *(overrides or {})})
+            return run
         except LemaError as error:
             name = setting_named(error)
             line = next((n for key, n in lines.items() if name in (key, ALIASES.get(key))), None)
@@ -111,7 +127,7 @@ class RunConfig:
     def resolved(self) -> RunConfig:
         """A copy whose paths of existing files are absolute, so that it means the same from anywhere."""
         values = self.to_dict()
-        for name in (*_PATHS, "output_dir"):
+        for name in _PATHS:
             value = values.get(name)
             if isinstance(value, str) and (name == "output_dir" or Path(value).exists()):
                 values[name] = str(Path(value).absolute())
@@ -166,7 +182,7 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
         owner = owner_of(name)
         assert owner is not None
         kinds = kinds_of(owner)[name]
-        if list[str] in kinds and text.startswith("["):
+        if list[str] in kinds and text.startswith("[") and not (name in TARGETS and not text.startswith('["')):
             found[name] = _json_list(name, text)
         elif name == "sample_prompts":  # a prompt may have commas
             found[name] = [text] if text else []
@@ -175,11 +191,21 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def _takes_words(name: str) -> bool:
+    """Whether a setting of this name takes words, and neither true nor false."""
+    name = ALIASES.get(name, name)
+    owner = owner_of(name)
+    if owner is None:
+        return False
+    kinds = kinds_of(owner)[name]
+    return bool not in kinds and (str in kinds or list[str] in kinds)
+
+
 def _json_list(name: str, text: str) -> list[Any]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}={text!r} is not a JSON list: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}={shortened(text)} is not a JSON list: {error}") from error
     return list(values)
 
 
@@ -203,7 +229,10 @@ def _beside(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     found = dict(values)
     for name in _PATHS:
         value = values.get(name)
-        if isinstance(value, str) and value and not Path(value).exists() and _is_there(folder / value):
+        if not isinstance(value, str) or not value:
+            continue
+        found[name] = value = expanded(name, value)
+        if name != "output_dir" and not Path(value).exists() and _is_there(folder / value):
             found[name] = str(folder / value)
     return found
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,9 @@ class Saver:
         self.folder = folder
         self.last: Path | None = None
         """The newest whole checkpoint."""
-        self._tokenizer = tempfile.TemporaryDirectory(prefix="lema-tokenizer-")
+        self._tokenizer = folder.aside("tokenizer")
         if write_tokenizer is not None:
-            write_tokenizer(self._tokenizer.name)
+            write_tokenizer(str(self._tokenizer))
 
     def save(self, state: TrainerState) -> bool:
         """Write the checkpoint of this step; False if it could not be written and that is to be lived with.
@@ -80,7 +79,7 @@ class Saver:
 
     def close(self) -> None:
         """Remove the tokenizer's copy."""
-        self._tokenizer.cleanup()
+        shutil.rmtree(self._tokenizer, ignore_errors=True)
 
     def _write(self, path: Path, state: TrainerState, **facts: bool) -> None:
         values = state.to_dict()
@@ -97,7 +96,7 @@ class Saver:
         self._machine.save(path, values, self._write_more)
 
     def _write_more(self, folder: Path) -> None:
-        shutil.copytree(self._tokenizer.name, folder, dirs_exist_ok=True)
+        shutil.copytree(self._tokenizer, folder, dirs_exist_ok=True)
         self._config.save(folder)
         state: Mapping[str, Any] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         schedule = json.dumps(state["lema"]["run"]["schedule"], indent=2)

