@@ -154,17 +154,7 @@ def test_outputs_a_configuration_asks_for_change_nothing(tmp_path: Path) -> None
 
 # --- layers that return several things --------------------------------------------------------------
 
-SEVERAL: dict[str, dict[str, Any]] = {
-    "bamba": {},
-    "xlstm": {},
-    "glm_moe_dsa": {
-        "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-        "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, "indexer_types": ["full", "shared", "full", "shared"],
-        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-    },
-}  # fmt: skip
+SEVERAL = ("bamba", "xlstm")
 
 
 @pytest.mark.parametrize("settings", [{**BUDGET, "ram_layers": 0}, {**BUDGET, "keep_activations": 2}, {}],
@@ -172,8 +162,8 @@ SEVERAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("micro", [None, 1, 3])
 @pytest.mark.parametrize("family", SEVERAL)
 def test_layers_that_return_several_things(tmp_path: Path, family: str, micro: int | None, settings: Any) -> None:
-    save_tiny(family, tmp_path, **SEVERAL[family])
-    targets = ["q_proj", "down_proj", "q_a_proj", "q"]
+    save_tiny(family, tmp_path)
+    targets = ["q_proj", "down_proj", "q"]
     pair = Pair.of(tmp_path, **settings, micro_batch_size=micro, loss_chunk_size=None, lora_target_modules=targets)
     expected, found = plain_step(pair.plain, padded_batch())[1], lema_step(pair.model, padded_batch())[1]
     if micro is None:
