@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from ..cache import cache_folder, digest
 from ..errors import ConfigError, InputError
+from ..libraries import how_to_install
 from .index import check_regular
 
 _CHUNK = 8 << 20
@@ -36,7 +37,9 @@ def _open_zstd(file: IO[bytes]) -> Any:
         try:
             import pyarrow
         except ImportError as error:
-            raise ConfigError("reading zstd takes the pyarrow library: pip install 'datasets>=3'") from error
+            raise ConfigError(
+                f"reading zstd takes the pyarrow library, which comes with datasets: {how_to_install('datasets')}"
+            ) from error
         return pyarrow.CompressedInputStream(file, "zstd")
     return zstd.open(file)
 
