@@ -631,8 +631,9 @@ def test_our_own_mistakes_are_not_hidden(write: Write, monkeypatch: pytest.Monke
         raise RuntimeError("a mistake")
 
     monkeypatch.setattr(verb, "make", broken)
+    failed(lema(write()), "RuntimeError: a mistake", "LEMA's fault: LEMA_DEBUG=1 before the command")
     with pytest.raises(RuntimeError, match="a mistake"):
-        lema(write())
+        lema(write(), LEMA_DEBUG="1")
 
 
 # -- the published tables --------------------------------------------------------------------------

@@ -102,7 +102,7 @@ HOSTILE: list[tuple[str | bytes, str]] = [
     (MODEL + "train_file: 2024-01-01\n", "train_file=.*must be text"),
     (MODEL + "report_to: [1]\n", "report_to=.*must be a list of texts"),
     (MODEL + "report_to: wandbb\n", "did you mean 'wandb'"),
-    (MODEL + "lora: {r: 3}\n", "line 2: lora must be a single value"),
+    (MODEL + "lora: {r: 3}\n", "line 2: unknown setting 'lora'"), (MODEL + "lora_rank: {r: 3}\n", "lora_rank="),
     (MODEL + "sample_prompts: [[a]]\n", "not nested"),
     (MODEL + "1: 2\n", "line 2: the name of a setting"),
     (MODEL + "dtype: !!python/object/apply:os.system ['true']\n", "line 2: dtype has no plain value"),

@@ -173,9 +173,12 @@ def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[Data
 
     run = RunConfig.from_dict({**parse_overrides(given), "train_file": file, "model_name_or_path": model})
     limits = limits_of(_adapter(run.lema).causal_lm()) if (Path(model) / "config.json").is_file() else None
+    length = run.lema.max_seq_length
     if limits is not None:
-        limits.check_length(run.lema.max_seq_length)
-    return run.data, model, run.lema.max_seq_length, limits
+        if "max_seq_length" not in given:  # the default is no wish
+            length = min(length, limits.positions or length)
+        limits.check_length(length)
+    return run.data, model, length, limits
 
 
 def _spread(rows: int, limit: int | None) -> list[int] | range:

@@ -286,4 +286,6 @@ def _said(error: BaseException) -> str:
     text = str(error) or "no reason given"
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"line {error.lineno}: {error.message}"
+    if isinstance(error, RecursionError):  # Python's own words depend on where it happens
+        return "it calls itself without end"
     return text if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {text}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import bz2
 import gzip
+import importlib
 import lzma
 import os
 import shutil
@@ -32,7 +33,7 @@ _MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5
 def _open_zstd(file: IO[bytes]) -> Any:
     """Python's own from 3.14 on; before, that of pyarrow, which `datasets` brings."""
     try:
-        from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+        zstd = importlib.import_module("compression.zstd")
     except ImportError:
         try:
             import pyarrow

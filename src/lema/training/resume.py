@@ -39,7 +39,7 @@ def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_resume(checkpoint: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """`CheckpointError` unless a checkpoint's settings and those of now give the same numbers; says which differ."""
-    before, now = compared({**_NOW_THERE, **saved}), compared(settings)
+    before, now = compared({**_NOW_THERE, **saved}), compared({**_NOW_THERE, **settings})
     differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if differ:
         listed = ", ".join(
