@@ -22,11 +22,6 @@ pytestmark = [
 DATA, DRY, TRAIN = ("data", "check"), ("train", "--dry-run"), ("train",)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
 def run_file(folder: Path, model: Path, rows: Path, **more: Any) -> Path:
     values = {**settings_of(model, rows, folder / "out", sample_prompts=[], eval_size=0, num_train_epochs=1), **more}
     path = folder / "run.yaml"

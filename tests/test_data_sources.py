@@ -38,6 +38,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # -- CSV and TSV ---------------------------------------------------------------------------------
 
 
+def _is_refused(path: Path, text: str, words: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=words):
+        open_rows(path)
+
+
 @pytest.mark.parametrize(("ending", "sign", "said"), [("csv", ",", "comma"), ("tsv", "\t", "tab")])
 def test_a_row_with_more_or_fewer_fields_than_columns_is_named(
     ending: str, sign: str, said: str, tmp_path: Path
@@ -69,10 +75,7 @@ def test_a_row_with_more_or_fewer_fields_than_columns_is_named(
     ],
 )  # fmt: skip
 def test_tables_that_are_none(text: str, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=words):
-        open_rows(path)
+    _is_refused(tmp_path / "rows.csv", text, words)
 
 
 def test_bytes_of_a_table_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
@@ -118,10 +121,7 @@ def test_an_array_gives_its_elements_however_it_is_read(
     ],
 )  # fmt: skip
 def test_arrays_that_are_none(text: str, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=words):
-        open_rows(path)
+    _is_refused(tmp_path / "rows.json", text, words)
 
 
 def test_rows_of_an_array_keep_their_types_and_are_named(tmp_path: Path) -> None:

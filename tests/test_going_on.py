@@ -28,16 +28,6 @@ QUIET = {"sample_prompts": [], "eval_size": 0}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def done(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter of a run of three steps."""
     out = tmp_path_factory.mktemp("done")

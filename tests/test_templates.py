@@ -271,7 +271,7 @@ def test_variables_in_a_runs_file_and_on_the_command_line(tmp_path: Path) -> Non
     assert RunConfig.from_yaml(run.save(tmp_path / "out")).data == run.data
     typed = RunConfig.from_yaml(file, {"chat_template_kwargs": '{"enable_thinking": true, "n": 1}'})
     assert typed.data.chat_template_kwargs == {"enable_thinking": True, "n": 1}
-    with pytest.raises(ConfigError, match=r"chat_template_kwargs='{nothing' is not JSON"):
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs='{nothing' is not valid JSON"):
         RunConfig.from_yaml(file, {"chat_template_kwargs": "{nothing"})
 
 

@@ -35,16 +35,6 @@ STEPS = 10  # two epochs of 18 rows, 4 a step
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def whole(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run never stopped."""
     out = tmp_path_factory.mktemp("whole")

@@ -1,4 +1,4 @@
-"""JSON files that hold one object, such as settings: read whole, or refused with what is wrong with them.
+"""JSON that is one object, such as settings in a file: read whole, or refused with what is wrong with it.
 
 It knows files and JSON; it knows nothing of what the objects mean.
 """
@@ -28,11 +28,20 @@ def read_object(path: Path, refused: type[LemaError] = CheckpointError) -> dict[
     if path.stat().st_size > _MAX_BYTES:
         raise refused(f"{path} has {path.stat().st_size} bytes, too many for a file of settings")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise refused(f"{path} is nested too deeply to be read") from error
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are of it, and so are numbers too long
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise refused(f"{path} is not valid JSON: {error}") from error
+    return parse_object(text, str(path), refused)
+
+
+def parse_object(text: str, where: str, refused: type[LemaError] = CheckpointError) -> dict[str, Any]:
+    """The object that a text is; `where` names the text in messages. Raises as `read_object` does."""
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise refused(f"{where} is nested too deeply to be read") from error
+    except ValueError as error:  # JSONDecodeError is one, and so is a number that is too long
+        raise refused(f"{where} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise refused(f"{path} holds {type(values).__name__}, not an object of settings")
+        raise refused(f"{where} holds {type(values).__name__}, not an object")
     return values

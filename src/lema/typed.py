@@ -6,7 +6,6 @@ It knows type hints and how people write numbers; it knows no setting by name an
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from types import UnionType
 from typing import Any
 
 from .errors import ConfigError
+from .json_file import parse_object
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 LARGEST = 2**63 - 1
@@ -80,7 +80,7 @@ def as_type(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         if any(kind in kinds for kind in (int, float, bool)):
             return _from_text(name, value, kinds)
         if dict[str, Any] in kinds:
-            return _object(name, value)
+            return parse_object(value, f"{name}={shortened(value)}", ConfigError)
     elif isinstance(value, Mapping) and dict[str, Any] in kinds and all(isinstance(key, str) for key in value):
         return dict(value)
     elif isinstance(value, (list, tuple)) and list[str] in kinds and all(isinstance(part, str) for part in value):
@@ -134,16 +134,6 @@ def _from_text(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
             if isinstance(error, ConfigError):
                 raise
     raise ConfigError(f"{name}={shortened(text)} must be {_wanted(kinds)}")
-
-
-def _object(name: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}={shortened(text)} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{name}={shortened(text)} must be a JSON object")
-    return found
 
 
 def _number(name: str, value: float, kinds: tuple[Any, ...]) -> int | float:

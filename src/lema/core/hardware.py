@@ -20,6 +20,7 @@ import torch
 
 from ..config import DTYPES
 from ..errors import ConfigError, DeviceError
+from ..json_file import parse_object
 from .budget import format_bytes, parse_bytes
 
 __all__ = ["CARDS", "Card", "Hardware", "format_bytes", "parse_bytes"]
@@ -97,12 +98,7 @@ class Hardware:
     @classmethod
     def from_json(cls, text: str, where: str = "hardware") -> Hardware:
         """The machine `to_json` wrote, or one written by hand. `where` names the text in messages."""
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{where} holds {type(values).__name__}, not an object")
+        values = parse_object(text, where, ConfigError)
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
