@@ -201,3 +201,16 @@ def test_trying_a_model_leaves_it_as_it_was(folder: Path) -> None:
         assert model.hf_model.training
         batch = collate_packed([random_rows(5, 6)], 0)
         assert recording_trainer(model).train_step(batch)[1] is not None
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has one setting only")
+def test_the_newer_setting_of_precision_is_no_fault() -> None:
+    adapter = get_adapter("llama", tiny_config("llama").to_dict())
+    adapter.configure(torch.float32, "sdpa")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        check_packing(adapter.causal_lm())
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

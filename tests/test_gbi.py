@@ -544,6 +544,8 @@ def set_of_files(sharded: Path, case: str) -> Path:
         (sharded / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     if "original" in case:
         put(sharded, whole, "consolidated.safetensors")
+    if "adapter" in case:
+        put(sharded, whole, "adapter_model.safetensors")
     if "variant" in case:
         put(sharded, whole, "model.fp16.safetensors")
     if "below" in case:
@@ -563,7 +565,8 @@ def set_of_files(sharded: Path, case: str) -> Path:
     "case",
     ["index", "single", "pickles", "original", "variant", "below", "named", "single named", "no index named",
      "no index single pickles", "no index original pickles", "no index variant pickles", "no index single original",
-     "no index pickles", "no index below", "no index original variant", "single original variant pickles below"],
+     "no index pickles", "no index adapter pickles", "no index below", "no index original variant",
+     "single original variant pickles below"],
 )  # fmt: skip
 def test_the_files_that_transformers_takes_or_none(sharded: Path, case: str) -> None:
     directory = set_of_files(sharded, case)

@@ -74,3 +74,16 @@ def test_a_guard_that_keeps_nothing_leaves_large_blocks_alone() -> None:
         shown("guard = HeapGuard(1 << 50); print(mapped())\nwith apart_from_heap(): print(mapped())\nprint(mapped())")
         == ["True"] * 3
     )
+
+
+def test_one_guard_that_goes_does_not_end_what_another_wants() -> None:
+    code = """
+first, second, third = HeapGuard(1 << 50, True), HeapGuard(1 << 50, True), HeapGuard(1 << 50)
+del first
+gc.collect()
+third.close()
+print(mapped())
+second.close()
+print(mapped())
+"""
+    assert shown(code) == ["False", "True"]

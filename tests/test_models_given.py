@@ -33,6 +33,7 @@ from lema.cli.app import app
 from lema.engine.dry_run import DryRun
 from lema.errors import ConfigError, LemaError, StreamingError, UnsupportedError
 from lema.models import get_adapter
+from lema.models.stages import layer_arguments
 from lema.models.transformers_adapter import TransformersAdapter
 
 pytestmark = pytest.mark.timeout(300)
@@ -378,3 +379,34 @@ def test_a_model_made_under_inference_mode_says_so(good: Path) -> None:
         model.initialize_lora()
     with model, pytest.raises(LemaError, match="inference_mode"):
         model.get_trainer().train_step(padded_batch())
+
+
+def test_a_step_ended_by_ctrl_c_gives_its_turn_back(good: Path) -> None:
+    with lema_model(good, loss_chunk_size=None) as model:
+        batch, trainer = padded_batch(), recording_trainer(model)
+        layer = model._streamer.layers[1]  # type: ignore[union-attr]
+        run = layer.run
+
+        def interrupted(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        layer.run = interrupted  # type: ignore[method-assign]
+        for attempt in (
+            lambda: trainer.train_step(batch),
+            lambda: model.generate(batch["input_ids"], max_new_tokens=1),
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                attempt()
+        layer.run = run  # type: ignore[method-assign]
+        losses: list[Any] = []
+        other = threading.Thread(target=lambda: losses.append(trainer.train_step(batch)[1]))
+        other.start()
+        other.join(60)
+        assert len(losses) == 1 and losses[0] is not None
+
+
+def test_what_a_layer_is_given_is_looked_at_without_taking_the_turn(good: Path) -> None:
+    with lema_model(good) as model:
+        assert model.adapter.causal_lm() is not None
+        layer_arguments(model.adapter.causal_lm(), 1, (1, 4))  # type: ignore[arg-type]
+        assert model.memory.turn._owner is None

@@ -818,3 +818,9 @@ def test_a_plan_can_be_written_down() -> None:
     assert written["device"] == "cpu"
     assert written["host_bytes"]["overhead"] == 112 << 20
     assert written["estimate"]["step_seconds"] > 0
+
+
+def test_a_plan_knows_what_the_loss_takes() -> None:
+    """Without it a device that is full would never be told of loss_chunk_size."""
+    plan = plan_for(64 * GB, 8 * GB)
+    assert 0 < plan.loss_bytes <= plan.device_bytes["activations"]

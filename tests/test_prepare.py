@@ -562,6 +562,14 @@ print(prepare(large, out, dtype="float16").tensors)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_the_file_that_config_json_names_is_prepared(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "chosen.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "config.json").write_text('{"transformers_weights": "chosen.safetensors"}')
+    assert locate.locate(str(tmp_path)) == tmp_path / "chosen.safetensors"
+    assert locate.locate(str(tmp_path), "model.safetensors") == tmp_path / "model.safetensors"
+
+
 def test_memory_is_at_most_one_tensor(tmp_path: Path, torch_folder: Path) -> None:
     model = tiny(vocab_size=400_000)
     large = write_companions(tmp_path / "large", model)

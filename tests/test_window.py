@@ -97,3 +97,14 @@ def test_batches_that_do_not_go_together_are_refused(folder: Path) -> None:
             with pytest.raises(InputError, match=message):
                 trainer.train_window(given)
         assert trainer.train_window([one, other]) > 0
+
+
+def test_a_setting_of_more_rows_at_once_does_not_widen_a_window(folder: Path) -> None:
+    with lema_model(folder, gradient_accumulation_steps=2, micro_batch_size=4) as model:
+        trainer = model.get_trainer()
+        seen: list[int] = []
+        trainer.lm.layers[0].self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        trainer.train_window(batches((1, 10), (2, 10), (2, 10)))
+        assert max(seen) == 2 and trainer.streamer.batching.micro_batch_size == 4

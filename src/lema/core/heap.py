@@ -62,16 +62,20 @@ def resident_bytes() -> int:
         return 0
 
 
-def _keep_idle(keep: bool) -> None:
-    """Whether the heap keeps what is freed, large blocks among it, or does as glibc's own adaptation ends up doing."""
-    global _kept
-    _kept = keep
+_keepers = 0
+
+
+def _keep_idle(more: int) -> None:
+    """The heap keeps what is freed, large blocks among it, while anybody wants it to; else as glibc adapts itself.
+
+    Args:
+        more: how many want it so, beside those before.
+    """
+    global _keepers
+    _keepers += more
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_TRIM_THRESHOLD, _LARGEST if keep else _TRIM_BYTES)
-    mallopt(_M_MMAP_MAX, 0 if keep else _MMAPS)
-
-
-_kept = False
+    mallopt(_M_TRIM_THRESHOLD, _LARGEST if _keepers else _TRIM_BYTES)
+    mallopt(_M_MMAP_MAX, 0 if _keepers else _MMAPS)
 
 
 class HeapGuard:
@@ -84,17 +88,17 @@ class HeapGuard:
         limit: bytes of the resident set; None: nothing is done.
         keep_idle: below the limit nothing freed goes back, large blocks among it, so that no page is faulted in
             twice: a kept graph of 3 GB costs a fifth of a step otherwise. This is so for the whole process until
-            `close`.
+            all guards that want it are closed.
     """
 
     def __init__(self, limit: int | None, keep_idle: bool = False) -> None:
         self._limit = limit if _glibc() is not None else None
         self.trims = 0
-        self._restore: weakref.finalize[[bool], HeapGuard] | None = None
+        self._restore: weakref.finalize[[int], HeapGuard] | None = None
         if self._limit is not None:
-            _keep_idle(keep_idle)
+            _keep_idle(int(keep_idle))
             if keep_idle:
-                self._restore = weakref.finalize(self, _keep_idle, False)
+                self._restore = weakref.finalize(self, _keep_idle, -1)
 
     def close(self) -> None:
         """The process's heap does again what it did; what lies idle on it goes back to the system."""
@@ -129,4 +133,4 @@ def apart_from_heap() -> Iterator[None]:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        _keep_idle(_kept)
+        _keep_idle(0)

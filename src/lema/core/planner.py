@@ -208,6 +208,7 @@ class _Planner:
         plan = replace(
             plan,
             transient=self.footprint.transient(plan),
+            loss_bytes=self.footprint.loss_peak(plan),
             host_bytes=host,
             device_bytes=self.footprint.on_device(plan),
         )

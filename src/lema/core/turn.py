@@ -56,7 +56,9 @@ class Turn:
     def taken(self, what: str) -> Iterator[None]:
         """Hold it inside the block; raises as `take` does."""
         self.take(what)
+        depth = self._depth
         try:
             yield
         finally:
+            self._depth = depth  # a forward that Ctrl-C ended has not given its own back
             self.give()

@@ -52,7 +52,7 @@ def locate_weights(path: Path) -> Located:
         names = sorted(os.listdir(path))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be listed: {error.strerror}. Check its permissions.") from error
-    if named := _named_by_config(path, names):
+    if named := named_by_config(path, names):
         return read_shard_index(path / named) if named.endswith(".json") else ([path / named], {})
     if _SINGLE in names:
         if _INDEX in names:
@@ -63,8 +63,12 @@ def locate_weights(path: Path) -> Located:
     return [path / _lone_file(path, names)], {}
 
 
-def _named_by_config(path: Path, names: Sequence[str]) -> str | None:
-    """The weight file or index that the directory's config.json asks for."""
+def named_by_config(path: Path, names: Sequence[str]) -> str | None:
+    """The weight file or index that the directory's config.json asks for; None: it leaves that open.
+
+    Raises:
+        WeightsFormatError: it asks for what is neither, or lies elsewhere.
+    """
     if "config.json" not in names or not os.path.isfile(path / "config.json"):
         return None
     try:
@@ -98,10 +102,10 @@ def _say_index_is_left_out(path: Path) -> None:
 
 def _lone_file(path: Path, names: Sequence[str]) -> str:
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
-    if len(found) > 1:
-        found = [name for name in found if name != _ADAPTER]
     pickles = [name for name in names if name in _TORCH]
-    if found and pickles and found != [_ADAPTER]:
+    if len(found) > 1 or pickles:
+        found = [name for name in found if name != _ADAPTER]
+    if found and pickles:
         raise WeightsError(
             f"{path}: transformers would take {pickles[0]} and not {', '.join(found)}, which has no name that it"
             f" knows. Name the one that is meant {_SINGLE}, give its path, or convert the other with lema prepare."

@@ -168,13 +168,23 @@ def _leaks(lm: CausalLM, number: int, packs: _Call, alone: list[_Call]) -> bool:
 @contextmanager
 def _in_full(device: str) -> Iterator[None]:
     """Inside the block matmuls of float32 are not made in fewer bits, whatever is set outside."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Once one of these was set, torch refuses to say what the older setting is, which they stand for as well.
+    kinds = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    places = [kind for kind in kinds if hasattr(kind, "fp32_precision")]
+    before = [place.fp32_precision for place in places]  # type: ignore[union-attr]
+    older = None if places else torch.get_float32_matmul_precision()
+    for place in places:
+        place.fp32_precision = "ieee"  # type: ignore[union-attr]
+    if older is not None:
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value  # type: ignore[union-attr]
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
 
 
 def _run(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:

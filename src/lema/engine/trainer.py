@@ -314,7 +314,8 @@ class LemaTrainer(Resumable):
             raise ConfigError(f"{self._window.calls} calls of train_step are waiting for their step: call finish()")
         batching = self.streamer.batching
         before = batching.micro_batch_size, self._window.length, self.driven
-        batching.micro_batch_size, self._window.length = rows_at_once if before[0] is None else before[0], 1
+        batching.micro_batch_size = min(filter(None, (rows_at_once, before[0])), default=None)
+        self._window.length = 1
         try:
             yield
         finally:

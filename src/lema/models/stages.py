@@ -41,7 +41,7 @@ def layer_arguments(
     ids = stand_in_ids(lm.module, *shape)
     with replaced_forwards(lm.layers, forwards), torch.no_grad():
         try:
-            lm.module(input_ids=ids, use_cache=False, **inputs)
+            lm.module.forward(input_ids=ids, use_cache=False, **inputs)  # no hook may see a forward that does not end
         except _Reached as reached:
             return reached.layer_args, reached.layer_kwargs
     raise AssertionError(f"layer {unit} was not reached")

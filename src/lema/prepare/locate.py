@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
 from ..core.budget import format_bytes
+from ..core.weight_files import named_by_config
 from ..errors import ConfigError, WeightsError, WeightsNotFoundError
 from .gguf_source import GgufSource
 from .source import SafetensorsSource, Source
@@ -81,7 +82,8 @@ def locate(source: str, file: str | None = None, revision: str | None = None) ->
             if file is not None:
                 raise ConfigError(f"{path} is a file: leave --file out, or give its directory")
             return path
-        chosen = file or choose_weights([p.name for p in path.iterdir() if p.is_file()], path)
+        names = [p.name for p in path.iterdir() if p.is_file()]
+        chosen = file or named_by_config(path, names) or choose_weights(names, path)
         if not (path / chosen).is_file():
             raise WeightsNotFoundError(f"{path / chosen}: no such file.")
         return path / chosen
@@ -100,8 +102,16 @@ def fetch(repo_id: str, file: str | None = None, revision: str | None = None) ->
         sizes = _sizes(repo_id, revision)
         if sizes is None:  # no network: what an earlier run brought
             folder = _cached(repo_id, revision or "main")
-            return folder, file or choose_weights([p.name for p in folder.iterdir()], repo_id)
-        chosen = file or choose_weights([name for name in sizes if "/" not in name], repo_id)
+            names = [p.name for p in folder.iterdir()]
+            return folder, file or named_by_config(folder, names) or choose_weights(names, repo_id)
+        names = [name for name in sizes if "/" not in name]
+        others = [
+            n for n in names if n.endswith(".safetensors") and n != "model.safetensors" and not _SHARD.fullmatch(n)
+        ]
+        if file is None and others and "config.json" in names:  # which may name one of them
+            folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=["config.json"]))
+            file = named_by_config(folder, names)
+        chosen = file or choose_weights(names, repo_id)
         if chosen not in sizes:
             raise WeightsNotFoundError(f"{repo_id}: has no file {chosen}. It has {', '.join(sorted(sizes))}.")
         wanted = _wanted(chosen, sizes)
