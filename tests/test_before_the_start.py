@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from families import save_tiny
 from lema.cli.app import app
-from lema.data.limits import ModelLimits
+from lema.data import ChatRenderer
+from lema.data.encode import RowEncoder
+from lema.data.limits import ModelLimits, Within
 from lema.errors import ConfigError
 from training_runs import make_model, settings_of, tiny_tokenizer, train, write_rows
 
@@ -128,3 +131,18 @@ def test_python_too(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
     with pytest.raises(ConfigError, match="max_seq_length=65 is more than the model's 64 positions"):
         train(settings_of(model, rows, tmp_path / "out", max_seq_length=65))
+
+
+@pytest.mark.parametrize("verb", [DATA, DRY, TRAIN])
+def test_a_model_that_cannot_keep_packed_rows_apart(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    save_tiny("bloom", tmp_path / "bloom", vocab_size=99)
+    tiny_tokenizer().save_pretrained(tmp_path / "bloom")
+    rows = write_rows(tmp_path / "rows.jsonl")
+    assert "cannot train on packed rows" in said(verb, run_file(tmp_path, tmp_path / "bloom", rows, packing=True))
+
+
+def test_what_is_counted_depends_on_the_vocabulary_where_it_can_refuse() -> None:
+    encoder = RowEncoder(ChatRenderer(tiny_tokenizer()), "text")
+    known = max(encoder.renderer.tokenizer.get_vocab().values()) + 1
+    keys = [Within(encoder, ModelLimits(size)).key for size in (None, known, known - 1, known - 2)]
+    assert keys[0] == keys[1] == encoder.key and len(set(keys)) == 3

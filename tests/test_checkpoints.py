@@ -119,8 +119,9 @@ def test_going_back_puts_aside_what_came_after(tmp_path: Path) -> None:
     for step in (50, 100, 150):
         made(tmp_path, f"checkpoint-{step}", _state(step))
     made(tmp_path, "final", _state(160))
-    assert choose_start(folder, folder.path(50), look_only=True).messages == []
-    start = choose_start(folder, folder.path(50))
+    chosen = choose_start(folder, folder.path(50))
+    assert chosen.messages == [] and len(folder.all()) == 3, "nothing is moved by looking"
+    start = chosen.put_aside(folder)
     assert start.checkpoint == folder.path(50)
     assert "checkpoint-150, checkpoint-100, final came after checkpoint-50" in start.messages[0]
     assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == [

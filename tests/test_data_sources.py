@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from data_helpers import chat, encoder, make_tokenizer, write_jsonl
 from lema.data import DataConfig, TokenDataset, array_rows, fingerprint_difference, load_data, open_rows, read_jsonl
+from lema.data.unpack import unpacked
 from lema.data.views import MappedRows
 from lema.errors import ConfigError, InputError
 from lema.training.run_config import RunConfig
@@ -311,7 +312,8 @@ def test_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pandas_frames() -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     frame = pandas.DataFrame(TABLE, index=range(10, 17))
     rows = open_rows(frame)
     assert list(rows) == TABLE and len(rows.byte_lengths) == 7 and rows.fingerprint["rows"] == 7
@@ -323,7 +325,8 @@ def test_pandas_frames() -> None:
 
 
 def test_polars_frames() -> None:
-    polars = pytest.importorskip("polars")
+    import polars
+
     rows = [{"messages": chat("q", "a"), "tools": [{"a": 1}]}, {"messages": chat("r", "b"), "tools": [{"b": 2}]}]
     frame = polars.DataFrame(rows, strict=False)
     assert list(open_rows(polars.DataFrame(TABLE))) == list(open_rows(polars.LazyFrame(TABLE))) == TABLE
@@ -416,3 +419,25 @@ def test_a_file_that_changed_is_no_bad_row(tmp_path: Path) -> None:
         dataset[0]
     with pytest.raises(ConfigError, match="on_bad_row='ignore' is unknown"):
         DataConfig(on_bad_row="ignore")
+
+
+def test_a_compressed_parquet_file_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEMA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(InputError, match="compressed inside"):
+        open_rows(tmp_path / "rows.parquet.gz")
+    assert not (tmp_path / "cache" / "unpacked").exists()
+
+
+def test_what_another_process_is_unpacking_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEMA_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    first = unpacked(path)
+    theirs = first.with_suffix(".1.tmp")
+    theirs.write_bytes(b"half")
+    path.write_bytes(gzip.compress(b'{"text": "another"}\n'))
+    second = unpacked(path)
+    assert second.read_bytes() == b'{"text": "another"}\n' and theirs.is_file() and not first.exists()

@@ -17,7 +17,9 @@ from families import save_tiny
 from lema.cli.app import app
 from lema.errors import CheckpointError, ConfigError, LemaError, UnsupportedError
 from lema.reply import Speaker
+from lema.targets import as_targets
 from lema.training.metrics import read_lines
+from lema.training.run_config import parse_overrides
 from training_runs import StopAfter, adapter_bytes, make_model, settings_of, train, write_rows
 
 pytestmark = [
@@ -177,3 +179,42 @@ def test_patterns_and_exclusions_reach_peft(model: Path) -> None:
 def _named(model: lema.LemaModel) -> list[Any]:
     model.initialize_lora()
     return model.lora_manager.named_parameters()  # type: ignore[union-attr]
+
+
+def test_a_run_that_is_refused_moves_nothing(model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = settings_of(model, rows, tmp_path, **{**QUIET, "max_steps": 3, "save_steps": 1})
+    train(settings)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        train({**settings, "learning_rate": 0.7}, resume=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(ConfigError, match="evaluation data"):
+        train({**settings, "eval_strategy": "steps", "eval_steps": 1}, resume="none")
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    train(settings, resume=str(tmp_path / "checkpoint-1"))
+    assert (tmp_path / "previous-1").is_dir() and "came after checkpoint-1" in events(tmp_path)
+
+
+def test_an_adapter_of_another_scale_is_refused(model: Path, done: Path) -> None:
+    targets = json.loads((done / "adapter_config.json").read_text())["target_modules"]
+    for alpha in (5, 6):
+        config = lema.LemaConfig(
+            str(model), device="cpu", lora_rank=3, lora_alpha=alpha, lora_target_modules=targets, dtype="float32"
+        )
+        with lema.LemaModel(config) as made:
+            made.initialize_lora()
+            assert made.lora_manager is not None
+            if alpha == 5:
+                made.lora_manager.load_pretrained(done)
+                continue
+            with pytest.raises(CheckpointError, match=r"adapter_config\.json: lora_alpha is 5\.0, and here it is 6\.0"):
+                made.lora_manager.load_pretrained(done)
+
+
+def test_all_linear_stands_alone() -> None:
+    for given in ("all-linear,lm_head", ["all-linear", "lm_head"]):
+        with pytest.raises(ConfigError, match="all-linear means every linear module"):
+            as_targets("lora_target_modules", given)
+    assert parse_overrides({"lora_target_modules": '[ "q_proj", "k_proj"]'}) == {
+        "lora_target_modules": ["q_proj", "k_proj"]
+    }
+    assert parse_overrides({"lora_target_modules": "[qk]_proj"}) == {"lora_target_modules": "[qk]_proj"}

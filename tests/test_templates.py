@@ -381,3 +381,24 @@ def test_only_a_regular_file_is_read_as_a_template(tmp_path: Path, what: str) ->
         path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="chat_template="):
         ChatRenderer.from_file(make_tokenizer(), path)
+
+
+def test_reasoning_inside_the_content_is_not_lost_in_silence() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    renderer = ChatRenderer(make_tokenizer(template))
+    answer = {"role": "assistant", "content": "<think>\nsecret plan\n</think>\n\nHello"}
+    with pytest.raises(InputError, match="message 2 has reasoning, which the chat template does not write"):
+        renderer.training([{"role": "user", "content": "Hi"}, answer])
+
+
+def test_a_prompt_that_opens_something_else_is_no_thinking() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <reply>{% endif %}"
+    )
+    renderer = ChatRenderer(make_tokenizer(template))
+    with pytest.raises(InputError, match="differently once it is answered"):
+        renderer.training([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])

@@ -7,20 +7,19 @@ transformers asks on standard input, and a `y` there runs it.
 
 from __future__ import annotations
 
-import json
 import logging
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, LemaError
+from .json_file import read_object
 
 logger = logging.getLogger(__name__)
 
 _FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _READ = (".json", ".jinja", ".model", ".txt")  # what transformers reads of a folder as it finds it
-_LARGEST = 1 << 26  # bytes of a configuration
 _told: set[tuple[str, ...]] = set()
 
 
@@ -61,13 +60,10 @@ def refuse_special_files(folder: Path) -> None:
 
 
 def _named(path: Path) -> list[str]:
-    if not path.is_file() or path.stat().st_size > _LARGEST:
-        return []
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # whoever needs the file says what is wrong with it
+        return code_of(read_object(path), path.name)
+    except (OSError, LemaError):  # whoever needs the file says what is wrong with it
         return []
-    return code_of(values, path.name) if isinstance(values, dict) else []
 
 
 def _places(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -32,6 +32,8 @@ def as_targets(name: str, given: str | Sequence[str]) -> list[str] | str:
     parts = [part for text in listed for part in split_names(text)]
     if parts == [ALL_LINEAR]:
         return ALL_LINEAR
+    if ALL_LINEAR in parts:
+        raise ConfigError(f"{name}: {ALL_LINEAR} means every linear module of the layers, so nothing stands beside it")
     if not any(map(_is_pattern, parts)):
         return parts
     for part in parts:

@@ -163,16 +163,17 @@ def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[Data
         run = RunConfig.from_yaml(file, {**given, **({"model_name_or_path": model} if model is not None else {})})
         if run.data.train_file is None:
             raise ConfigError(f"{file} names no train_file")
-        known = limits_of(_adapter(run.lema).causal_lm())
-        check_run(run, known, bool(run.data.eval_file or run.data.eval_size))
-        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, known
+        lm = _adapter(run.lema).causal_lm()
+        check_run(run, lm, bool(run.data.eval_file or run.data.eval_size))
+        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, limits_of(lm)
     if model is None:
         raise typer.BadParameter(
             "is needed to count tokens, unless FILE is the YAML file of a run", param_hint="--model"
         )
 
     run = RunConfig.from_dict({**parse_overrides(given), "train_file": file, "model_name_or_path": model})
-    limits = limits_of(_adapter(run.lema).causal_lm()) if (Path(model) / "config.json").is_file() else None
+    folder = Path(model).parent if Path(model).suffix == ".safetensors" else Path(model)
+    limits = limits_of(_adapter(run.lema).causal_lm()) if (folder / "config.json").is_file() else None
     length = run.lema.max_seq_length
     if limits is not None:
         if "max_seq_length" not in given:  # the default is no wish

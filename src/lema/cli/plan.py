@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..core.gbi import GlobalBinaryIndex
     from ..core.hardware import Hardware
     from ..core.plan import MemoryPlan
-    from ..data.limits import ModelLimits
     from ..models.base import LemaModelAdapter
 
 
@@ -39,8 +38,6 @@ class Planned:
     ram_budget: int | None
     """Bytes; None: no limit."""
     vram_budget: int | None
-    limits: ModelLimits
-    """What the model can take."""
     weights: bool
     """Sizes are those of the weight files; False: they follow from the model's configuration."""
     adapter: LemaModelAdapter
@@ -155,7 +152,6 @@ def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Plann
     from ..core.device import default_device
     from ..core.hardware import Hardware
     from ..engine.assembly import assemble_plan, resolve_budgets
-    from ..engine.training import limits_of
 
     machine = Hardware.parse(spec) if spec is not None else None
     if "device" not in values:
@@ -171,9 +167,8 @@ def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Plann
             machine = profile(config.device, gbi.path if gbi is not None else None, refresh=probe)
         _check_budget("ram_budget", ram, machine.ram_bytes, machine.name)
         _check_budget("vram_budget", vram, machine.vram_bytes, machine.name)
-        limits = limits_of(adapter.causal_lm())
         made = assemble_plan(config.replace(ram_budget=ram, vram_budget=vram), adapter, gbi, machine)
-    return Planned(config, made, machine, spec is not None, ram, vram, limits, gbi is not None, adapter)
+    return Planned(config, made, machine, spec is not None, ram, vram, gbi is not None, adapter)
 
 
 def as_dict(planned: Planned) -> dict[str, Any]:

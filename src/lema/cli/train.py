@@ -61,7 +61,7 @@ def train(
     folder = CheckpointFolder(run.lema.output_dir)
     cleared = folder.look() if dry_run else folder.open()
     try:
-        start = choose_start(folder, resume, look_only=dry_run)
+        start = choose_start(folder, resume)
         result = _run(run, folder, start, cleared, plain, dry_run)
     finally:
         folder.close()
@@ -102,29 +102,23 @@ def _run(
     import dataclasses
 
     from ..data.load import Data, check_all_rows
-    from ..engine.packing import check_packing
-    from ..engine.streamer import check_router_loss
     from ..engine.training import load_tokenizer, open_data, train_run
     from ..model import LemaModel
     from ..training.panel import make_view
     from ..training.run import RunData, check_start
     from .plan import make
 
-    config = _kept_budgets(run.resolved().engine_config().to_dict(), run, start)
+    config = _kept(run.resolved().engine_config().to_dict(), run, start)
     tokenizer = load_tokenizer(run.lema.model_name_or_path)
     planned = make(config, None)
     resolved = planned.config.replace(ram_budget=planned.ram_budget, vram_budget=planned.vram_budget)
     with contextlib.ExitStack() as opened:
-        lm = planned.adapter.causal_lm()
-        if not run.lema.leave_out_router_loss:
-            check_router_loss(lm)
-        if run.data.packing:  # a model that cannot says so before all rows are counted
-            check_packing(lm)
-        trainer = opened.enter_context(LemaModel(resolved)).get_trainer() if dry_run else None
-        data = open_data(run, tokenizer, limits=planned.limits)
+        data = open_data(run, tokenizer, lm=planned.adapter.causal_lm())
         check_start(RunData(data.train, data.eval), run, start)
-        if dry_run and isinstance(data, Data):
+        if dry_run:
+            assert isinstance(data, Data)
             check_all_rows(data)
+            opened.enter_context(LemaModel(resolved)).get_trainer()  # whatever making it would refuse
         _say_cost(run, data, planned, start)
         if dry_run:
             return None
@@ -133,16 +127,19 @@ def _run(
         return train_run(trainer, run, data, tokenizer, folder, start, make_view(plain or None))
 
 
-def _kept_budgets(config: dict[str, Any], run: RunConfig, start: Start) -> dict[str, Any]:
-    """The settings, with the sizes that automatic budgets came to in the run that is gone on with.
+def _kept(config: dict[str, Any], run: RunConfig, start: Start) -> dict[str, Any]:
+    """The settings, with those of the run that is gone on with that say more than what is given now.
 
-    Free memory is another one now; another plan would cut sums elsewhere, and change their last bits.
+    The sizes that automatic budgets came to: free memory is another one now, and another plan would cut sums elsewhere
+    and change their last bits. And where an adapter was trained further, its form is that in the checkpoint.
     """
     if start.checkpoint is None:
         return config
     before: Mapping[str, Any] = start.state["lema"]["run"]["settings"]
     saved = json.loads((start.checkpoint / "lema_config.json").read_text(encoding="utf-8"))
     kept = {name: saved.get(name) for name in _BUDGETS if before.get(name) == getattr(run.lema, name)}
+    if saved.get("adapter_name_or_path") is not None:
+        kept["adapter_name_or_path"] = str(start.checkpoint)
     return {**config, **kept}
 
 

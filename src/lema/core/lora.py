@@ -196,6 +196,14 @@ class LoRAManager:
                 f"(here {expected.get(first)}, in the file {found.get(first)}). Use the rank and targets it was "
                 f"trained with, see {folder / ADAPTER_CONFIG}"
             )
+        scale = read_object(folder / ADAPTER_CONFIG)
+        for name, default in (("lora_alpha", None), ("use_rslora", False)):
+            here, there = self.settings.get(name, default), scale.get(name, default)
+            if there is not None and here != there:
+                raise CheckpointError(
+                    f"{folder / ADAPTER_CONFIG}: {name} is {there}, and here it is {here}, so the adapter would "
+                    "count for more or less than it was trained to. Use the settings it was trained with"
+                )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])

@@ -44,6 +44,9 @@ class ArrayRows(JsonlRows):
     def where(self, index: int) -> str:
         return f"{self.name}, row {index + 1} (line {self._index.line(index)})"
 
+    def _hint(self, data: bytes) -> str:
+        return ""
+
     def _why_none(self) -> str:
         return ": the array is empty"
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import InputError
 from .checks import is_absent, printable
 from .messages import LEARNED_MARKS, MASKED_MARKS, UNCLEAR_MARKS
+from .thinking import FIELDS as REASONING
 from .tools import CALL_FIELDS
 
 NEEDED = {
@@ -40,7 +41,6 @@ _OTHER = {
     "completions": "a row teaches one completion: make a row of each",
 }
 _IN_CONVERSATIONS = {"history": "a conversation has its earlier turns as messages: put them there"}
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers gives one under the names of the others
 _IN_MESSAGES = ("role", "content", "tool_calls")
 _PARTS = ("type", "text")
 
@@ -92,8 +92,8 @@ def unused_fields(row: Mapping[str, Any], kind: str, mentions: Callable[[str], b
 def _unused_in(message: Mapping[str, Any], mentions: Callable[[str], bool]) -> list[str]:
     """Fields of a message that neither this room nor the template reads."""
     read = [*_IN_MESSAGES, *_MARKS, "function_call", *(("from", "value") if "from" in message else ())]
-    if any(name in message for name in _REASONING) and any(map(mentions, _REASONING)):
-        read += _REASONING
+    if any(name in message for name in REASONING) and any(map(mentions, REASONING)):
+        read += REASONING
     found = [
         printable(name)
         for name, value in message.items()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from ..cache import digest
 from ..errors import ConfigError, InputError
 from .render import EncodedRow
 
@@ -50,11 +52,13 @@ class Within:
         self._limits = limits
         self.renderer = encoder.renderer
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """The encoder's."""
+        """The encoder's, and the vocabulary where rows can be refused for it."""
         key: str = self._encoder.key  # type: ignore[attr-defined]
-        return key
+        vocabulary = self._limits.vocabulary
+        beyond = vocabulary is not None and max(self.renderer.tokenizer.get_vocab().values(), default=0) >= vocabulary
+        return digest(key, vocabulary) if beyond else key
 
     def __call__(self, row: Mapping[str, Any]) -> EncodedRow:
         """The row's ids and labels; `InputError` names the first token that the model has not."""

@@ -31,7 +31,7 @@ from ..errors import ConfigError, InputError, UnsupportedError
 from .messages import Message
 from .prefix import Encoded, first_tokens
 from .template import ChatTemplate, read_template
-from .thinking import after_opened, reasoning_of
+from .thinking import after_opened, reasoning_of, with_field
 from .tokens import Tokens
 
 logger = logging.getLogger(__name__)
@@ -361,11 +361,12 @@ class ChatRenderer:
 
     def _check_reasoning(self, message: Message, turn: int, learned: str) -> None:
         """No field that should be learned is left out in silence."""
-        reason = reasoning_of(message)
+        reason = reasoning_of(with_field(message))
         if reason is not None and reason.strip() not in learned:
             raise InputError(
                 f"message {turn + 1} has reasoning, which the chat template does not write, so it would not be learned"
-                f"{self._variables_hint()}; or write it into the content, as the model should say it"
+                f"{self._variables_hint()}; take it out of the row, or give chat_template: a file whose template "
+                "writes it"
             )
 
     def _but_for_its_end(self, answered: str, text: str, begin: int) -> int | None:

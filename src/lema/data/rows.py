@@ -135,15 +135,23 @@ class JsonlRows(FileRows):
             raise InputError(f"{self.where(index)} is nested too deeply to be read") from error
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{self.where(index)} is not JSON: {error.msg} (character {error.pos + 1}){_hint(data)}"
+                f"{self.where(index)} is not JSON: {error.msg} (character {error.pos + 1}){self._hint(data)}"
             ) from error
         except ValueError as error:
             raise InputError(
                 f"{self.where(index)} is not JSON that can be read: {str(error).partition(';')[0]}"
             ) from error
         if not isinstance(row, dict):
-            raise InputError(f"{self.where(index)} holds {_kind(row)}, not an object{_hint(data)}")
+            raise InputError(f"{self.where(index)} holds {_kind(row)}, not an object{self._hint(data)}")
         return row
+
+    def _hint(self, data: bytes) -> str:
+        """What else the file may be."""
+        if data.lstrip()[:1] == b"[":
+            return "; if the file is one JSON array, name it .json"
+        if data.strip() == b"{":
+            return "; an object must be on one line (`jq -c . FILE`), or the file be a JSON array named .json"
+        return ""
 
 
 class ListRows(Rows):
@@ -277,13 +285,3 @@ def bytes_at(data: bytes, start: int) -> str:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "it begins like UTF-16; convert the file with `iconv -f UTF-16 -t UTF-8`"
     return f"byte {start + 1} of the line is 0x{data[start]:02x}"
-
-
-def _hint(data: bytes) -> str:
-    """What else the file may be."""
-    start = data.lstrip()[:1]
-    if start == b"[":
-        return "; if the file is one JSON array, name it .json"
-    if data.strip() == b"{":
-        return "; an object must be on one line (`jq -c . FILE`), or the file be a JSON array named .json"
-    return ""

@@ -99,6 +99,8 @@ def _from_path(path: Path) -> Rows:
     if kind in COMPRESSED:
         kind = Path(path.stem).suffix.lower()
         _check_known(path, kind)
+        if kind == ".parquet":
+            raise InputError(f"{path}: Parquet files are compressed inside; unpack it first")
         return _named(kind, unpacked(path), str(path))
     _check_known(path, kind)
     return parquet_rows(path) if kind == ".parquet" else _reader(kind, path)(path)
@@ -114,8 +116,6 @@ def _check_known(path: Path, kind: str) -> None:
 
 def _named(kind: str, copy: Path, name: str) -> Rows:
     """Rows of a copy, which messages call by the name of what it is a copy of."""
-    if kind == ".parquet":
-        raise InputError(f"{name}: Parquet files are compressed inside; unpack it first")
     try:
         rows: Rows = _reader(kind, copy)(copy, name)
     except InputError as error:

@@ -67,7 +67,7 @@ def named_rows(name: str, config: str | None, split: str) -> Rows:
     datasets = _library(name)
     said = f"hf://{name}{f'/{config}' if config else ''}:{split}"
     with _told_in_our_words(datasets, said, "a data set of the hub"):
-        table = datasets.load_dataset(name, config, split=split, cache_dir=_cache())
+        table = datasets.load_dataset(name, config, split=split, cache_dir=_cache(), trust_remote_code=False)
     files = [Path(file["filename"]) for file in table.cache_files]
     return ListRows(table, said, _fingerprint(said, files, split), filled=True)
 
@@ -99,7 +99,14 @@ def _told_in_our_words(datasets: Any, name: str, kind: str) -> Iterator[None]:
     talk.set_verbosity(talk.CRITICAL)
     try:
         yield
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, HTTPError, ValueError, OSError) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        pyarrow.ArrowException,
+        HTTPError,
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:
         cause = error.__cause__ or error
         raise InputError(f"{name} cannot be read as {kind}: {cause}") from error
     finally:

@@ -63,7 +63,7 @@ def after_opened(prompt: str, written: str, message: Message) -> str | None:
         the prompt opens nothing, or something else is different too.
     """
     opened = _OPENED.search(prompt)
-    if opened is None or not written.startswith(prompt[: opened.start()]):
+    if opened is None or not opening(prompt) or not written.startswith(prompt[: opened.start()]):
         return None
     tag, gap = opened[1], opened[2]
     reason, answer = reasoning_of(message), _content(message)

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import InputError
+from .checks import check_whole_characters
 from .prefix import Encoded
 
 _ANCHORS = ("\n", "a", ".", " ")  # what a continuation may be tokenized after: the first that no token reaches out of
@@ -136,9 +137,6 @@ class Tokens:
         )
 
     def _encoded(self, text: str, **how: Any) -> Encoded:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text has half a surrogate pair at character {error.start + 1}, no text") from error
+        check_whole_characters(text, "the text")
         encoded = self._tokenizer(text, return_offsets_mapping=True, verbose=False, **how)
         return encoded["input_ids"], encoded["offset_mapping"]

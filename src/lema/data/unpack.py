@@ -24,7 +24,6 @@ from typing import IO, Any
 from ..cache import cache_folder, digest
 from ..errors import ConfigError, InputError
 from ..libraries import how_to_install
-from .index import check_regular
 
 _CHUNK = 8 << 20
 _MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
@@ -59,7 +58,6 @@ def unpacked(path: Path) -> Path:
         ConfigError: a library is missing that its compression takes.
     """
     try:
-        check_regular(path)
         stat = path.stat()
         made_of = digest(path.resolve(), stat.st_size, stat.st_mtime_ns)
         folder = cache_folder()
@@ -67,13 +65,15 @@ def unpacked(path: Path) -> Path:
             return _written(path, _temporary(), path.suffix.lower())
         copy = folder / "unpacked" / digest(path.resolve()) / f"{made_of}{Path(path.stem).suffix.lower()}"
         if not copy.is_file():
-            shutil.rmtree(copy.parent, ignore_errors=True)  # what it was before it changed
-            copy.parent.mkdir(parents=True)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             aside = copy.with_suffix(f".{os.getpid()}.tmp")
             try:
                 os.replace(_written(path, aside, path.suffix.lower()), copy)
             finally:
                 aside.unlink(missing_ok=True)
+            for old in copy.parent.iterdir():  # what it was before it changed; others may be writing theirs
+                if old != copy and old.suffix != ".tmp":
+                    old.unlink(missing_ok=True)
         return copy
     except OSError as error:
         raise InputError(f"{path} cannot be unpacked: {error.strerror or error}") from error

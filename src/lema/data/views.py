@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, InputError
+from .checks import names
 from .rows import Fingerprint, Rows
 
 _LOOKED_AT = 16
@@ -117,5 +118,5 @@ class MappedRows(Rows):
             if seen and theirs is not None and theirs not in seen:
                 raise ConfigError(
                     f"columns: {ours} is to be read from {theirs!r}, and the first rows of {self.name} have "
-                    f"{', '.join(map(str, list(seen)[:12]))}"
+                    f"{names(seen)}"
                 )

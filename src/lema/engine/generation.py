@@ -5,7 +5,6 @@ It knows transformers' `generate` and what a streamed model needs around it; it 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import nn
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..core.memory import TripleBufferManager
-from ..errors import UnsupportedError
+from ..errors import LemaError, UnsupportedError
+from ..json_file import read_object
 from ..models.causal_lm import CausalLM
 from .device_memory import explained
 
@@ -33,10 +33,9 @@ def take_end_tokens(module: Any, folder: Path) -> None:
     if not hasattr(module, "generation_config") or not path.is_file():
         return
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        ends = values.get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        logger.warning("%s cannot be read, so answers end where config.json says: %s", path, error)
+        ends = read_object(path).get("eos_token_id")
+    except (OSError, LemaError) as error:
+        logger.warning("answers end where config.json says: %s", error)
         return
     listed = ends if isinstance(ends, list) else [ends]
     if not all(token is None or (isinstance(token, int) and token >= 0) for token in listed):

@@ -34,6 +34,7 @@ from ..training.start import Start, choose_start
 from .generation import end_tokens
 from .machine import TrainerMachine
 from .packing import check_packing
+from .streamer import check_router_loss
 from .trainer import LemaTrainer
 
 
@@ -72,9 +73,7 @@ def train_with(
             tokenizer = dataset.renderer.tokenizer
         if tokenizer is None and (not _has_batches(dataset) or run.training.sample_prompts):
             tokenizer = load_tokenizer(trainer.config.model_name_or_path)
-        if run.data.packing:
-            check_packing(trainer.lm)  # before all rows are counted for it
-        loaded = open_data(run, tokenizer, dataset, eval_dataset, limits_of(trainer.lm))
+        loaded = open_data(run, tokenizer, dataset, eval_dataset, trainer.lm)
         return train_run(trainer, run, loaded, tokenizer, folder, start, make_view(plain), callbacks)
     finally:
         folder.close()
@@ -94,7 +93,7 @@ def train_run(
         sampler = Sampler(
             tokenizer, ask, run.training.sample_prompts, run.training.sample_max_new_tokens, sorted(ends)
         )  # fmt: skip
-    if isinstance(data, Data):
+    if isinstance(data, Data):  # which may have been made elsewhere
         limits_of(trainer.lm).check_length(run.lema.max_seq_length)
     if start.checkpoint is None:
         _seed(run.lema.seed)
@@ -106,15 +105,24 @@ def train_run(
         )  # fmt: skip
 
 
-def check_run(run: RunConfig, limits: ModelLimits, has_evaluation: bool) -> None:
+def check_run(run: RunConfig, lm: CausalLM | None, has_evaluation: bool) -> None:
     """What is refused before a row is read: `lema train`, its dry run and `lema data check RUN.YAML` all ask here.
+
+    Args:
+        lm: the run's model, whose weights need not be there; None: nothing is known of it.
 
     Raises:
         ConfigError: rows longer than the model takes, evaluations without rows, trackers that are not installed.
+        UnsupportedError: the model adds a loss that is not computed, or cannot keep packed rows apart.
     """
-    limits.check_length(run.lema.max_seq_length)
     check_evaluation(run.training, has_evaluation)
     check_reporters(run.training.report_to)
+    if lm is None:
+        return
+    limits_of(lm).check_length(run.lema.max_seq_length)
+    check_router_loss(lm, run.lema.leave_out_router_loss)
+    if run.data.packing:
+        check_packing(lm)
 
 
 def limits_of(lm: CausalLM) -> ModelLimits:
@@ -123,19 +131,19 @@ def limits_of(lm: CausalLM) -> ModelLimits:
 
 
 def open_data(
-    run: RunConfig, tokenizer: Any, dataset: Any = None, eval_dataset: Any = None,
-    limits: ModelLimits = ModelLimits(),  # noqa: B008
-) -> Data | RunData:  # fmt: skip
+    run: RunConfig, tokenizer: Any, dataset: Any = None, eval_dataset: Any = None, lm: CausalLM | None = None
+) -> Data | RunData:
     """Batches of what was given; without it, of the configuration's files."""
     has_evaluation = bool(run.data.eval_file or run.data.eval_size or eval_dataset is not None)
     if not _has_batches(dataset):
-        check_run(run, limits, has_evaluation)
+        check_run(run, lm, has_evaluation)
     if dataset is None or isinstance(dataset, (str, os.PathLike)) or not _has_batches(dataset):
         named = isinstance(dataset, (str, os.PathLike))
         config = run.replace(train_file=os.fspath(dataset)).data if named else run.data
         return load_data(
             config, tokenizer, max_seq_length=run.lema.max_seq_length, rows_per_step=run.rows_per_step,
-            seed=run.lema.seed, train_rows=None if named else dataset, eval_rows=eval_dataset, limits=limits,
+            seed=run.lema.seed, train_rows=None if named else dataset, eval_rows=eval_dataset,
+            limits=ModelLimits() if lm is None else limits_of(lm),
         )  # fmt: skip
     if isinstance(dataset, (Data, RunData)):
         return dataset

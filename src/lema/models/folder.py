@@ -5,11 +5,10 @@ It knows which files give a folder away; it knows nothing of what is in them bey
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, LemaError
+from ..json_file import read_object
 
 _ADAPTER_CONFIG = "adapter_config.json"  # PEFT's and mlx-lm's
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
@@ -61,10 +60,10 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _base_of(folder: Path) -> str | None:
     try:
-        values: Any = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_object(folder / _ADAPTER_CONFIG)
+    except (OSError, LemaError):
         return None
-    name = (values.get("base_model_name_or_path") or values.get("model")) if isinstance(values, dict) else None
+    name = values.get("base_model_name_or_path") or values.get("model")
     return name if isinstance(name, str) else None
 
 

@@ -18,7 +18,7 @@ from ..config import CONFIG_NAME, DTYPES, LemaConfig
 from ..core.lora import ADAPTER_CONFIG, LoRAManager
 from ..data.render import ChatRenderer
 from ..engine.generation import end_tokens
-from ..engine.training import load_tokenizer
+from ..engine.training import limits_of, load_tokenizer
 from ..errors import ConfigError, InputError
 from ..json_file import read_object
 from ..model import LemaModel
@@ -187,8 +187,8 @@ class Speaker:
         return end_tokens(self.model.adapter.causal_lm().module) | {*self.renderer.end_tokens}
 
     def _padding(self) -> int:
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int(pad if pad is not None else end if end is not None else 0)
+        limits = limits_of(self.model.adapter.causal_lm())
+        return limits.padding((self.tokenizer.pad_token_id, self.tokenizer.eos_token_id))
 
 
 def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, Any]) -> LemaConfig:

@@ -47,7 +47,7 @@ def check_resume(checkpoint: Path, saved: Mapping[str, Any], settings: Mapping[s
         )
         raise CheckpointError(
             f"{checkpoint} cannot be gone on from: {listed}. Give the settings it was trained with, or start a new "
-            "run in another output_dir. Length (max_steps, num_train_epochs), paths, places and budgets, what is "
+            "run in another output_dir. Length (max_steps, num_train_epochs), paths, places and budgets, when it is "
             "logged, evaluated and saved may differ, and how the same rows are cut (batch_size, "
             "gradient_accumulation_steps, micro_batch_size)"
         )

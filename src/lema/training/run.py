@@ -81,6 +81,7 @@ def run_training(
         machine.set_label_smoothing(training.label_smoothing_factor)
         end.callback(machine.set_label_smoothing, 0.0)
         reporters = end.enter_context(reporting(training.report_to, folder.folder, name, resolved.to_dict()))
+        start = start.put_aside(folder)
         resolved.save(folder.folder)
         if data.summary is not None:
             write_json(folder.folder / SUMMARY_FILE, data.summary)

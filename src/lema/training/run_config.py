@@ -171,6 +171,9 @@ def owner_of(name: str) -> type | None:
     return next((owner for _, owner in _OWNERS if name in kinds_of(owner)), None)
 
 
+_LIST = re.compile(r"""\[\s*["\]]""")  # of JSON; other brackets begin a pattern
+
+
 def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
     """Values by name of texts as someone types them.
 
@@ -182,7 +185,7 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
         owner = owner_of(name)
         assert owner is not None
         kinds = kinds_of(owner)[name]
-        if list[str] in kinds and text.startswith("[") and not (name in TARGETS and not text.startswith('["')):
+        if list[str] in kinds and text.startswith("[") and (name not in TARGETS or _LIST.match(text)):
             found[name] = _json_list(name, text)
         elif name == "sample_prompts":  # a prompt may have commas
             found[name] = [text] if text else []

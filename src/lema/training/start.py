@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,19 @@ class Start:
     """The checkpoint's `trainer_state.json`."""
     messages: list[str] = field(default_factory=list)
     """What was passed over or put aside on the way."""
+    aside: tuple[Path, ...] = ()
+    """What lies in the run's folder and is not of the run that begins; `put_aside` moves it."""
+    why_aside: str = ""
+    """Says so, with `{}` for the place it is moved to."""
     began: float = field(default_factory=time.monotonic)
     """When, by the monotonic clock in seconds."""
+
+    def put_aside(self, folder: CheckpointFolder) -> Start:
+        """Move what is not of this run, once nothing refuses the run any more; the start that says so."""
+        if not self.aside:
+            return self
+        place = _move_aside(folder, self.aside)
+        return replace(self, aside=(), messages=[*self.messages, self.why_aside.format(place)])
 
     @property
     def finished(self) -> bool:
@@ -38,13 +50,12 @@ class Start:
         return bool(self.state) and bool(self.state["lema"]["run"].get("finished"))
 
 
-def choose_start(folder: CheckpointFolder, resume: str | os.PathLike[str] | None, look_only: bool = False) -> Start:
-    """Where to begin.
+def choose_start(folder: CheckpointFolder, resume: str | os.PathLike[str] | None) -> Start:
+    """Where to begin. Nothing is moved: see `Start.put_aside`.
 
     Args:
         resume: `auto`: the newest whole checkpoint, or anew where there is none; a path; `none`: anew, what is
             there is moved aside; None: anew, in a folder without checkpoints.
-        look_only: move nothing.
 
     Raises:
         ConfigError: None is given and there are checkpoints.
@@ -58,11 +69,11 @@ def choose_start(folder: CheckpointFolder, resume: str | os.PathLike[str] | None
             )
         return Start()
     if str(resume) == NONE:
-        return Start() if look_only else Start(messages=_put_aside(folder))
+        return _anew(folder)
     if str(resume) != AUTO:
         path = Path(resume)
         state = read_state(path)
-        return Start(path, state, [] if look_only else _put_later_aside(folder, path, state["global_step"]))
+        return _before(folder, Start(path, state), state["global_step"])
     problem = None
     found = folder.newest()
     if folder.final.is_dir():
@@ -87,29 +98,27 @@ def _there(folder: CheckpointFolder) -> list[Path]:
     return [*folder.all(), *([folder.final] if folder.final.is_dir() else [])]
 
 
-def _put_aside(folder: CheckpointFolder) -> list[str]:
+def _anew(folder: CheckpointFolder) -> Start:
     there = _there(folder)
-    if not there:
-        return []
     files = [folder.folder / name for name in (METRICS_FILE, SAMPLES_FILE)]
-    aside = _move_aside(folder, [*there, *(file for file in files if file.is_file())])
-    return [f"{len(there)} checkpoints and the metrics of the run before are in {aside} now"]
+    aside = (*there, *(file for file in files if file.is_file())) if there else ()
+    return Start(aside=aside, why_aside=f"{len(there)} checkpoints and the metrics of the run before are in {{}} now")
 
 
-def _put_later_aside(folder: CheckpointFolder, start: Path, step: int) -> list[str]:
-    """Checkpoints of this folder beyond the one gone on from: they are of a run that is being taken back."""
-    if start.absolute().parent != folder.folder.absolute():
-        return []
+def _before(folder: CheckpointFolder, start: Start, step: int) -> Start:
+    """Checkpoints of this folder beyond the one gone on from are of a run that is being taken back."""
+    assert start.checkpoint is not None
+    if start.checkpoint.absolute().parent != folder.folder.absolute():
+        return start
     later = [path for path in folder.all() if int(path.name.rpartition("-")[2]) > step]
-    if folder.final.is_dir() and folder.final.absolute() != start.absolute():
+    if folder.final.is_dir() and folder.final.absolute() != start.checkpoint.absolute():
         later.append(folder.final)
-    if not later:
-        return []
     names = ", ".join(path.name for path in later)
-    return [f"{names} came after {start.name}, and are in {_move_aside(folder, later)} now"]
+    why = f"{names} came after {start.checkpoint.name}, and are in {{}} now"
+    return replace(start, aside=tuple(later), why_aside=why)
 
 
-def _move_aside(folder: CheckpointFolder, paths: list[Path]) -> Path:
+def _move_aside(folder: CheckpointFolder, paths: Sequence[Path]) -> Path:
     number = 1
     while (aside := folder.folder / f"previous-{number}").exists():
         number += 1
