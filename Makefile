@@ -15,7 +15,7 @@ MODEL_INSTALLED := $(VENV)/.demo-model
 
 # Compiled modules are kept, whatever the environment says: tests start a hundred processes.
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
-tests = $(patsubst %,tests/test_%.py,$(1))
+tests = $(foreach name,$(1),$(wildcard tests/*/test_$(name).py))
 # What compares numbers; `make test-numeric` runs it with the kernels of other processors.
 NUMERIC := $(call tests,boundaries budgets checkpoints contract data_packing exact head host_optimizer inputs \
 	label_smoothing merge tiers training traps vocabulary)

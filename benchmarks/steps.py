@@ -103,8 +103,8 @@ def _lema(options: argparse.Namespace, ids: Any) -> Driver:
 def _lema_io(options: argparse.Namespace) -> Driver:
     """A step's visits, with the same slots and readers, and nothing computed in between."""
     import lema
-    from lema.core.memory import HEAD
-    from lema.core.schedule import Schedule
+    from lema.streaming.memory import HEAD
+    from lema.streaming.schedule import Schedule
 
     model = lema.LemaModel(lema_config(options))
     memory = model.memory
@@ -183,7 +183,7 @@ def _plan_of_default(model: Any) -> Any:
 
 def _plan_summary(plan: Any) -> dict[str, Any] | None:
     """What a plan decided and predicted, in numbers."""
-    from lema.core.footprint import DEVICE_CONTEXT
+    from lema.planning.footprint import DEVICE_CONTEXT
 
     if plan is None:
         return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lema.core.timeline import COMPUTE, COPY, DISK, LANES, WAIT, rows
+from lema.streaming.timeline import COMPUTE, COPY, DISK, LANES, WAIT, rows
 
 from .counters import Device
 

@@ -13,11 +13,11 @@ import torch
 
 from lema import LemaConfig, LemaModel
 from lema.data import DataConfig
-from lema.engine.training import load_tokenizer
+from lema.prepare.demo_model import smollm2_folder
+from lema.prepare.tiny_model import tiny_model
 from lema.reply import Sampling, Speaker
+from lema.run.training import load_tokenizer
 from lema.training import TrainingConfig
-from lema.utils.demo_model import smollm2_folder
-from lema.utils.tiny_model import tiny_model
 
 QUESTION = "What is the capital of Norway?"
 

@@ -15,9 +15,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .accelerator import default_device
 from .errors import ConfigError
 from .json_file import read_object
+from .machine.choices import DTYPES, default_device
 from .paths import expanded
 from .targets import as_targets
 from .typed import check_types
@@ -25,7 +25,6 @@ from .typed import check_types
 __all__ = ["LemaConfig", "MemoryStrategy"]
 
 CONFIG_NAME = "lema_config.json"
-DTYPES = ("float16", "bfloat16", "float32")
 _DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 HEAD_PLACES = ("resident", "streamed", "chunked")

@@ -12,12 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .config import LemaConfig
-from .core.gbi import GlobalBinaryIndex
-from .core.lora import ADAPTER_CONFIG, LoRAManager
-from .core.memory import TripleBufferManager
 from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
@@ -25,11 +21,12 @@ from .engine.generation import generate, take_end_tokens
 from .engine.guards import guard_peft
 from .engine.streamer import LayerStreamer
 from .engine.trainer import LemaTrainer
-from .errors import ConfigError, DeviceError, WeightsNotFoundError
+from .errors import DeviceError
 from .models.base import LemaModelAdapter
-from .models.folder import refuse_other_folders
-from .models.registry import get_adapter
-from .strangers import refuse_special_files, tell_of_code
+from .models.locate import adapter_for, local_path, weights_path
+from .models.lora import ADAPTER_CONFIG, LoRAManager
+from .storage.index import GlobalBinaryIndex
+from .streaming.memory import TripleBufferManager
 
 
 class LemaModel:
@@ -48,10 +45,10 @@ class LemaModel:
     def __init__(self, config: LemaConfig, adapter: LemaModelAdapter | None = None) -> None:
         self.config = config
         compute_dtype(config)
-        model_path = _local(config.model_name_or_path, "*.json")
+        model_path = local_path(config.model_name_or_path, "*.json")
         self._folder = model_path if model_path.is_dir() else model_path.parent
-        self.adapter = adapter or _adapter_for(config, model_path)
-        self.gbi = GlobalBinaryIndex(_weights_path(config))
+        self.adapter = adapter or adapter_for(config, model_path)
+        self.gbi = GlobalBinaryIndex(weights_path(config))
         self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi)
         if config.leave_out_router_loss:
             self.adapter.causal_lm().router_loss = None
@@ -178,55 +175,3 @@ class LemaModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _local(name_or_path: str, *patterns: str) -> Path:
-    """A local path for a path or a hub id; files of a hub id come through huggingface_hub's cache.
-
-    Raises:
-        WeightsNotFoundError: it is neither. ConfigError: it is there, and no model.
-    """
-    path = Path(name_or_path)
-    if path.exists():
-        refuse_other_folders(path)
-        return path
-    could_be_hub_id = name_or_path.count("/") <= 1 and path.suffix != ".safetensors" and not path.is_absolute()
-    if not could_be_hub_id or name_or_path.startswith("."):
-        raise WeightsNotFoundError(f"{name_or_path} does not exist: give a directory, a .safetensors file or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        fetched = Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsNotFoundError(
-            f"{name_or_path!r} is neither a local path nor a model that could be fetched from the hub: {error}"
-        ) from error
-    refuse_other_folders(fetched)
-    return fetched
-
-
-def _weights_path(config: LemaConfig) -> Path:
-    if config.gbi_path is not None:
-        return Path(config.gbi_path)
-    return _local(config.model_name_or_path, "*.json", "*.safetensors")
-
-
-def _adapter_for(config: LemaConfig, model_path: Path) -> LemaModelAdapter:
-    folder = model_path if model_path.is_dir() else model_path.parent
-    path = folder / "config.json"
-    refuse_special_files(folder)
-    if not path.is_file():
-        raise ConfigError(
-            f"{path} does not exist, so nothing says what {config.model_name_or_path} is; put the model's config.json "
-            "there, name a model directory and give the weights as gbi_path, or build LemaModel with an adapter"
-        )
-    values, _ = PreTrainedConfig.get_config_dict(folder)
-    tell_of_code(folder)
-    model_type = config.model_type or values.get("model_type")
-    if not model_type:
-        raise ConfigError(f"{path} has no model_type; give LemaConfig(model_type=...)")
-    adapter = get_adapter(model_type, values)
-    if hasattr(adapter, "config") and isinstance(adapter.config, PreTrainedConfig):
-        adapter.config._name_or_path = config.model_name_or_path
-    return adapter

@@ -46,7 +46,7 @@ def demo(
     """
     started = time.perf_counter()
     if model is None:
-        from ..utils.demo_model import smollm2_folder
+        from ..prepare.demo_model import smollm2_folder
 
         model = str(smollm2_folder())
     output.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,7 @@ def _rows(chosen: DataConfig, speaker: Speaker, length: int, batch_size: int, ru
 
 
 def _results(speaker: Speaker, rows: BatchStream, alone: bool) -> dict[str, dict[str, Any]]:
-    from ..engine.machine import evaluate_batch
+    from ..run.trainer_engine import evaluate_batch
     from ..training.evaluation import evaluate_with
 
     trainer = speaker.model.get_trainer()

@@ -113,7 +113,7 @@ def init(
 
 def _device() -> tuple[str, str, str]:
     """Device, type and why that type."""
-    from ..core.device import default_device, device_name, supports_bfloat16
+    from ..machine.device import default_device, device_name, supports_bfloat16
 
     device = default_device()
     if device == "cpu":
@@ -127,9 +127,9 @@ def _positions(model: str) -> int | None:
     """Tokens the model takes; None where its configuration does not say, or there is none."""
     from transformers import PreTrainedConfig
 
-    from ..model import _local
+    from ..models.locate import local_path
 
-    path = _local(model, "config.json")
+    path = local_path(model, "config.json")
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: give a model's directory, its .safetensors file or a hub id")

@@ -19,10 +19,10 @@ from ..errors import ConfigError, LemaError, WeightsNotFoundError
 from .settings import parse_settings
 
 if TYPE_CHECKING:
-    from ..core.gbi import GlobalBinaryIndex
-    from ..core.hardware import Hardware
-    from ..core.plan import MemoryPlan
     from ..models.base import LemaModelAdapter
+    from ..planning.hardware import Hardware
+    from ..planning.plan import MemoryPlan
+    from ..storage.index import GlobalBinaryIndex
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def plan(
 
 def _of_run(file: Path, hardware: str | None) -> dict[str, Any]:
     """What a run's engine is built with, `auto` budgets where the file says none."""
-    from ..core.device import default_device
+    from ..machine.device import default_device
     from ..training.run_config import RunConfig
 
     run = RunConfig.from_yaml(file, defaults={"vram_budget": "auto", "ram_budget": "auto", "device": default_device()})
@@ -149,9 +149,9 @@ def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Plann
     if str(values.get("device")).lower() == "auto":  # that of the machine meant
         values = {name: value for name, value in values.items() if name != "device"}
     config = LemaConfig.from_dict(values)
-    from ..core.device import default_device
-    from ..core.hardware import Hardware
     from ..engine.assembly import assemble_plan, resolve_budgets
+    from ..machine.device import default_device
+    from ..planning.hardware import Hardware
 
     machine = Hardware.parse(spec) if spec is not None else None
     if "device" not in values:
@@ -162,7 +162,7 @@ def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Plann
         # Before anything is measured: what measuring takes is given back, but not at once.
         ram, vram = resolve_budgets(config, machine)
         if machine is None:
-            from ..core.probe import profile
+            from ..planning.probe import profile
 
             machine = profile(config.device, gbi.path if gbi is not None else None, refresh=probe)
         _check_budget("ram_budget", ram, machine.ram_bytes, machine.name)
@@ -173,7 +173,7 @@ def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Plann
 
 def as_dict(planned: Planned) -> dict[str, Any]:
     """JSON-ready: bytes, seconds and tokens a second."""
-    from ..core.plan import describe
+    from ..planning.plan import describe
 
     return {
         "model": planned.config.model_name_or_path,
@@ -188,7 +188,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
 
 
 def _check_budget(name: str, budget: int | None, there: int, machine: str) -> None:
-    from ..core.budget import format_bytes
+    from ..machine.memory import format_bytes
 
     if budget is not None and budget > there:
         raise ConfigError(f"{name} of {format_bytes(budget)} is more than the {format_bytes(there)} that {machine} has")
@@ -197,14 +197,14 @@ def _check_budget(name: str, budget: int | None, there: int, machine: str) -> No
 @contextlib.contextmanager
 def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinaryIndex | None]]:
     """The model's adapter, and the index of its weights where they are on this machine."""
-    from ..core.gbi import GlobalBinaryIndex
+    from ..storage.index import GlobalBinaryIndex
 
     given = Path(config.model_name_or_path)
     if given.suffix == ".json" and not given.exists():
         raise WeightsNotFoundError(f"{given} does not exist: give a model's directory, its config.json or a hub id")
     if given.is_file() and given.name != "config.json" and given.suffix != ".safetensors":
         raise ConfigError(f"{given} is neither a directory, a .safetensors file nor a config.json")
-    adapter = _adapter(config)
+    adapter = adapter_of(config)
     where = Path(config.gbi_path) if config.gbi_path is not None else given
     if config.gbi_path is None and not (where.suffix == ".safetensors" or any(where.glob("*.safetensors"))):
         yield adapter, None
@@ -216,17 +216,17 @@ def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinary
         gbi.close()
 
 
-def _adapter(config: LemaConfig) -> LemaModelAdapter:
+def adapter_of(config: LemaConfig) -> LemaModelAdapter:
     """The model of a configuration, built once so that what is wrong with the configuration shows here."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
 
-    from ..model import _adapter_for, _local
+    from ..models.locate import adapter_for, local_path
     from ..models.transformers_adapter import TransformersAdapter
 
-    path = _local(config.model_name_or_path, "config.json")
+    path = local_path(config.model_name_or_path, "config.json")
     try:
-        adapter = _adapter_for(config, path)
+        adapter = adapter_for(config, path)
         adapter.configure(getattr(torch, config.dtype), config.attn_implementation)
         if isinstance(adapter, TransformersAdapter):
             adapter.causal_lm()

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..core.budget import format_bytes
-from ..core.plan import MemoryPlan
+from ..machine.memory import format_bytes
+from ..planning.plan import MemoryPlan
 from .plan import Planned
 
 Section = list[tuple[str, str]]

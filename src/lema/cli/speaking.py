@@ -79,7 +79,7 @@ def open_speaker(
 
     from transformers.utils import logging as transformers_logging
 
-    from ..core.device import default_device
+    from ..machine.device import default_device
     from ..reply import Speaker
 
     transformers_logging.set_verbosity_error()

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from .settings import split_settings, usage_of
 
 if TYPE_CHECKING:
-    from ..core.plan import Estimate
+    from ..planning.plan import Estimate
     from ..training.result import TrainResult
     from ..training.run_config import RunConfig
     from ..training.start import Start
@@ -82,7 +82,7 @@ def train(
 
 def _read(file: Path, overrides: Mapping[str, str]) -> RunConfig:
     """The run's settings; `typer.BadParameter` if it is one of the overrides that is refused."""
-    from ..core.device import default_device
+    from ..machine.device import default_device
     from ..training.run_config import ALIASES, RunConfig, parse_overrides, setting_named
 
     with usage_of("--set"):
@@ -102,8 +102,8 @@ def _run(
     import dataclasses
 
     from ..data.load import Data, check_all_rows
-    from ..engine.training import load_tokenizer, open_data, train_run
     from ..model import LemaModel
+    from ..run.training import load_tokenizer, open_data, train_run
     from ..training.panel import make_view
     from ..training.run import RunData, check_start
     from .plan import make
@@ -144,7 +144,7 @@ def _kept(config: dict[str, Any], run: RunConfig, start: Start) -> dict[str, Any
 
 
 def _say_cost(run: RunConfig, data: Any, planned: Planned, start: Start) -> None:
-    from ..core.budget import format_bytes
+    from ..machine.memory import format_bytes
     from ..training.meanings import understood
     from ..training.panel import duration
     from ..training.schedule import Schedule

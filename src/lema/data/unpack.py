@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from ..cache import cache_folder, digest
 from ..errors import ConfigError, InputError
 from ..libraries import how_to_install
+from ..storage.cache import cache_folder, digest
 
 _CHUNK = 8 << 20
 _MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from ..core.budget import format_bytes
+from ..machine.memory import format_bytes
 from .facts import Device, Facts
 from .finding import Finding, Level, advice, ok, problem
 from .resources import GB, check_hub, check_memory, check_pinning, check_places, check_rates, check_swap

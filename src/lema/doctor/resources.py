@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..core.budget import format_bytes
+from ..machine.memory import format_bytes
 from .facts import Facts, Place
 from .finding import Finding, advice, ok, problem
 

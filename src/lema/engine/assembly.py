@@ -10,22 +10,22 @@ from typing import Any
 import torch
 
 from ..config import LLAMA_TARGETS, LemaConfig, MemoryStrategy
-from ..core.accelerator import AcceleratorBackend
-from ..core.budget import free_ram, resolve_budget
-from ..core.device import check_device, context_bytes, device_memory, device_name, supports_bfloat16
-from ..core.gbi import GlobalBinaryIndex
-from ..core.hardware import Hardware
-from ..core.heap import resident_bytes
-from ..core.lora import LoRAManager
-from ..core.memory import TripleBufferManager
-from ..core.plan import Choices, MemoryPlan
-from ..core.planner import make_plan
 from ..errors import DeviceError, UnsupportedError
+from ..machine.device import check_device, context_bytes, device_memory, device_name, supports_bfloat16
+from ..machine.heap import resident_bytes
+from ..machine.memory import free_ram, resolve_budget
 from ..models.base import LemaModelAdapter
+from ..models.lora import LoRAManager
 from ..models.transformers_adapter import TransformersAdapter
+from ..planning.hardware import Hardware
+from ..planning.plan import Choices, MemoryPlan
+from ..planning.planner import make_plan
+from ..storage.index import GlobalBinaryIndex
+from ..streaming.accelerator import AcceleratorBackend
+from ..streaming.memory import TripleBufferManager
 from .device_memory import explained
 from .dry_run import DryRun
-from .head_loss import loss_chunk
+from .loss.head_loss import loss_chunk
 
 _PLANNED = (
     "ram_budget", "vram_budget", "ram_layers", "device_layers", "keep_activations", "head", "boundaries",
@@ -72,7 +72,7 @@ def assemble_plan(
     sizes = run.sizes() if gbi is None else run.sizes_in(adapter, gbi)
     ram, vram = resolve_budgets(config, hardware)
     if hardware is None:
-        from ..core.probe import profile
+        from ..planning.probe import profile
 
         hardware = profile(config.device, gbi.path if gbi is not None else None)
     plain = ram is None and (hardware.device == "cpu" or vram is None)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.binding import materialize
-from ..core.gbi import GlobalBinaryIndex
-from ..core.layout import ParameterSource
-from ..core.memory import TripleBufferManager
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.index import GlobalBinaryIndex
+from ..storage.layout import ParameterSource
+from ..storage.views import materialize
+from ..streaming.memory import TripleBufferManager
 
 
 def state_from_files(memory: TripleBufferManager) -> bool:

@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..complete import problem_of
 from ..config import LemaConfig
-from ..core.lora import LoRAManager
 from ..errors import CheckpointError
 from ..json_file import read_object
+from ..models.lora import LoRAManager
+from ..storage.atomic import replaced_directory
+from ..storage.complete import problem_of
+from ..streaming.randomness import random_states, restore_random_states
 from .base_config import check_config
-from .files import replaced_directory
-from .randomness import random_states, restore_random_states
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 OPTIMIZER_STATE = "optimizer.json"

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import torch
 
-from ..core.budget import format_bytes
-from ..core.device import context_bytes, device_memory
-from ..core.footprint import DEVICE_CONTEXT
-from ..core.plan import MemoryPlan
 from ..errors import DeviceError, DeviceMemoryError
+from ..machine.device import context_bytes, device_memory
+from ..machine.memory import format_bytes
+from ..planning.footprint import DEVICE_CONTEXT
+from ..planning.plan import MemoryPlan
 
 
 @contextlib.contextmanager

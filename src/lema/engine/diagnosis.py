@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..models.causal_lm import CausalLM
+from ..streaming.randomness import RandomState
+from ..streaming.recompute import StreamedLayer
 from .inputs import Batch
-from .randomness import RandomState
-from .streamed_layer import StreamedLayer
 
 
 def first_bad_activation(lm: CausalLM, batch: Batch, random_state: RandomState) -> str:

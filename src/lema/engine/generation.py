@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..core.memory import TripleBufferManager
 from ..errors import LemaError, UnsupportedError
 from ..json_file import read_object
 from ..models.causal_lm import CausalLM
+from ..streaming.memory import TripleBufferManager
 from .device_memory import explained
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..core.memory import TripleBufferManager
 from ..errors import BindingError
 from ..models.causal_lm import CausalLM
+from ..streaming.memory import TripleBufferManager
 from .base_state import state_from_files
 
 logger = logging.getLogger(__name__)

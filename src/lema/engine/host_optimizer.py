@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..core.binding import page_aligned, typed_view
-from ..core.transport import DeviceBackend
+from ..storage.views import page_aligned, typed_view
+from ..streaming.transport import DeviceBackend
 
 
 class HostMasters:

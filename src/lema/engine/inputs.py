@@ -16,7 +16,7 @@ from torch.nn import functional
 from ..errors import InputError
 from ..models.causal_lm import CausalLM
 from ..models.embedding import with_host_twin
-from .loss import IGNORE_INDEX, shift_left
+from .loss.positions import IGNORE_INDEX, shift_left
 from .packing import check_packing, is_packed
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..core.binding import keep_apart
-from ..core.heap import give_back_idle_heap
-from ..core.lora import LoRAManager
 from ..errors import ConfigError
+from ..machine.heap import give_back_idle_heap
+from ..models.lora import LoRAManager
+from ..storage.views import keep_apart
 
 _MOVED_BYTES = 16 << 20
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..config import LemaConfig
-from ..core.gbi import GlobalBinaryIndex
-from ..core.lora import LoRAManager
 from ..errors import ConfigError
 from ..models.causal_lm import CausalLM
+from ..models.lora import LoRAManager
+from ..storage.index import GlobalBinaryIndex
 from .base_config import config_facts
 from .checkpoint import load_checkpoint, save_checkpoint
 from .host_optimizer import HostMasters

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.heap import HeapGuard
-from ..core.memory import TripleBufferManager
-from ..core.schedule import Schedule
 from ..errors import UnsupportedError
+from ..machine.heap import HeapGuard
 from ..models.causal_lm import CausalLM
-from .arguments import BatchRules
-from .draws import Draws
+from ..streaming.arguments import BatchRules
+from ..streaming.draws import Draws
+from ..streaming.memory import TripleBufferManager
+from ..streaming.recompute import Batching, StreamedLayer
+from ..streaming.schedule import Schedule
 from .guards import guard
-from .streamed_layer import Batching, ChunkedHead, StreamedHead, StreamedLayer
+from .loss.streamed_head import ChunkedHead, StreamedHead
 
 logger = logging.getLogger(__name__)
 

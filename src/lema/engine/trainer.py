@@ -17,24 +17,24 @@ import torch
 from torch import nn
 
 from ..config import LemaConfig
-from ..core.gbi import GlobalBinaryIndex
-from ..core.heap import give_back_idle_heap
-from ..core.lora import LoRAManager
-from ..core.memory import TripleBufferManager
-from ..core.timeline import COMPUTE
 from ..errors import ConfigError, NonFiniteError
+from ..machine.heap import give_back_idle_heap
 from ..models.base import LemaModelAdapter
+from ..models.lora import LoRAManager
+from ..storage.index import GlobalBinaryIndex
+from ..streaming.memory import TripleBufferManager
+from ..streaming.randomness import RandomState
+from ..streaming.timeline import COMPUTE
 from .assembly import assemble_memory
 from .device_memory import explained
 from .diagnosis import first_bad_activation, first_bad_gradient
 from .guards import guard_peft
-from .head_loss import HeadLoss
 from .host_optimizer import HostMasters
 from .inputs import Batch, join_batches, make_batch
-from .loss import LossResult
+from .loss.head_loss import HeadLoss
+from .loss.positions import LossResult
 from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer
-from .randomness import RandomState
 from .resumable import Resumable
 from .step_report import StepReport, report_of
 from .streamer import LayerStreamer, check_router_loss
@@ -335,9 +335,9 @@ class LemaTrainer(Resumable):
             dataset: a path (see `DataConfig.train_file`), what `lema.data.load_data` returns, or any iterable of
                 batches that has `steps_per_epoch`, `state_dict()` and `load_state_dict()`.
             eval_dataset: batches to evaluate on, where `dataset` has none of its own.
-            **options: those of `lema.engine.training.train_with`: training, data, tokenizer, callbacks, resume, plain.
+            **options: those of `lema.run.training.train_with`: training, data, tokenizer, callbacks, resume, plain.
         """
-        from .training import train_with
+        from ..run.training import train_with
 
         return train_with(self, dataset, eval_dataset, **options)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..core.binding import page_aligned, typed_view
+from ..storage.views import page_aligned, typed_view
 from .loss_scale import LossScale
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..errors import CheckpointError, WeightsError
+from ..models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..storage.index import GlobalBinaryIndex
 from .checkpoint import read_settings
 from .gguf_adapter import ARCHITECTURES
 from .lora_layers import PREFIX, SAFE_STARTS, copies_of_base

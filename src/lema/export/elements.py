@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from ..core.gbi import TensorRecord
-from ..core.layout import ParameterSource
-from ..core.safetensors_header import open_weights, show
 from ..errors import ReadError
+from ..storage.header import open_weights, show
+from ..storage.index import TensorRecord
+from ..storage.layout import ParameterSource
 
 RUN = 1 << 20
 """Elements handled at once: 4 MiB of float32."""

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.gbi import GlobalBinaryIndex
 from ..errors import ConfigError, UnsupportedError, WeightsError
 from ..libraries import how_to_install
-from ..utils.safetensors_writer import sync_directory
+from ..storage.index import GlobalBinaryIndex
+from ..storage.writer import sync_directory
 from .checkpoint import Checkpoint
 from .lora_layers import Target, copies_of_base, find_targets
 

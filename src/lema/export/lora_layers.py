@@ -17,10 +17,10 @@ from peft.tuners.lora.layer import Linear, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.lora import peft_of_this_transformers, stored_transposed
 from ..errors import CheckpointError, UnsupportedError
+from ..models.lora import peft_of_this_transformers, stored_transposed
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.index import GlobalBinaryIndex
 from .checkpoint import Checkpoint
 from .elements import RUN
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..core.lora import ADAPTER_WEIGHTS
-from ..utils.model_utils import parse_dtype
+from ..models.lora import ADAPTER_WEIGHTS
+from ..prepare.single_file import parse_dtype
 from .check import refuse_problems
 from .checkpoint import Checkpoint
 from .staging import staged

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
-from ..core.layout import PAGE, align_up
+from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.layout import PAGE, align_up
 
 INDEX = "model.safetensors.index.json"
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

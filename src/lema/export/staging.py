@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeightsError
-from ..utils.safetensors_writer import sync_directory
+from ..storage.writer import sync_directory
 
 _STATE = ".state.json"
 _LOCK = ".lock"

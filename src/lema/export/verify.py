@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 
 from ..config import LemaConfig
-from ..core.lora import peft_of_this_transformers
 from ..errors import WeightsError
 from ..model import LemaModel
+from ..models.lora import peft_of_this_transformers
 from .checkpoint import Checkpoint
 
 _ROWS, _LENGTH, _SEED = 2, 16, 0

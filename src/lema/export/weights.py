@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import torch
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
-from ..core.layout import ParameterSource, Piece
 from ..errors import NonFiniteError, UnsupportedError
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.layout import ParameterSource, Piece
 from .checkpoint import Checkpoint
 from .elements import read_parameter, runs
 from .lora_layers import Target, copies_of_base, find_targets

@@ -24,10 +24,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
-from ..core.layout import ParameterSource
-from ..core.placement import PlacedTensor, chunk, concatenate, stack
 from ..errors import MissingTensorError, ShapeMismatchError, UnsupportedError
+from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.layout import ParameterSource
+from ..storage.placement import PlacedTensor, chunk, concatenate, stack
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def map_checkpoint(
         ShapeMismatchError: stored shapes differ from the configuration's; all are listed.
         UnsupportedError: a conversion is more than placement.
     """
-    placed, unused = _place(model, expected, gbi)
+    placed, unused = place_parameters(model, expected, gbi)
     tied = _ties(model, placed, gbi)
     for name, partner in tied.items():
         placed.setdefault(name, placed[partner])
@@ -93,7 +93,7 @@ class _DtypePlan:
         return empty.dtype if empty.dtype != self._dtype else self._dtype
 
 
-def _place(
+def place_parameters(
     model: PreTrainedModel, expected: Mapping[str, torch.Tensor], gbi: GlobalBinaryIndex
 ) -> tuple[dict[str, PlacedTensor], list[str]]:
     transforms = get_model_conversion_mapping(model)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.host_copies import to_device
+from ..machine.host_copies import to_device
 
 
 def with_host_twin(ids: torch.Tensor, device: torch.device) -> torch.Tensor:

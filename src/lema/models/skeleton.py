@@ -17,8 +17,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..core.heap import apart_from_heap
 from ..errors import UnsupportedError
+from ..machine.heap import apart_from_heap
 from .outputs import take_out_outputs
 
 logger = logging.getLogger(__name__)

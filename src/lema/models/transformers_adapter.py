@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.layout import ParameterSource
-from ..core.lora import LoRAManager
 from ..errors import UnsupportedError
+from ..storage.index import GlobalBinaryIndex
+from ..storage.layout import ParameterSource
 from .base import LemaModelAdapter, bind_flat_buffer
 from .causal_lm import TransformersCausalLM
 from .checkpoint import CheckpointMap, map_checkpoint
 from .embedding import gather_rows
+from .lora import LoRAManager
 from .outputs import router_loss_of
 from .quantised import refuse_codes, refuse_packed, refuse_quantised
 from .skeleton import build_skeleton, find_layers

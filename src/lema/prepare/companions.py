@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
-from ..core.safetensors_header import read_json_object
 from ..errors import ConfigError, WeightsError
+from ..storage.header import read_json_object
 from .gguf_source import GgufSource
 from .locate import COMPANIONS, fetch_companions
 

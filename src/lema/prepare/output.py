@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from transformers.core_model_loading import dot_natural_key
 
-from ..core.gbi import TensorRecord
-from ..core.safetensors_header import show
 from ..errors import WeightsError
-from ..utils.safetensors_writer import plan_file
+from ..storage.header import show
+from ..storage.index import TensorRecord
+from ..storage.writer import plan_file
 from .source import read_pieces
 
 INDEX = "model.safetensors.index.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.budget import format_bytes
+from ..machine.memory import format_bytes
 from .fit import Fit
 from .source import Source
 

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
-from ..core.safetensors_header import show
 from ..errors import ReadError, WeightsError
+from ..storage.header import show
+from ..storage.index import GlobalBinaryIndex, TensorRecord
 
 PIECE_BYTES = 4 << 20
 """Of a tensor's stored bytes held at a time."""

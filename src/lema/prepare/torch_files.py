@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from ..core.budget import format_bytes, free_ram
-from ..core.gbi import TensorRecord
-from ..core.safetensors_header import DTYPES, show
-from ..core.weight_files import check_promises, read_shard_index
 from ..errors import UnsupportedError, WeightsError, WeightsFormatError
+from ..machine.memory import format_bytes, free_ram
+from ..storage.header import DTYPES, show
+from ..storage.index import TensorRecord
+from ..storage.weight_files import check_promises, read_shard_index
 from .source import PIECE_BYTES, read_pieces
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, WeightsError
-from ..utils.safetensors_writer import sync_directory
+from ..storage.writer import sync_directory
 
 _JOB, _JOURNAL, _LOCK, _OUTPUT = "job.json", "done.jsonl", "lock", "output"
 

@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..data.render import ChatRenderer
-from ..engine.training import load_tokenizer
 from ..proof.evaluate import Arm
+from ..run.training import load_tokenizer
 from .lema_format import to_closing_tag
 from .sampling import Sampling
 from .speaker import Speaker

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..config import CONFIG_NAME, DTYPES, LemaConfig
-from ..core.lora import ADAPTER_CONFIG, LoRAManager
+from ..config import CONFIG_NAME, LemaConfig
 from ..data.render import ChatRenderer
 from ..engine.generation import end_tokens
-from ..engine.training import limits_of, load_tokenizer
 from ..errors import ConfigError, InputError
 from ..json_file import read_object
+from ..machine.choices import DTYPES
 from ..model import LemaModel
+from ..models.lora import ADAPTER_CONFIG, LoRAManager
+from ..run.training import limits_of, load_tokenizer
 from .answer import Reply, Teller, reply_of
 from .sampling import Sampling
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import NonFiniteError
+from .engine import Batch, Machine, Report
 from .journal import Journal
-from .machine import Batch, Machine, Report
 from .state import TrainerState
 
 

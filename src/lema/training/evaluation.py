@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .machine import Machine
+from .engine import Machine
 
 
 def evaluate(machine: Machine, batches: Iterable[Any], between: Callable[[], None] = lambda: None) -> dict[str, Any]:

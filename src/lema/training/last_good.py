@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from .machine import Machine, Restorable, Stream
+from .engine import Machine, Restorable, Stream
 from .state import TrainerState
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from ..errors import CheckpointError, LemaError, NonFiniteError
 from .attempt import Attempts
 from .callbacks import Callbacks, arguments
+from .engine import Batch, Machine, Stream
 from .evaluation import evaluate
 from .journal import Journal
 from .last_good import LastGood
-from .machine import Batch, Machine, Stream
 from .metrics import TIMELINE_FILE, train_line
 from .progress import Progress
 from .result import FINISHED, INTERRUPTED, STOPPED, TrainResult

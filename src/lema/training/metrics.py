@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .machine import Batch, Report
+from .engine import Batch, Report
 from .state import TrainerState
 
 METRICS_FILE = "metrics.jsonl"

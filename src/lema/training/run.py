@@ -15,9 +15,9 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from .checkpoints import CheckpointFolder
 from .config import TrainingConfig
+from .engine import Machine, Stream
 from .journal import Journal, write_json
 from .loop import TrainingLoop
-from .machine import Machine, Stream
 from .panel import View
 from .progress import Progress
 from .reporters import reporting

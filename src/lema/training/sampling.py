@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .machine import Machine
+from .engine import Machine
 
 _GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1,
                            "repetition_penalty": 1.0}  # fmt: skip

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .checkpoints import CheckpointFolder
+from .engine import Machine, Stream
 from .journal import Journal
-from .machine import Machine, Stream
 from .run_config import RunConfig
 from .schedule import Schedule
 from .state import TrainerState

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..complete import problem_of
 from ..errors import CheckpointError, ConfigError
+from ..storage.complete import problem_of
 from .checkpoints import CheckpointFolder, read_state
 from .metrics import METRICS_FILE, SAMPLES_FILE
 

@@ -1,0 +1,165 @@
+"""Typed views of raw memory, and parameters made of file tensors.
+
+It knows storages, offsets and pieces; it knows nothing of modules, slots' life or schedules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .index import GlobalBinaryIndex
+from .layout import PAGE, ParameterSource, ScratchView, align_up
+
+_HUGE_FROM = 8 << 20
+
+
+def page_aligned(nbytes: int) -> torch.Tensor:
+    """Zeroed anonymous memory as uint8 `[nbytes]`, rounded up to whole pages, starting on one.
+
+    From 8 MiB on huge pages are asked for: direct reads into them are faster, as fewer pages are pinned.
+    """
+    size = max(align_up(nbytes, PAGE), PAGE)
+    if sys.platform == "win32":
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def drop_pages(buffer: torch.Tensor) -> None:
+    """Give the pages of a `page_aligned` buffer back to the system; it reads as zeros until it is written again."""
+    if sys.platform == "win32":
+        return
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel()), mmap.MADV_DONTNEED)
+
+
+def keep_from_children(buffer: torch.Tensor, wanted: bool = True) -> None:
+    """Leave the pages of a `page_aligned` buffer out of forked children, or (False) in them again.
+
+    A page shared with a child is copied when its owner writes to it, and the owner goes on with the copy: a device
+    that was told the old page's address would read what nobody writes any more.
+    """
+    if sys.platform == "linux":
+        advice = mmap.MADV_DONTFORK if wanted else mmap.MADV_DOFORK
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel()), advice)
+
+
+def keep_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a CPU tensor in pages of its own, given back to the system with the last reference.
+
+    For what outlives a layer: kept on the heap among short-lived activations it would hold the heap's
+    free space apart, which costs several times its own size in resident memory. Other devices and
+    tensors smaller than a page's worth are returned as they are.
+    """
+    if tensor.device.type != "cpu" or tensor.numel() * tensor.dtype.itemsize < 16 * PAGE:
+        return tensor
+    copy = typed_view(page_aligned(tensor.numel() * tensor.dtype.itemsize), 0, tensor.dtype, tensor.shape)
+    return copy.copy_(tensor)
+
+
+def typed_view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over bytes of `buffer`, with a version counter of its own.
+
+    Views made by slicing share one counter, so that a write to one neighbour would invalidate all;
+    `set_` makes a tensor that shares only the storage.
+
+    Args:
+        buffer: uint8 `[n]`.
+        offset: bytes from the buffer's start, divisible by the item size.
+    """
+    start = buffer.storage_offset() + offset
+    assert start % dtype.itemsize == 0, "a view must start at a multiple of its item size"
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    tensor = torch.empty(0, dtype=dtype, device=buffer.device)
+    tensor.set_(buffer.untyped_storage(), start // dtype.itemsize, tuple(shape), tuple(strides))
+    return tensor
+
+
+class Decoder:
+    """Fills scratch parameters of a unit from the bytes stored in its slot: placement and cast in one copy."""
+
+    def __init__(self, slot: torch.Tensor, scratch: torch.Tensor, views: Sequence[ScratchView]) -> None:
+        self._copies: list[_Copy] = []
+        for view in views:
+            width = view.source.dtype.itemsize
+            for piece, offset in view.runs:
+                stored = piece.record.dtype
+                self._copies.append(
+                    _Copy(
+                        target=slot_bytes(scratch, view.offset + piece.target * width, piece.count * width),
+                        target_dtype=view.source.dtype,
+                        source=slot_bytes(slot, offset, piece.count * stored.itemsize),
+                        source_dtype=stored,
+                    )
+                )
+
+    def __call__(self) -> None:
+        """Copy every piece; one call a use."""
+        for copy in self._copies:
+            copy()
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One run of elements, as bytes and their types on both sides; either side may lie at an odd address."""
+
+    target: torch.Tensor
+    target_dtype: torch.dtype
+    source: torch.Tensor
+    source_dtype: torch.dtype
+
+    def __call__(self) -> None:
+        if self.source_dtype == self.target_dtype:
+            self.target.copy_(self.source)
+            return
+        values = _as_type(self.source, self.source_dtype)
+        if _aligned(self.target, self.target_dtype):
+            self.target.view(self.target_dtype).copy_(values)
+        else:
+            self.target.copy_(values.to(self.target_dtype).view(torch.uint8))
+
+
+def _aligned(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    return data.storage_offset() % dtype.itemsize == 0
+
+
+def _as_type(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as values of a type; copied first where the type may not start at their address."""
+    return (data if _aligned(data, dtype) else data.clone()).view(dtype)
+
+
+def slot_bytes(buffer: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
+    """A run of bytes of a buffer as uint8 `[nbytes]`, with a version counter of its own."""
+    return typed_view(buffer, offset, torch.uint8, (nbytes,))
+
+
+def materialize(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:
+    """The parameter as a tensor with memory of its own, put together and cast piece by piece."""
+    result = torch.empty(source.shape, dtype=source.dtype)
+    flat = result.view(-1)
+    for piece in source.pieces:
+        stored = gbi.view(piece.record.name).reshape(-1)[piece.source : piece.source + piece.count]
+        flat[piece.target : piece.target + piece.count].copy_(stored)
+    return result
+
+
+def mapped_or_materialized(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:
+    """A view of the mapped file where the stored bytes are the parameter, else a tensor of its own."""
+    if not source.plain:
+        return materialize(gbi, source)
+    piece = source.pieces[0]
+    stored = gbi.view(piece.record.name).reshape(-1)
+    return stored[piece.source : piece.source + piece.count].view(source.shape)
