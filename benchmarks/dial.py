@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from . import machine
-from .folders import evict, model_folder
+from .folders import ITEM_BYTES, SMOLLM2, evict, shape_folder
 from .options import command_line, common_options, model_options, name_of, parse, several, title_of, written_budget
 from .plots import Panel
 from .processes import Arm, Option, alternate
@@ -40,7 +40,6 @@ NOTES = (
     ARMS_ALIKE,
     MAPPED,
     EVICTED,
-    RANDOM_WEIGHTS,
 )
 
 
@@ -86,27 +85,28 @@ def judge(report: Report, budgets: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the report."""
     made = common_options(MODULE, "step time and memory over the memory budget", pairs=2, steps=4)
-    model_options(made, "1.7b")
+    model_options(made, "1.7b", SMOLLM2)
+    made.add_argument("--dtype", choices=list(ITEM_BYTES), default="bfloat16", help="(default: %(default)s)")
     made.set_defaults(rank=8)  # at rank 16 the adapters with their optimizer leave too little of the smallest budget
     made.add_argument(
         "--budgets", type=several(written_budget), default=DEFAULT, help="smallest first; 'auto': all free"
     )
     options = parse(made, arguments)
     settings: dict[str, Option] = {
-        "dtype": "bfloat16", "tokens": options.tokens, "rank": options.rank, "steps": options.steps
+        "dtype": options.dtype, "tokens": options.tokens, "rank": options.rank, "steps": options.steps
     }  # fmt: skip
     report = Report(
         name_of("dial", options.shape, "1.7b"),
-        f"One dial: {title_of(options.shape)}, bf16, CPU",
+        f"One dial: {title_of(options.shape)}, {options.dtype}, CPU",
         command_line(MODULE, options),
     )
-    with model_folder(options.shape, options.folder, options.keep) as folder:
+    with shape_folder(options.shape, options.folder, options.keep, options.dtype) as folder:
         report.facts[PLAN_SEES] = machine.ask(folder)["words"]
         arms = [Arm(label(b), "lema", folder, {**settings, "set": [f"ram_budget={b}"]}) for b in options.budgets]
         arms.append(Arm(PLAIN, "peft", folder, settings))
         report.runs = list(alternate(arms, options.pairs, options.timeout, lambda arm: evict(arm.folder)))
     judge(report, options.budgets)
-    report.notes = list(NOTES)
+    report.notes = [*NOTES, *([] if options.shape == SMOLLM2 else [RANDOM_WEIGHTS])]
     return write(report, options.out)
 
 

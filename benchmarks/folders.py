@@ -19,6 +19,7 @@ from .processes import NotPrepared, run_module
 
 SPARE_BYTES = 1 << 30
 """Disk to leave free beside a model that is made."""
+SMOLLM2 = "smollm2-135m"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -108,3 +109,13 @@ def shortened(whole: Path, counts: Iterable[int]) -> Iterator[dict[int, Path]]:
         for count, folder in folders.items():
             shorten(whole, folder, count)
         yield folders
+
+
+@contextlib.contextmanager
+def shape_folder(shape: str, given: Path | None, keep: bool, dtype: str) -> Iterator[Path]:
+    """The folder of SmolLM2-135M with its own weights, or a `model_folder` of a shape."""
+    if shape == SMOLLM2:
+        yield given or Path(run_module("benchmarks.demo_folder"))
+    else:
+        with model_folder(shape, given, keep, dtype) as folder:
+            yield folder

@@ -33,10 +33,10 @@ def common_options(
     return made
 
 
-def model_options(made: argparse.ArgumentParser, default: str) -> None:
-    """Which shape a model of random weights has and where it lies."""
+def model_options(made: argparse.ArgumentParser, default: str, *more: str) -> None:
+    """Which shape a model of random weights has, or which of `more` it is, and where it lies."""
     made.add_argument(
-        "--shape", "--model", choices=list(PRESETS), default=default, help="of the model (default: %(default)s)"
+        "--shape", "--model", choices=[*more, *PRESETS], default=default, help="of the model (default: %(default)s)"
     )
     made.add_argument(
         "--folder", type=Path, help="the model's folder, filled if empty; on a real disk (default: temporary)"
@@ -103,4 +103,4 @@ def name_of(benchmark: str, shape: str, default: str) -> str:
 
 def title_of(shape: str) -> str:
     """What a shape is called in a report."""
-    return f"{NAMES[shape]} shape"
+    return f"{NAMES[shape]} shape" if shape in NAMES else "SmolLM2-135M"

@@ -5,20 +5,18 @@ It knows the arms and the targets; it does not know how an arm measures itself.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from .folders import ITEM_BYTES, evict, model_folder
+from .folders import ITEM_BYTES, SMOLLM2, evict, shape_folder
 from .make_model import PRESETS
 from .options import command_line, common_options, parse, title_of
-from .processes import Arm, alternate, run_module
+from .processes import Arm, alternate
 from .report import Report, loss_check, ratio, write
 from .tables import ABOVE_IMPORTS, ARMS_ALIKE, EVICTED, MAPPED, RANDOM_WEIGHTS, arm_bars
 
 MODULE = "benchmarks.small"
-SMOLLM2 = "smollm2-135m"
 LEMA, EXACT, BUDGET = "LEMA", "LEMA, exact loss", "LEMA budget"
 CHECKPOINTING, PLAIN = "PEFT+checkpointing", "PEFT"
 MEMORY_TARGET, BUDGET_TARGET, TIME_TARGET, CHUNKED_TARGET = 0.32, 0.45, 1.00, 1.02
@@ -32,15 +30,6 @@ NOTES = (
 )
 
 
-@contextlib.contextmanager
-def _folder(shape: str, given: Path | None, keep: bool, dtype: str) -> Iterator[Path]:
-    if shape == SMOLLM2:
-        yield given or Path(run_module("benchmarks.demo_folder"))
-    else:
-        with model_folder(shape, given, keep, dtype) as folder:
-            yield folder
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the report."""
     made = common_options(MODULE, "memory and step time with defaults beside PEFT", pairs=5, steps=6)
@@ -52,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(made, arguments)
     settings = {"dtype": options.dtype, "tokens": options.tokens, "rank": options.rank, "steps": options.steps}
     own = options.shape == SMOLLM2
-    named = "SmolLM2-135M" if own else title_of(options.shape)
+    named = title_of(options.shape)
     report = Report(
         "small" if own else f"small_{options.shape}",
         f"Small and fast: {named}, {options.dtype}, CPU",
         command_line(MODULE, options),
     )
-    with _folder(options.shape, options.folder, options.keep, options.dtype) as folder:
+    with shape_folder(options.shape, options.folder, options.keep, options.dtype) as folder:
         arms = [
             Arm(LEMA, "lema", folder, settings),
             Arm(EXACT, "lema", folder, {**settings, "set": ["loss_chunk_size=exact"]}),
