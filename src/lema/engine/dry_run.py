@@ -157,6 +157,7 @@ class DryRun:
             loss=functools.cache(lambda positions: self.loss(positions)),
         )
 
+    @torch.enable_grad()  # whoever plans may be in a block without
     def layer(self, rows: int, seq: int) -> LayerCost:
         """The most that any kind of layer takes for a micro-batch of `[rows, seq]`."""
         costs = [self._layer(unit, rows, seq) for unit in self._kinds]
@@ -197,6 +198,7 @@ class DryRun:
             for module, name, parameter in hollow:
                 module._parameters[name] = parameter
 
+    @torch.enable_grad()  # whoever plans may be in a block without
     def loss(self, positions: int) -> LossCost:
         """Head and loss with their gradient for a chunk of target positions."""
         try:
