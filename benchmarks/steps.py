@@ -158,20 +158,20 @@ def _peft(options: argparse.Namespace, ids: Any) -> Driver:
 
 
 def _lema_summary(model: Any, predict: bool) -> dict[str, Any]:
-    """The plan in force, what it predicted, and the budgets; without a plan, on request what one would predict."""
+    """The plan in force, what it predicted, and the budgets; without a budget, on request what one would predict."""
     config, plan = model.config, model.memory.plan
-    asked = _plan_of_default(model) if plan is None and predict else plan
+    asked = _plan_of_default(model) if predict and not plan.predicted else plan
     return {
         "strategy": config.strategy.value,
         "ram_budget_bytes": config.ram_budget,
         "vram_budget_bytes": config.vram_budget,
-        "planned": plan is not None,
+        "planned": plan.predicted,
         "plan": _plan_summary(asked),
     }
 
 
 def _plan_of_default(model: Any) -> Any:
-    """What a plan says of decisions taken without one: made afterwards, for its prediction alone."""
+    """What a searched plan says of the decisions taken without a budget: made afterwards, for its prediction alone."""
     from lema.config import MemoryStrategy
     from lema.engine.assembly import assemble_plan
 
@@ -185,7 +185,7 @@ def _plan_summary(plan: Any) -> dict[str, Any] | None:
     """What a plan decided and predicted, in numbers."""
     from lema.planning.footprint import DEVICE_CONTEXT
 
-    if plan is None:
+    if plan is None or not plan.predicted:
         return None
     estimate = plan.estimate
     return {

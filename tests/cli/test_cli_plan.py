@@ -374,7 +374,6 @@ def test_weights_say_their_own_sizes(saved: Path, here: list[bool], dtype: str) 
     assert found["sizes_from"] == "weights"
     config = LemaConfig(str(saved), device="cpu", dtype=dtype, ram_budget="1GB", ram_layers=1)
     with LemaModel(config) as model:  # what a run with these settings does
-        assert model.memory.plan is not None
         assert found["plan"] == json.loads(json.dumps(describe(model.memory.plan)))
     of_file = json.loads(lema(saved / "model.safetensors", *options).stdout)
     assert of_file["plan"] == found["plan"]

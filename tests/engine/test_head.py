@@ -10,12 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import lema.planning.plain as plain_module
 import lema.storage.reader as reader_module
-import lema.streaming.memory as memory_module
 from families import save_tiny
 from lema import LemaConfig, LemaModel
 from lema.errors import CheckpointError, ReadError, WeightsError
 from lema.models.lora import LoRAManager
+from lema.streaming.head import HEAD
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.timeout(120)
 def _every_head_streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "adds_little" in request.node.name:
         return
-    monkeypatch.setattr(memory_module, "head_should_stream", lambda head, step: True)
+    monkeypatch.setattr(plain_module, "head_should_stream", lambda head, step: True)
 
 
 def make(folder: Path, **overrides: object) -> LemaModel:
@@ -97,7 +98,7 @@ def test_steps_equal_those_with_a_head_that_stays(tmp_path: Path, monkeypatch: p
     ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(2))
     results = []
     for streams in (True, False):
-        monkeypatch.setattr(memory_module, "head_should_stream", lambda head, step, streams=streams: streams)
+        monkeypatch.setattr(plain_module, "head_should_stream", lambda head, step, streams=streams: streams)
         model = make(tmp_path)
         assert model.memory.streams_head == streams
         trainer = model.get_trainer()
@@ -113,9 +114,9 @@ def test_steps_equal_those_with_a_head_that_stays(tmp_path: Path, monkeypatch: p
 
 def test_a_head_streams_where_it_adds_little_to_a_step() -> None:
     gib = 1 << 30
-    assert memory_module.head_should_stream(gib // 5, 5 * gib)
-    assert not memory_module.head_should_stream(gib // 5, 3 * gib)
-    assert not memory_module.head_should_stream(1 << 20, 5 * gib)
+    assert plain_module.head_should_stream(gib // 5, 5 * gib)
+    assert not plain_module.head_should_stream(gib // 5, 3 * gib)
+    assert not plain_module.head_should_stream(1 << 20, 5 * gib)
 
 
 def test_a_head_held_over_a_forward_is_still_there_afterwards(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_a_head_held_over_a_forward_is_still_there_afterwards(tmp_path: Path) ->
     head = model.memory._head
     assert head is not None
     for _ in range(2):
-        with model.memory.use(memory_module.HEAD):
+        with model.memory.use(HEAD):
             for unit in range(model.memory.num_units):
                 with model.memory.use(unit):
                     pass

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..config import LemaConfig
-from ..typed import as_type
+from ..errors import ConfigError
+from ..json_file import parse_object
+from ..typed import shortened
 from .settings import parse_settings
 
 if TYPE_CHECKING:
@@ -87,7 +89,8 @@ def open_speaker(
     overrides: dict[str, Any] = {"strategy": "resident", "device": default_device(), **parse_settings(settings or ())}
     if LemaConfig("any", device=overrides["device"]).device != "cpu":
         overrides.setdefault("vram_budget", "auto")
-    given = None if variables is None else as_type("chat_template_kwargs", variables, (dict[str, Any],))
+    said = f"chat_template_kwargs={shortened(variables)}"
+    given = None if variables is None else parse_object(variables, said, ConfigError)
     return Speaker.open(
         where, base=base, adapter=not no_adapter, template=None if template is None else str(template),
         variables=given, **overrides,

@@ -63,17 +63,17 @@ class LayerStreamer:
         self.lm = lm
         self.memory = memory
         plan = memory.plan
-        if plan is not None and micro_batch_size is None and plan.micro_batch_size < plan.batch:
+        if micro_batch_size is None and plan.micro_batch_size < plan.batch:
             micro_batch_size = plan.micro_batch_size
         self.batching = Batching(micro_batch_size, lambda: BatchRules.learn(lm))
         self.layers = [StreamedLayer(unit, layer, memory, self.batching) for unit, layer in enumerate(lm.layers)]
         for streamed, layer in zip(self.layers, lm.layers, strict=True):
             layer.__dict__["forward"] = streamed
-        self.heap = HeapGuard(memory.heap_limit, plan is not None and plan.keeps_idle_heap)
+        self.heap = HeapGuard(memory.heap_limit, plan.keeps_idle_heap)
         self.draws = Draws(lm.layers)
         for streamed in self.layers:
             streamed.heap, streamed.draws = self.heap, self.draws
-        for unit in plan.keep_activations if plan is not None else ():
+        for unit in plan.keep_activations:
             self.layers[unit].keeps_graph = True
         if memory.head_chunks is not None and isinstance(lm.head, nn.Linear):
             lm.head.__dict__["forward"] = ChunkedHead(lm.head, memory.head_chunks)

@@ -108,7 +108,7 @@ class LemaTrainer(Resumable):
         self._state_settled = False
         self._warned = False
         self._window = Window(config.gradient_accumulation_steps)
-        hosted = lora_manager is not None and self.memory.plan is not None and self.memory.plan.optimizer == "host"
+        hosted = lora_manager is not None and self.memory.plan.optimizer == "host"
         self._loss_scale = LossScale(enabled=config.dtype == "float16" and lora_manager is not None)
         if lora_manager is not None:
             check_optimizer(self.optimizer, lora_manager.get_trainable_parameters())
@@ -219,7 +219,7 @@ class LemaTrainer(Resumable):
         """A batch checked, where it is computed, in a form the layers can cut."""
         batch = make_batch(self.lm, inputs, *rest).on(self.device)
         plan = self.memory.plan
-        if plan is not None and batch.num_tokens > plan.batch * plan.seq and not self._warned:
+        if plan.predicted and batch.num_tokens > plan.batch * plan.seq and not self._warned:
             self._warned = True
             logger.warning(
                 "a batch of %d tokens is larger than the %d x %d that the memory plan is for: it may not stay within "
@@ -350,7 +350,7 @@ class LemaTrainer(Resumable):
 
     def _turn(self) -> None:
         """Between two phases of a step, memory of the last one goes back to the system where memory is short."""
-        if self.memory.plan is not None:
+        if self.memory.plan.predicted:
             self.streamer.heap.relieve()
         elif self.memory.streamed:
             give_back_idle_heap()

@@ -89,7 +89,10 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What is kept where. Units are numbered from 0; a unit is in exactly one of the three tiers."""
+    """What is kept where. Units are numbered from 0; one that is in none of the three tiers is bound to mapped files.
+
+    Without a budget nothing is searched and no bytes are predicted; see `plain`.
+    """
 
     device: str
     on_device: tuple[int, ...]
@@ -105,7 +108,8 @@ class MemoryPlan:
     micro_batch_size: int
     loss_chunk_size: int | None
     head: str
-    """'resident'; 'streamed' (CPU): whole, once a step; 'chunked': by runs of vocabulary rows, once a step."""
+    """'resident'; 'streamed' (CPU): whole, once a step; 'chunked': by runs of vocabulary rows, once a step; 'mapped':
+    with the rest of the model."""
     head_rows: int
     """Vocabulary rows of a chunk; all of them unless chunked."""
     boundaries: str
@@ -121,8 +125,15 @@ class MemoryPlan:
     """Most bytes on the heap that one layer or the loss takes and gives back."""
     loss_bytes: int = 0
     """Most bytes of activations that head and loss have at once."""
+    loss_by_batch: bool = False
+    """`loss_chunk_size` says nothing: the loss is cut as each batch asks for, by the trainer's settings."""
     head_in_ram: bool = False
     """Chunks of the head cross to the device from RAM, and are read from disk once in a run."""
+
+    @property
+    def predicted(self) -> bool:
+        """Whether a budget or a decision asked for bytes and seconds, so that there is something to keep to."""
+        return bool(self.host_bytes or self.device_bytes)
 
     @property
     def keeps_idle_heap(self) -> bool:

@@ -23,6 +23,7 @@ from ..machine.choices import DTYPES
 from ..model import LemaModel
 from ..models.lora import ADAPTER_CONFIG, LoRAManager
 from ..run.training import limits_of, load_tokenizer
+from ..typed import PLANNED, fields_with
 from .answer import Reply, Teller, reply_of
 from .sampling import Sampling
 
@@ -200,10 +201,7 @@ def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, 
             config = config.replace(adapter_name_or_path=str(folder))
         named = {"model_name_or_path": base, "gbi_path": None} if base is not None else {}
         # budgets and decisions were for training steps
-        planned = dict.fromkeys(
-            ("ram_budget", "vram_budget", "ram_layers", "device_layers", "keep_activations", "head", "boundaries",
-             "optimizer_place", "micro_batch_size")
-        )  # fmt: skip
+        planned = dict.fromkeys((*fields_with(LemaConfig, PLANNED), "micro_batch_size"))
         return config.replace(**planned, **named).replace(**overrides)
     if not (folder / ADAPTER_CONFIG).is_file():
         if base is not None:

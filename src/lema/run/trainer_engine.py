@@ -132,9 +132,9 @@ class TrainerMachine:
             "device": device_name(trainer.config.device),
             "threads": torch.get_num_threads(),
             "micro_batch_size": trainer.streamer.batching.micro_batch_size,
-            "loss_chunk_size": trainer.config.loss_chunk_size if plan is None else plan.loss_chunk_size,
+            "loss_chunk_size": trainer.config.loss_chunk_size if plan.loss_by_batch else plan.loss_chunk_size,
         }
-        if plan is not None:
+        if plan.predicted:
             found |= {
                 "head_chunked": plan.head == "chunked",
                 "head_rows": plan.head_rows, "optimizer_place": plan.optimizer,

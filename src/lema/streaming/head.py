@@ -154,13 +154,3 @@ class HeadSlot:
 
     def _raise_version(self, load: Load) -> None:
         torch.autograd.graph.increment_version(self.view)
-
-
-def head_should_stream(head_bytes: int, step_bytes: int) -> bool:
-    """Whether to read the head anew at every step instead of leaving it mapped.
-
-    Where memory is short a mapped head is read again through page faults; where the head is a large part
-    of the model, reading it on purpose costs more than it saves. So: from 32 MiB on, if it adds at most a
-    sixteenth to the bytes a step reads.
-    """
-    return head_bytes >= 32 << 20 and head_bytes * 16 <= step_bytes

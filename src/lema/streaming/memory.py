@@ -17,13 +17,14 @@ from ..config import MemoryStrategy
 from ..errors import ConfigError, StreamingError
 from ..machine.device import check_device
 from ..machine.heap import resident_bytes
+from ..planning.plain import plan_without_budget
 from ..planning.plan import MemoryPlan
 from ..storage.index import GlobalBinaryIndex
 from ..storage.layout import SlotLayout
 from ..storage.reader import DiskReader
 from ..storage.views import mapped_or_materialized, materialize, page_aligned
 from .boundaries import OffloadedBoundaries
-from .head import HEAD, HeadChunks, HeadSlot, head_should_stream
+from .head import HEAD, HeadChunks, HeadSlot
 from .lane import Lane
 from .ring import Load
 from .schedule import Phase, Schedule
@@ -80,12 +81,13 @@ class TripleBufferManager:
         gbi: the index of the weights.
         adapter: says what the units are and binds them.
         device: 'cpu' computes in host slots.
-        strategy: without a plan, RESIDENT binds everything to the mapped files and streams nothing.
+        strategy: without a plan, that of one without a budget.
         num_slots: host slots, 2 or more.
         num_readers: disk threads, 1 or more.
         prefetch_depth: visits planned ahead; None: as many as the slots allow; 0: none.
         resident_units: units bound to the mapped files and left out of the ring.
-        plan: which units stay in slots of their own, how many slots the others share, and where the head is.
+        plan: which units stay in slots of their own, how many slots the others share, and where the head is; None: the
+            strategy's, without a budget.
         backend: a device tier's lowest layer; None on CPU.
         device_slots: slots on the device, 2 or more.
         floor: resident bytes that the plan's host peak is counted from; None: those of now.
@@ -115,22 +117,25 @@ class TripleBufferManager:
         direct_io: bool | None = None,
         poison: bool = False,
     ) -> None:
-        slots, device_slots = (plan.host_slots, plan.device_slots) if plan else (num_slots, device_slots)
-        if slots < 2 or device_slots < 2:
-            raise ConfigError(f"num_slots={min(slots, device_slots)} must be 2 or more, or nothing could overlap")
+        self.strategy = MemoryStrategy.parse(strategy)
+        plan = plan or plan_without_budget(
+            gbi, adapter, device="cpu" if backend is None else device, strategy=self.strategy, host_slots=num_slots,
+            device_slots=device_slots,
+        )  # fmt: skip
+        if (least := min(plan.host_slots, plan.device_slots)) < 2:
+            raise ConfigError(f"num_slots={least} must be 2 or more, or nothing could overlap")
         if backend is None:
             check_device(device)
         self.gbi = gbi
         self.turn = Turn()
         self.adapter = adapter
         self.device = device
-        self.strategy = MemoryStrategy.parse(strategy)
         units = adapter.unit_sources(gbi)
         self.num_units = len(units)
         if unknown := [u for u in resident_units if not 0 <= u < len(units)]:
             raise ConfigError(f"resident_units {unknown} are outside 0..{len(units) - 1}")
-        mapped = self.strategy is MemoryStrategy.RESIDENT and plan is None and backend is None
-        resident = set(range(len(units))) if mapped else set(resident_units)
+        placed = {*plan.on_device, *plan.in_ram, *plan.from_disk}
+        resident = {*(unit for unit in range(len(units)) if unit not in placed), *resident_units}
         self.streamed = [unit for unit in range(len(units)) if unit not in resident]
         """Units whose bytes come through slots, those that then stay in a slot of their own among them."""
         self._poison = poison
@@ -139,25 +144,23 @@ class TripleBufferManager:
         self._decodes = 0
         self.plan = plan
         floor = resident_bytes() if floor is None else floor
-        self.heap_limit = None if plan is None or backend is not None else floor + plan.host_peak - plan.transient // 4
-        """Resident set between layers from which on idle heap is given back; None: no plan, or not on this heap."""
+        guarded = plan.predicted and backend is None
+        self.heap_limit = floor + plan.host_peak - plan.transient // 4 if guarded else None
+        """Resident set between layers from which on idle heap is given back; None: none was predicted."""
         self._reader = DiskReader(num_readers, direct_io)
         self.backend = backend
         self._layouts = {
             unit: SlotLayout(units[unit], adapter.packs_units, moved=backend is not None) for unit in self.streamed
         }
 
-        in_ram = frozenset(plan.in_ram) if plan else frozenset[int]()
-        if plan is None and self.strategy is MemoryStrategy.RESIDENT:
-            in_ram = frozenset(self.streamed)
-        on_device = frozenset(plan.on_device) if plan else frozenset[int]()
-        host, self.num_slots = place(self.streamed, in_ram, slots, last=on_device)
+        in_ram, on_device = frozenset(plan.in_ram), frozenset(plan.on_device)
+        host, self.num_slots = place(self.streamed, in_ram, plan.host_slots, last=on_device)
         self._lane = Lane(
             {unit: layout.extents for unit, layout in self._layouts.items()},
             {unit: layout.nbytes for unit, layout in self._layouts.items()},
             self._reader,
             host,
-            place(self.streamed, on_device, device_slots)[0],
+            place(self.streamed, on_device, plan.device_slots)[0],
             moves={unit: layout.moves for unit, layout in self._layouts.items()},
             depth=prefetch_depth,
             on_overwrite=self._raise_versions,
@@ -178,7 +181,7 @@ class TripleBufferManager:
         self._bind_rest()
         self.boundaries: OffloadedBoundaries | None = None
         """Where layers' inputs wait for the backward if not where they are."""
-        if backend is not None and plan is not None and plan.boundaries == "host":
+        if backend is not None and plan.boundaries == "host":
             self.boundaries = OffloadedBoundaries(backend, max(self.num_units - len(plan.keep_activations), 1))
         lanes = [self._lane, *([self._head.lane] if self._head is not None else [])]
         self._finalizer = weakref.finalize(self, _shut_down, lanes, self._reader, self.boundaries, backend)
@@ -192,21 +195,21 @@ class TripleBufferManager:
     # -- binding ---------------------------------------------------------------------------------
 
     def _bind_head(self) -> None:
-        """Give the head slots of its own where the plan or its size asks for it."""
+        """Give the head slots of its own where the plan asks for it."""
         self._head_prefetch_at = -1
         plan = self.plan
-        chunked = plan is not None and plan.head == "chunked"
-        source = self.adapter.head_source(self.gbi) if self.streamed and (self.backend is None or chunked) else None
-        a_step = 2 * sum(layout.read_bytes for layout in self._layouts.values())
-        if source is None or (plan is None and not head_should_stream(source.nbytes, a_step)):
+        chunked = plan.head == "chunked"
+        has_slots = plan.head != "mapped" and self.streamed and (self.backend is None or chunked)
+        source = self.adapter.head_source(self.gbi) if has_slots else None
+        if source is None:
             return
-        if plan is not None and chunked:
+        if chunked:
             self._head = HeadChunks(source, plan.head_rows, self._reader, self.backend, plan.head_in_ram)
             self._head.lane.observe(self.timeline, "head, piece {}".format)
             nothing = torch.zeros((), dtype=source.dtype, device=self._head.device)
             self.adapter.bind_head(nothing.expand(source.shape))
         else:
-            self._head = HeadSlot(source, self._reader, stays=plan is not None and plan.head == "resident")
+            self._head = HeadSlot(source, self._reader, stays=plan.head == "resident")
             self._head.lane.observe(self.timeline, lambda _: "head")
             self.adapter.bind_head(self._head.view)
         ahead = 2 + self._head.nbytes // max(max(layout.nbytes for layout in self._layouts.values()), 1)

@@ -59,7 +59,7 @@ class HeadLoss:
     Args:
         lm: the model.
         memory: holds its head.
-        config: says how many targets are a piece, where no plan does.
+        config: says how many targets are a piece, where the plan leaves it open.
     """
 
     def __init__(self, lm: CausalLM, memory: TripleBufferManager, config: LemaConfig) -> None:
@@ -121,6 +121,5 @@ class HeadLoss:
 
     def _chunk_of(self, targets: torch.Tensor) -> int | None:
         plan = self._memory.plan
-        if plan is not None:
-            return plan.loss_chunk_size
-        return loss_chunk(self._config.loss_chunk_size, targets.numel(), self._lm.vocab_size)
+        setting = self._config.loss_chunk_size if plan.loss_by_batch else plan.loss_chunk_size
+        return loss_chunk(setting, targets.numel(), self._lm.vocab_size)
