@@ -437,7 +437,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(
             "first tensors": (checkpoint, "save_file", 1),
             "json": (checkpoint, "_write_json", 2),
             "last tensors": (checkpoint, "save_file", 2),
-            "flush": (files, "_flush", 3),
+            "flush": (files, "flush", 3),
             "swap": (files, "_swap", 1),
         }
         owner, name, at = places[where]

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from ..errors import ConfigError, InputError
 from ..libraries import how_to_install
+from ..storage.atomic import replaced_file
 from ..storage.cache import cache_folder, digest
 
 _CHUNK = 8 << 20
@@ -66,11 +67,8 @@ def unpacked(path: Path) -> Path:
         copy = folder / "unpacked" / digest(path.resolve()) / f"{made_of}{Path(path.stem).suffix.lower()}"
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            aside = copy.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                os.replace(_written(path, aside, path.suffix.lower()), copy)
-            finally:
-                aside.unlink(missing_ok=True)
+            with replaced_file(copy) as aside:
+                _written(path, aside, path.suffix.lower())
             for old in copy.parent.iterdir():  # what it was before it changed; others may be writing theirs
                 if old != copy and old.suffix != ".tmp":
                     old.unlink(missing_ok=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-import secrets
-import shutil
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -41,8 +39,9 @@ from ..errors import (
     WeightsNotFoundError,
 )
 from ..libraries import how_to_install
+from ..storage.atomic import new_directory
 from ..storage.header import show
-from ..storage.writer import SafetensorsWriter, sync_directory
+from ..storage.writer import SafetensorsWriter
 from .single_file import parse_dtype
 
 __all__ = ["convert_gguf"]
@@ -80,18 +79,15 @@ def convert_gguf(
     check_source(source)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output}: exists already. Remove it, or choose another folder.")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        _write_folder(source, temporary, target)
-        sync_directory(temporary)
-        _move_into_place(temporary, output)
+        with new_directory(output) as fresh:
+            _write_folder(source, fresh, target)
+    except WeightsError:
+        raise
     except OSError as error:
-        if isinstance(error, WeightsError):
-            raise
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise ConfigError(f"{output}: was made by another process meanwhile.") from error
         raise WeightsError(f"{output}: writing failed: {error}. Check the disk and its permissions.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 
@@ -257,13 +253,3 @@ def _check_all_there(source: Path, model: Any, shapes: dict[str, Any], found: Co
             f"{source}: lacks {len(missing)} of the model's {len(needed)} tensors: "
             f"{', '.join(map(show, missing[:12]))}."
         )
-
-
-def _move_into_place(temporary: Path, output: Path) -> None:
-    try:
-        os.rename(temporary, output)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ConfigError(f"{output}: was made by another process meanwhile.") from error
-        raise
-    sync_directory(output.parent)

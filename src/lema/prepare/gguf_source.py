@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from ..errors import WeightsFormatError
 from ..storage.index import TensorRecord
+from ..storage.pieces import PIECE_BYTES
 from .gguf_file import GgufTensors, check_source, config_in, open_gguf
-from .source import PIECE_BYTES
 
 
 class GgufSource:

@@ -147,7 +147,8 @@ class _Job:
             write_index(work.output, files)
             finish(work.output)
             with GlobalBinaryIndex(work.output) as index:  # its headers are checked in full
-                assert set(index.keys) == set(self._types)
+                if wrong := set(index.keys) ^ set(self._types):
+                    raise WeightsError(f"{work.output}: {sorted(wrong)[:3]} were not written as planned. Start again.")
             work.publish()
         return replace(
             described(self._target, self._types, self._source, len(files)),

@@ -20,8 +20,8 @@ from ..errors import UnsupportedError, WeightsError, WeightsFormatError
 from ..machine.memory import format_bytes, free_ram
 from ..storage.header import DTYPES, show
 from ..storage.index import TensorRecord
+from ..storage.pieces import PIECE_BYTES, read_pieces
 from ..storage.weight_files import check_promises, read_shard_index
-from .source import PIECE_BYTES, read_pieces
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts put the weights."""

@@ -1,17 +1,15 @@
-"""Files that can be made again: where they are kept, and how they get there whole.
-
-It knows folders and names; it knows nothing of what is in the files.
-"""
+"""Files that can be made again: where they are kept, and how little is lost where they cannot be."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+from .atomic import replaced_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +34,8 @@ def digest(*parts: object) -> str:
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> bool:
     """Write a file whole or not at all; False, with a warning, where the disk does not take it."""
     try:
-        descriptor, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-        try:
-            with open(descriptor, "wb") as file:
-                write(file)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with replaced_file(path) as aside, open(aside, "wb") as file:
+            write(file)
     except OSError as error:
         logger.warning("%s cannot be written, it will be made again next time: %s", path, error)
         return False

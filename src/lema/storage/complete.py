@@ -1,7 +1,4 @@
-"""What makes a folder complete: a marker, written last, that lists every other file with its size and hash.
-
-It knows files and names; it knows nothing of what is in them.
-"""
+"""What makes a folder complete: a marker, written last, that lists every other file with its size and hash."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import mmap
 import os
 import sys
@@ -21,6 +22,7 @@ import torch
 
 from ..errors import MissingTensorError, ReadError, WeightsError, WeightsFormatError
 from .header import Header, TensorRecord, open_weights, read_header, show
+from .pieces import read_elements
 from .weight_files import check_promises, locate_weights
 
 __all__ = ["GlobalBinaryIndex", "TensorRecord"]
@@ -120,8 +122,7 @@ class GlobalBinaryIndex:
         record = self.record(name)
         self._check_file(record.file)
         if record.offset % record.dtype.itemsize:
-            with open_weights(record.file) as stream:
-                return _read_tensor(stream, record)
+            return _read(record)
         if record.nbytes == 0:
             return torch.empty(record.shape, dtype=record.dtype)
         count = record.nbytes // record.dtype.itemsize
@@ -144,7 +145,7 @@ class GlobalBinaryIndex:
         for file, group in groupby(sorted(records, key=lambda r: (r.file, r.offset)), key=lambda r: r.file):
             self._check_file(file)
             with open_weights(file) as stream:
-                loaded |= {record.name: _read_tensor(stream, record).to(device) for record in group}
+                loaded |= {r.name: _read(r, stream.fileno()).to(device) for r in group}
         return {record.name: loaded[record.name] for record in records}
 
     def advise_random(self, name: str) -> None:
@@ -282,25 +283,11 @@ def _fingerprint(file: Path, header: Header, blocks: int = 256, block_bytes: int
     return {"bytes": header.size, "header": head.hexdigest(), "samples": samples.hexdigest()}
 
 
-def _read_tensor(stream: BufferedReader, record: TensorRecord) -> torch.Tensor:
-    where = f"{record.file}: tensor {show(record.name)}"
-    raw = torch.empty(record.nbytes, dtype=torch.uint8)
-    try:
-        stream.seek(record.offset)
-        count = stream.readinto(raw.numpy().data)
-    except OSError as error:
-        raise ReadError(f"{where}: reading {record.nbytes} bytes failed: {error.strerror}. Check the disk.") from error
-    if count != record.nbytes:
-        raise ReadError(
-            f"{where}: {count} of {record.nbytes} bytes could be read from byte {record.offset} on;"
-            " the file was cut short. Download it again."
-        )
-    return raw.view(record.dtype).view(record.shape)
+def _read(record: TensorRecord, descriptor: int | None = None) -> torch.Tensor:
+    return read_elements(record, 0, math.prod(record.shape), descriptor).view(record.shape)
 
 
 def _map_copy_on_write(stream: BufferedReader, size: int) -> mmap.mmap:
-    if sys.platform == "win32":
-        return mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY)
     # ACCESS_COPY, and no memory reserved for the copies: otherwise Linux refuses files larger than its RAM.
     return mmap.mmap(
         stream.fileno(),

@@ -1,14 +1,10 @@
-"""Writing a safetensors file tensor by tensor, in any order, without holding it in memory.
-
-The writer knows names, types, shapes and bytes; it knows nothing of models.
-"""
+"""Writing a safetensors file tensor by tensor, in any order, without holding it in memory."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,9 +13,10 @@ from types import TracebackType
 import torch
 
 from ..errors import ShapeMismatchError, WeightsError, WeightsFormatError
+from .atomic import name_aside, put_in_place
 from .header import DTYPES, TensorRecord, show
 
-__all__ = ["SafetensorsWriter", "plan_file", "sync_directory"]
+__all__ = ["SafetensorsWriter", "plan_file"]
 
 _DATA_ALIGNMENT = 4096  # bytes; lets direct reads begin at the first tensor
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -59,7 +56,7 @@ class SafetensorsWriter:
         self.total_bytes = len(header) + sum(record.nbytes for record in self._records.values())
         """Size of the whole file in bytes."""
         self._unwritten = dict.fromkeys(self._records)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        self._temporary = name_aside(self.path)
         _check_target(self.path, self.total_bytes)
         try:
             self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -136,9 +133,7 @@ class SafetensorsWriter:
                 f" written: {names}. The file was not made."
             )
         try:
-            os.fsync(self._file)
-            os.replace(self._temporary, self.path)
-            sync_directory(self.path.parent)
+            put_in_place(self._temporary, self.path)
         except OSError as error:
             raise WeightsError(f"{self.path}: cannot be put in place: {error.strerror}.") from error
 
@@ -156,19 +151,6 @@ class SafetensorsWriter:
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise WeightsError(f"{self.path}: writing failed: {error.strerror}. Check the disk.") from error
-
-
-def sync_directory(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut.
-
-    Raises:
-        OSError: the folder is gone, or the disk refused.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def plan_file(
