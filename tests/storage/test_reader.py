@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 
 from lema.errors import LemaError, ReadError, WeightsError
 from lema.storage import reader as reader_module
+from lema.storage.codecs import Piece, Placement
 from lema.storage.index import GlobalBinaryIndex, TensorRecord
-from lema.storage.layout import PAGE, ParameterSource, Piece, SlotLayout, align_up, whole_tensor
+from lema.storage.layout import PAGE, ParameterSource, SlotLayout, align_up, whole_tensor
 from lema.storage.placement import PlacedTensor, chunk, concatenate, stack
 from lema.storage.reader import DiskReader, ReadJob, direct_alignment
 from lema.storage.views import Decoder, materialize, page_aligned, typed_view
@@ -905,8 +906,8 @@ def test_parameters_of_several_pieces_in_another_type(tmp_path: Path, dtype: tor
         fused, expected = concatenate([gate, up], 1), torch.cat([real["gate"], real["up"]], 1)
         half, half_expected = chunk(whole["up1"], 2, 1)[1], torch.chunk(tensors["up1"], 2, 1)[1]
         return [
-            (ParameterSource("fused", fused.shape, dtype, fused.pieces), expected.to(dtype)),
-            (ParameterSource("half", half.shape, dtype, half.pieces), half_expected.to(dtype)),
+            (ParameterSource("fused", fused.shape, dtype, Placement(fused.pieces)), expected.to(dtype)),
+            (ParameterSource("half", half.shape, dtype, Placement(half.pieces)), half_expected.to(dtype)),
             (whole_tensor("norm", gbi.record("norm"), dtype), tensors["norm"].to(dtype)),
         ]
 
@@ -942,7 +943,7 @@ def test_what_is_wanted_as_it_is_stored_is_a_view_and_costs_no_scratch(tmp_path:
     write_safetensors(tmp_path / "w.safetensors", tensors, 0)
     with GlobalBinaryIndex(tmp_path) as gbi:
         sources = [whole_tensor(name, gbi.record(name)) for name in tensors]
-        rows = ParameterSource("rows", (2, 5), torch.float32, (Piece(gbi.record("a"), 5, 0, 10),))
+        rows = ParameterSource("rows", (2, 5), torch.float32, Placement((Piece(gbi.record("a"), 5, 0, 10),)))
         layout = SlotLayout([*sources, rows])
         assert len(layout.direct) == 3 and layout.scratch_nbytes == 0
         assert torch.equal(decoded(gbi, [*sources, rows], False)["rows"], tensors["a"][1:])

@@ -15,8 +15,9 @@ from test_tiers import PLANS
 from tests.families import save_tiny
 
 from lema.models import get_adapter
+from lema.storage.codecs import Piece, Placement
 from lema.storage.index import GlobalBinaryIndex, TensorRecord
-from lema.storage.layout import ALIGNMENT, Move, ParameterSource, Piece, SlotLayout, whole_tensor
+from lema.storage.layout import ALIGNMENT, Move, ParameterSource, SlotLayout, whole_tensor
 from lema.storage.views import page_aligned
 from lema.streaming.accelerator import DeviceEvent, DeviceStream
 from lema.streaming.memory import TripleBufferManager
@@ -83,7 +84,8 @@ def test_tensors_of_whole_lines_travel_as_one() -> None:
 def test_a_part_of_a_tensor_that_is_not_aligned_is_decoded() -> None:
     record = TensorRecord("qkv", Path("f"), 0, 3 * 100 * 4, torch.float32, (300,))
     parts = [
-        ParameterSource(name, (100,), torch.float32, (Piece(record, 100 * i, 0, 100),)) for i, name in enumerate("qkv")
+        ParameterSource(name, (100,), torch.float32, Placement((Piece(record, 100 * i, 0, 100),)))
+        for i, name in enumerate("qkv")
     ]
     layout = SlotLayout(parts, moved=True)
     assert [view.source.name for view in layout.direct] == ["q"]

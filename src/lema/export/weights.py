@@ -12,8 +12,9 @@ import torch
 
 from ..errors import NonFiniteError, UnsupportedError
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.codecs import Piece
 from ..storage.index import GlobalBinaryIndex, TensorRecord
-from ..storage.layout import ParameterSource, Piece
+from ..storage.layout import ParameterSource
 from .checkpoint import Checkpoint
 from .elements import read_parameter, runs
 from .lora_layers import Target, copies_of_base, find_targets

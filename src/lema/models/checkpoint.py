@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import MissingTensorError, ShapeMismatchError, UnsupportedError
+from ..storage.codecs import Placement
 from ..storage.index import GlobalBinaryIndex, TensorRecord
 from ..storage.layout import ParameterSource
 from ..storage.placement import PlacedTensor, chunk, concatenate, stack
@@ -73,7 +74,7 @@ def map_checkpoint(
         logger.info("%s: %d tensors are not used by %s: %s", gbi.path, len(unused), type(model).__name__, unused[:8])
     types = _DtypePlan(model, dtype)
     sources = {
-        name: ParameterSource(name, tuple(empty.shape), types.of(name, empty), placed[name].pieces)
+        name: ParameterSource(name, tuple(empty.shape), types.of(name, empty), Placement(placed[name].pieces))
         for name, empty in expected.items()
     }
     return CheckpointMap(sources, tied)

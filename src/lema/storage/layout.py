@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .codecs import Codec, Piece, Placement, Run
 from .index import TensorRecord
 
 PAGE = 4096
@@ -25,26 +26,14 @@ def align_up(value: int, alignment: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A contiguous run of elements copied from a file tensor into a parameter.
-
-    Offsets and `count` are in elements, so that a cast on the way changes nothing here.
-    """
-
-    record: TensorRecord
-    source: int
-    target: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class ParameterSource:
-    """How one parameter (or persistent buffer) is made from file tensors: shape, type and pieces in order."""
+    """How one parameter (or persistent buffer) is made from file tensors."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    """It is computed with."""
+    codec: Codec
 
     @property
     def numel(self) -> int:
@@ -55,24 +44,20 @@ class ParameterSource:
         return self.numel * self.dtype.itemsize
 
     @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Runs of elements it is put together from; none where it is decoded from codes."""
+        return self.codec.pieces if isinstance(self.codec, Placement) else ()
+
+    @property
     def plain(self) -> bool:
         """Whether the stored bytes of one file tensor are the parameter, so that a view of them will do."""
-        if len(self.pieces) != 1:
-            return False
-        piece = self.pieces[0]
-        record = piece.record
-        return (
-            record.dtype == self.dtype
-            and piece.target == 0
-            and piece.count == self.numel
-            and (record.offset + piece.source * record.dtype.itemsize) % self.dtype.itemsize == 0
-        )
+        return self.codec.is_identity(self.dtype, self.numel)
 
 
 def whole_tensor(name: str, record: TensorRecord, dtype: torch.dtype | None = None) -> ParameterSource:
     """The source of a parameter that is exactly one file tensor, in the file's type unless another is asked."""
     piece = Piece(record, 0, 0, math.prod(record.shape))
-    return ParameterSource(name, record.shape, dtype or record.dtype, (piece,))
+    return ParameterSource(name, record.shape, dtype or record.dtype, Placement((piece,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +89,14 @@ class SlotView:
 
 @dataclass(frozen=True, slots=True)
 class ScratchView:
-    """A parameter made from stored bytes at each use: placed or cast into scratch at a byte offset.
+    """A parameter made from stored bytes at each use: decoded into scratch at a byte offset.
 
-    `runs` pairs each piece with the byte offset of its first element in the slot.
+    `runs` pairs each run of its codec with the byte offset of its first element in the slot.
     """
 
     source: ParameterSource
     offset: int
-    runs: tuple[tuple[Piece, int], ...]
+    runs: tuple[tuple[Run, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +113,8 @@ class SlotLayout:
 
     Layout: the unit's file tensors in file order, touching ones merged into extents, each extent at
     its own page of the slot with the same offset in the page as in the file. Parameters whose stored
-    bytes are what the computation wants are views of the slot; the others (other type, several file
-    tensors, odd offset) have a place in the scratch that all units share and are decoded there.
+    bytes are what the computation wants are views of the slot; the others (another type, several file
+    tensors, codes, an odd offset) have a place in the scratch that all units share and are decoded there.
 
     Where the unit is computed in another slot than the one it is read into, its tensors lie there one after
     the other, each at a multiple of 256 bytes whatever its offset in the file, and `moves` says how they get there.
@@ -142,7 +127,7 @@ class SlotLayout:
 
     def __init__(self, sources: Sequence[ParameterSource], packed: bool = False, moved: bool = False) -> None:
         self.sources = tuple(sources)
-        self.extents = _merge_extents(piece.record for source in sources for piece in source.pieces)
+        self.extents = _merge_extents(run.record for source in sources for run in source.codec.runs)
         self.nbytes = align_up(max((e.slot_offset + e.nbytes for e in self.extents), default=0), PAGE)
         self.read_bytes = sum(extent.nbytes for extent in self.extents)
         place = {r: e.slot_offset + r.offset - e.offset for e in self.extents for r in e.records}
@@ -154,8 +139,7 @@ class SlotLayout:
         scratch = 0
         for source in self.sources:
             runs = tuple(
-                (piece, place.get(piece.record, 0) + piece.source * piece.record.dtype.itemsize)
-                for piece in source.pieces
+                (run, place.get(run.record, 0) + run.source * run.record.dtype.itemsize) for run in source.codec.runs
             )
             if source.plain and not packed and not (moved and runs[0][1] % ALIGNMENT):
                 self.direct.append(SlotView(source, runs[0][1]))

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from .codecs import Piece
 from .index import TensorRecord
-from .layout import Piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .codecs import Run
 from .index import GlobalBinaryIndex
 from .layout import PAGE, ParameterSource, ScratchView, align_up
 
@@ -89,77 +90,55 @@ def typed_view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, shape: Seq
 
 
 class Decoder:
-    """Fills scratch parameters of a unit from the bytes stored in its slot: placement and cast in one copy."""
+    """Makes a unit's scratch parameters from what its slot holds."""
 
     def __init__(self, slot: torch.Tensor, scratch: torch.Tensor, views: Sequence[ScratchView]) -> None:
-        self._copies: list[_Copy] = []
-        for view in views:
-            width = view.source.dtype.itemsize
-            for piece, offset in view.runs:
-                stored = piece.record.dtype
-                self._copies.append(
-                    _Copy(
-                        target=slot_bytes(scratch, view.offset + piece.target * width, piece.count * width),
-                        target_dtype=view.source.dtype,
-                        source=slot_bytes(slot, offset, piece.count * stored.itemsize),
-                        source_dtype=stored,
-                    )
-                )
+        self._parts = [
+            (
+                view.source.codec,
+                [_Stored.at(slot, offset, run) for run, offset in view.runs],
+                typed_view(scratch, view.offset, view.source.dtype, view.source.shape),
+            )
+            for view in views
+        ]
 
     def __call__(self) -> None:
-        """Copy every piece; one call a use."""
-        for copy in self._copies:
-            copy()
+        """Decode every parameter; one call a use."""
+        for codec, stored, out in self._parts:
+            codec.decode([run.values() for run in stored], out)
 
 
 @dataclass(frozen=True, slots=True)
-class _Copy:
-    """One run of elements, as bytes and their types on both sides; either side may lie at an odd address."""
+class _Stored:
+    """Elements in a slot: a typed view, or bytes where the type may not start at their address."""
 
-    target: torch.Tensor
-    target_dtype: torch.dtype
-    source: torch.Tensor
-    source_dtype: torch.dtype
+    data: torch.Tensor
+    dtype: torch.dtype
 
-    def __call__(self) -> None:
-        if self.source_dtype == self.target_dtype:
-            self.target.copy_(self.source)
-            return
-        values = _as_type(self.source, self.source_dtype)
-        if _aligned(self.target, self.target_dtype):
-            self.target.view(self.target_dtype).copy_(values)
-        else:
-            self.target.copy_(values.to(self.target_dtype).view(torch.uint8))
+    @classmethod
+    def at(cls, slot: torch.Tensor, offset: int, run: Run) -> _Stored:
+        dtype = run.record.dtype
+        if (slot.storage_offset() + offset) % dtype.itemsize == 0:
+            return cls(typed_view(slot, offset, dtype, (run.count,)), dtype)
+        return cls(typed_view(slot, offset, torch.uint8, (run.count * dtype.itemsize,)), dtype)
 
-
-def _aligned(data: torch.Tensor, dtype: torch.dtype) -> bool:
-    return data.storage_offset() % dtype.itemsize == 0
-
-
-def _as_type(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes as values of a type; copied first where the type may not start at their address."""
-    return (data if _aligned(data, dtype) else data.clone()).view(dtype)
-
-
-def slot_bytes(buffer: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
-    """A run of bytes of a buffer as uint8 `[nbytes]`, with a version counter of its own."""
-    return typed_view(buffer, offset, torch.uint8, (nbytes,))
+    def values(self) -> torch.Tensor:
+        return self.data if self.data.dtype == self.dtype else self.data.clone().view(self.dtype)
 
 
 def materialize(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:
-    """The parameter as a tensor with memory of its own, put together and cast piece by piece."""
+    """The parameter as a tensor with memory of its own, decoded from the mapped file."""
     result = torch.empty(source.shape, dtype=source.dtype)
-    flat = result.view(-1)
-    for piece in source.pieces:
-        stored = gbi.view(piece.record.name).reshape(-1)[piece.source : piece.source + piece.count]
-        flat[piece.target : piece.target + piece.count].copy_(stored)
+    source.codec.decode([_mapped(gbi, run) for run in source.codec.runs], result)
     return result
+
+
+def _mapped(gbi: GlobalBinaryIndex, run: Run) -> torch.Tensor:
+    return gbi.view(run.record.name).reshape(-1)[run.source : run.source + run.count]
 
 
 def mapped_or_materialized(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:
     """A view of the mapped file where the stored bytes are the parameter, else a tensor of its own."""
     if not source.plain:
         return materialize(gbi, source)
-    piece = source.pieces[0]
-    stored = gbi.view(piece.record.name).reshape(-1)
-    return stored[piece.source : piece.source + piece.count].view(source.shape)
+    return _mapped(gbi, source.codec.runs[0]).view(source.shape)
