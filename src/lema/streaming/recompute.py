@@ -53,13 +53,21 @@ class StreamedLayer:
     passes go through the batch in pieces while the weights are there, and parameter gradients are summed.
     """
 
-    def __init__(self, unit: int, layer: nn.Module, memory: TripleBufferManager, batching: Batching) -> None:
+    def __init__(
+        self,
+        unit: int,
+        layer: nn.Module,
+        memory: TripleBufferManager,
+        batching: Batching,
+        heap: HeapGuard | None = None,
+        draws: Draws | None = None,
+    ) -> None:
         self.unit = unit
         self.name = f"layer {unit} ({type(layer).__name__})"
         self.memory = memory
         self.batching = batching
-        self.heap = HeapGuard(None)
-        self.draws = Draws()
+        self.heap = heap or HeapGuard(None)
+        self.draws = draws or Draws()
         self.keeps_graph = False
         """Whether the forward keeps its graph; where weights were reloaded since, the backward recomputes after all."""
         self._layer = layer
