@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(120)
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "head in pieces": {"head": "chunked", "ram_budget": "2GB"},
-    "adapter of its own": {"use_lora": False},
+    "without adapters": {"use_lora": False},
 }
 
 
@@ -88,9 +88,9 @@ def test_attaching_takes_off_what_was_attached_before(tmp_path: Path) -> None:
     model, peft_model = bare(tmp_path)
     lm = model.adapter.causal_lm()
     attach(lm, model.memory, peft_model=peft_model)
-    once = {name for name in traces(peft_model or lm.module)}
+    once = set(traces(peft_model or lm.module))
     second = attach(lm, model.memory, peft_model=peft_model)
-    assert {name for name in traces(peft_model or lm.module)} == once
+    assert set(traces(peft_model or lm.module)) == once
     assert len(lm.module._forward_pre_hooks) == 1
     second.detach()
     assert not lm.module._forward_pre_hooks

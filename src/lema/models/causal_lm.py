@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from .host_values import HostValues
 from .interceptor import Forward, Interceptor, replaced_forwards
 from .masks import padding_known
 from .skeleton import stand_in_ids
-
-if TYPE_CHECKING:
-    from .base import LemaModelAdapter
 
 
 class CausalLM(Protocol):
@@ -191,14 +188,27 @@ class TransformersCausalLM:
         return loss
 
 
+class RunsLayers(Protocol):
+    """What a composed model asks of its adapter."""
+
+    dtype: torch.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+
+    def forward_layer(self, module: nn.Module, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run one layer, as `LemaModelAdapter` says."""
+
+
 class ComposedBlock(nn.Module):
     """One block of an adapter's own family."""
 
     module: nn.Module
 
-    def __init__(self, adapter: LemaModelAdapter) -> None:
+    def __init__(self, adapter: RunsLayers) -> None:
         super().__init__()
-        self._adapter: LemaModelAdapter
+        self._adapter: RunsLayers
         self.__dict__["_adapter"] = adapter  # not a submodule
 
     def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -212,9 +222,9 @@ class ComposedCausalLM(nn.Module):
     embedding: nn.Module
     head: Any
 
-    def __init__(self, adapter: LemaModelAdapter, num_blocks: int) -> None:
+    def __init__(self, adapter: RunsLayers, num_blocks: int) -> None:
         super().__init__()
-        self._adapter: LemaModelAdapter
+        self._adapter: RunsLayers
         self.__dict__["_adapter"] = adapter  # not a submodule
         self.router_loss: str | None = None
         self.interceptor = Interceptor()

@@ -44,7 +44,7 @@ class StreamedHead(StreamedLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.memory.holds_head or (args and args[0].numel() == 0):
-            return self._forward(self._layer, *args, **kwargs)
+            return self._forward(self.module, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
 
