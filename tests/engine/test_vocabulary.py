@@ -23,7 +23,7 @@ from families import save_tiny
 from helpers import Everywhere64, relative
 from lema.engine.loss.epilogue import ModelEpilogue
 from lema.engine.loss.positions import LossResult, compute_loss
-from lema.engine.loss.vocabulary import Head, chunked_linear, linear_cross_entropy
+from lema.engine.loss.vocabulary import Head, linear_cross_entropy
 from lema.errors import InputError, UnsupportedError
 from lema.models.causal_lm import TransformersCausalLM
 from lema.models.skeleton import find_layers
@@ -145,7 +145,7 @@ def vocabulary_logits(lm: Any, hidden: torch.Tensor, chunks: Pieces) -> torch.Te
     """Its logits."""
     epilogue = ModelEpilogue(lm)
     with epilogue.in_place():
-        return epilogue(hidden, chunked_linear(epilogue.linear, chunks))
+        return epilogue(hidden, Head(epilogue.linear, chunks))
 
 
 # -- families --------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_a_model_generates_with_its_head_in_chunks(models: Any) -> None:
     ids = torch.randint(3, VOCAB, (2, 5), generator=torch.Generator().manual_seed(1))
     expected = tiny.plain.module.generate(ids, max_new_tokens=6, do_sample=False)
     head = tiny.headless.head
-    head.__dict__["forward"] = chunked_linear(head, tiny.pieces())
+    head.__dict__["forward"] = Head(head, tiny.pieces())
     try:
         assert torch.equal(tiny.headless.module.generate(ids, max_new_tokens=6, do_sample=False), expected)
     finally:

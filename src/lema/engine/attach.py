@@ -96,6 +96,7 @@ class Attachment:
             BindingError: somebody has replaced the same since; nothing was taken off.
         """
         self.lm.interceptor.take_off(*_NAMES)
+        self.heap.close()
 
     def prepare(self, batch: int) -> None:
         """Learn how to cut the layers' arguments, if a batch of this many rows will be cut."""

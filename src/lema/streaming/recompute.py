@@ -59,15 +59,15 @@ class StreamedLayer:
         layer: nn.Module,
         memory: TripleBufferManager,
         batching: Batching,
-        heap: HeapGuard | None = None,
-        draws: Draws | None = None,
+        heap: HeapGuard,
+        draws: Draws,
     ) -> None:
         self.unit = unit
         self.name = f"layer {unit} ({type(layer).__name__})"
         self.memory = memory
         self.batching = batching
-        self.heap = heap or HeapGuard(None)
-        self.draws = draws or Draws()
+        self.heap = heap
+        self.draws = draws
         self.keeps_graph = False
         """Whether the forward keeps its graph; where weights were reloaded since, the backward recomputes after all."""
         self.module = layer

@@ -20,7 +20,7 @@ from ...streaming.timeline import COMPUTE
 from .epilogue import ModelEpilogue
 from .positions import LossResult, compute_loss
 from .streamed_head import head_held, head_pieces
-from .vocabulary import Head, HeadPieces, chunked_linear, linear_cross_entropy
+from .vocabulary import Head, HeadPieces, linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class HeadLoss:
             if not with_logits:
                 return result
             with torch.no_grad():
-                return dataclasses.replace(result, logits=epilogue(hidden, chunked_linear(head.linear, pieces)))
+                return dataclasses.replace(result, logits=epilogue(hidden, head))
 
     def _slices_head(self) -> bool:
         """Whether a chunked loss may cut the vocabulary too, which the family has to allow."""

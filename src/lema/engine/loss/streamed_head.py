@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...machine.heap import HeapGuard
 from ...streaming.arguments import BatchRules
+from ...streaming.draws import Draws
 from ...streaming.head import HEAD
 from ...streaming.memory import TripleBufferManager
 from ...streaming.recompute import Batching, StreamedLayer
-from .vocabulary import HeadPieces, chunked_linear
+from .vocabulary import Head, HeadPieces
 
 
 def head_pieces(memory: TripleBufferManager) -> HeadPieces | None:
@@ -30,9 +32,17 @@ def head_held(memory: TripleBufferManager) -> AbstractContextManager[None]:
 def streamed_forward(head: nn.Module, memory: TripleBufferManager) -> Callable[..., Any] | None:
     """What stands in for the forward of a head; None where its weight stays."""
     pieces = head_pieces(memory)
-    if pieces is not None and isinstance(head, nn.Linear):
-        return ChunkedHead(head, pieces)
-    return StreamedHead(head, memory) if memory.streams_head else None
+    if pieces is None or not isinstance(head, nn.Linear):
+        return StreamedHead(head, memory) if memory.streams_head else None
+    pieced = Head(head, pieces)
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.numel() == 0:
+            return hidden.new_empty(*hidden.shape[:-1], pieced.linear.out_features)
+        logits: torch.Tensor = _PiecedLinear.apply(hidden, pieced)
+        return logits
+
+    return forward
 
 
 class StreamedHead(StreamedLayer):
@@ -40,7 +50,7 @@ class StreamedHead(StreamedLayer):
     to the last chunk's gradient, it is an ordinary layer; else it is replayed like the others."""
 
     def __init__(self, head: nn.Module, memory: TripleBufferManager) -> None:
-        super().__init__(HEAD, head, memory, Batching(None, BatchRules))
+        super().__init__(HEAD, head, memory, Batching(None, BatchRules), HeapGuard(None), Draws())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.memory.holds_head or (args and args[0].numel() == 0):
@@ -48,34 +58,20 @@ class StreamedHead(StreamedLayer):
         return super().__call__(*args, **kwargs)
 
 
-class ChunkedHead:
-    """Stands in for the forward of a head that is never there whole, outside of the engine's own loss."""
-
-    def __init__(self, head: nn.Linear, pieces: HeadPieces) -> None:
-        self._head = head
-        self._pieces = pieces
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.numel() == 0:
-            return hidden.new_empty(*hidden.shape[:-1], self._head.out_features)
-        logits: torch.Tensor = _ChunkedLinear.apply(hidden, self._head, self._pieces)
-        return logits
-
-
-class _ChunkedLinear(torch.autograd.Function):
+class _PiecedLinear(torch.autograd.Function):
     """Logits piece by piece; the gradient of the hidden states takes a second pass over the pieces."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: nn.Linear, pieces: HeadPieces) -> torch.Tensor:
-        ctx.pieces, ctx.like = pieces, hidden.new_empty(0)
-        return chunked_linear(head, pieces)(hidden)
+    def forward(ctx: Any, hidden: torch.Tensor, head: Head) -> torch.Tensor:
+        ctx.pieces, ctx.like = head.pieces, hidden.new_empty(0)
+        return head(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         total: torch.Tensor | None = None
         for number, (start, end) in enumerate(ctx.pieces.ranges):
             with ctx.pieces.use(number) as weight:
                 part = gradient[..., start:end] @ weight.to(gradient.dtype)
             total = part if total is None else total.add_(part)
         assert total is not None, "a head without rows"
-        return total.to(ctx.like.dtype), None, None
+        return total.to(ctx.like.dtype), None

@@ -37,12 +37,7 @@ class HeadPieces(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A linear layer whose weight is there in pieces only.
-
-    Args:
-        linear: gives its bias and shape.
-        pieces: give its weight.
-    """
+    """A frozen linear layer whose weight is there in pieces only: its bias and shape, and the pieces."""
 
     linear: nn.Linear
     pieces: HeadPieces
@@ -51,6 +46,19 @@ class Head:
         starts, ends = zip(*self.pieces.ranges, strict=True)
         assert starts == (0, *ends[:-1]) and ends[-1] == self.linear.out_features, self.pieces.ranges
         assert all(start < end for start, end in self.pieces.ranges), self.pieces.ranges
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """All outputs, without a gradient: `[.., hidden]` -> `[.., vocab]`."""
+        joined: torch.Tensor | None = None
+        for number, (start, end) in enumerate(self.pieces.ranges):
+            with self.pieces.use(number) as weight:
+                outputs = self.outputs(weight, start, x)
+                if joined is None:
+                    joined = outputs.new_empty(*outputs.shape[:-1], self.linear.out_features)
+                joined[..., start:end] = outputs
+        assert joined is not None, "a head without rows"
+        return joined
 
     def outputs(self, weight: torch.Tensor, start: int, x: torch.Tensor) -> torch.Tensor:
         """Those of one piece, whose first vocabulary row is `start`: `[.., hidden]` -> `[.., rows]`."""
@@ -111,25 +119,6 @@ def linear_cross_entropy(
     losses = [softmax.finish(block, scale / denominator, gradient) for block in small]
     right = torch.stack(softmax.right) if with_accuracy else None
     return LossResult(torch.stack(losses), gradient, None, right, divisor=denominator)
-
-
-def chunked_linear(linear: nn.Linear, pieces: HeadPieces) -> Linear:
-    """The head's own forward, without a gradient, with its weight in pieces: `[.., hidden]` -> `[.., vocab]`."""
-    head = Head(linear, pieces)
-
-    @torch.no_grad()
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        joined: torch.Tensor | None = None
-        for number, (start, end) in enumerate(pieces.ranges):
-            with pieces.use(number) as weight:
-                outputs = head.outputs(weight, start, x)
-                if joined is None:
-                    joined = outputs.new_empty(*outputs.shape[:-1], linear.out_features)
-                joined[..., start:end] = outputs
-        assert joined is not None, "a head without rows"
-        return joined
-
-    return forward
 
 
 @dataclass(frozen=True, slots=True)
