@@ -15,11 +15,10 @@ from torch import nn
 
 from .config import LemaConfig
 from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
+from .engine.attach import Attachment, attach
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
 from .engine.generation import generate, take_end_tokens
-from .engine.guards import guard_peft
-from .engine.streamer import LayerStreamer
 from .engine.trainer import LemaTrainer
 from .errors import DeviceError
 from .models.base import LemaModelAdapter
@@ -53,7 +52,7 @@ class LemaModel:
         if config.leave_out_router_loss:
             self.adapter.causal_lm().router_loss = None
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
-        self._streamer: LayerStreamer | None = None
+        self._streamer: Attachment | None = None
         self._adapter_source: Path | None = None
 
     def initialize_lora(self) -> None:
@@ -73,9 +72,8 @@ class LemaModel:
             base = getattr(peft_model, "base_model", None)
             if base is not None:
                 peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
-        self._streamer = LayerStreamer(self.adapter.causal_lm(), self.memory, self.config.micro_batch_size)
-        if self.lora_manager is not None:
-            guard_peft(self.lora_manager.peft_model)
+        around = self.lora_manager.peft_model if self.lora_manager is not None else None
+        self._streamer = attach(self.adapter.causal_lm(), self.memory, self.config.micro_batch_size, around)
         self.hf_model.eval()
 
     @property

@@ -11,8 +11,8 @@ import torch
 import lema
 from families import save_tiny
 from helpers import lema_model, relative
-from lema.engine.loss.positions import head_loss
-from lema.engine.loss.positions.head_loss import AUTO_CHUNK, LARGE_LOGITS, loss_chunk, wide_piece
+from lema.engine.loss import head_loss
+from lema.engine.loss.head_loss import AUTO_CHUNK, LARGE_LOGITS, loss_chunk, wide_piece
 from lema.errors import ConfigError
 from lema.streaming.head import SLICE_BYTES
 from lema.training.resume import check_resume
@@ -55,13 +55,13 @@ def test_the_default_of_a_run_follows_its_batch(tmp_path: Path, monkeypatch: pyt
     save_tiny("llama", tmp_path)
     ids = torch.randint(3, 99, (3, 16), generator=torch.Generator().manual_seed(1))
     cut: list[int] = []
-    real = head_loss.vocabulary_loss
+    real = head_loss.linear_cross_entropy
 
     def watched(*args: Any, positions: int, **kwargs: Any) -> Any:
         cut.append(positions)
         return real(*args, positions=positions, **kwargs)
 
-    monkeypatch.setattr(head_loss, "vocabulary_loss", watched)
+    monkeypatch.setattr(head_loss, "linear_cross_entropy", watched)
     losses = {}
     for setting in ("auto", None):
         with lema_model(tmp_path, loss_chunk_size=setting) as model:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from families import save_tiny
 from helpers import Everywhere64, relative
-from lema.engine.loss.positions.positions import LossResult, compute_loss
-from lema.engine.loss.positions.vocabulary import chunked_linear, vocabulary_logits, vocabulary_loss
+from lema.engine.loss.epilogue import ModelEpilogue
+from lema.engine.loss.positions import LossResult, compute_loss
+from lema.engine.loss.vocabulary import Head, linear_cross_entropy
 from lema.errors import InputError, UnsupportedError
 from lema.models.causal_lm import TransformersCausalLM
 from lema.models.skeleton import find_layers
@@ -121,6 +123,29 @@ def distance(found: torch.Tensor | None, reference: torch.Tensor | None) -> floa
 
 def assert_as_exact(found: LossResult, plain: LossResult, reference: LossResult, floor: float = EPS) -> None:
     assert distance(found.gradient, reference.gradient) <= 1.5 * distance(plain.gradient, reference.gradient) + floor
+
+
+_epilogues: WeakKeyDictionary[Any, ModelEpilogue] = WeakKeyDictionary()
+
+
+def vocabulary_loss(
+    lm: Any, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, chunks: Pieces, **how: Any
+) -> LossResult:
+    """The loss of a model whose head comes in these pieces."""
+    epilogue = _epilogues.setdefault(lm, ModelEpilogue(lm))
+    if bool((targets != -100).any()):
+        epilogue.check(chunks.ranges, hidden)
+    with epilogue.in_place():
+        head = Head(epilogue.linear, chunks)
+        return linear_cross_entropy(hidden, head, targets, epilogue, denominator=denominator, **how)
+
+
+@torch.no_grad()
+def vocabulary_logits(lm: Any, hidden: torch.Tensor, chunks: Pieces) -> torch.Tensor:
+    """Its logits."""
+    epilogue = ModelEpilogue(lm)
+    with epilogue.in_place():
+        return epilogue(hidden, Head(epilogue.linear, chunks))
 
 
 # -- families --------------------------------------------------------------------------------------
@@ -226,7 +251,7 @@ def test_a_model_generates_with_its_head_in_chunks(models: Any) -> None:
     ids = torch.randint(3, VOCAB, (2, 5), generator=torch.Generator().manual_seed(1))
     expected = tiny.plain.module.generate(ids, max_new_tokens=6, do_sample=False)
     head = tiny.headless.head
-    head.__dict__["forward"] = chunked_linear(head, tiny.pieces())
+    head.__dict__["forward"] = Head(head, tiny.pieces())
     try:
         assert torch.equal(tiny.headless.module.generate(ids, max_new_tokens=6, do_sample=False), expected)
     finally:

@@ -47,7 +47,7 @@ def first_bad_activation(lm: CausalLM, batch: Batch, random_state: RandomState) 
 def first_bad_gradient(layers: Sequence[StreamedLayer]) -> str | None:
     """The layer whose adapter gradient was the first in the backward to be not finite; None if all are finite."""
     for layer in reversed(layers):
-        for name, parameter in layer._layer.named_parameters():
+        for name, parameter in layer.module.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 return f"layer {layer.unit}, {name}"
     return None

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import flop_registry
 from ..errors import LemaError, UnsupportedError
 from ..models.causal_lm import TransformersCausalLM
 from ..models.lora import LoRAManager
-from ..models.skeleton import replaced_forwards
 from ..models.stages import layer_arguments
 from ..models.transformers_adapter import TransformersAdapter
 from ..planning.plan import LayerCost, LossCost, ModelSizes, Workload
@@ -104,7 +103,7 @@ class DryRun:
         self.parameters = _with_lora(adapter, lora)
         self._lora = lora
         self._real: TransformersAdapter | None = None
-        self.lm.pass_on(torch.empty(0))
+        _ = self.lm.returns_several  # found out by a forward, for which tensors have to be real
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             _without_memory(self.lm.module, self._fake)
@@ -217,9 +216,8 @@ class DryRun:
 
 def _around(lm: TransformersCausalLM) -> torch.Tensor:
     """What comes out of a model of one token without its layers."""
-    lm.pass_on(torch.empty(0))  # learned before the layers are replaced
     bare = [lambda hidden, *_, **__: lm.pass_on(hidden)] * len(lm.layers)
-    with replaced_forwards(lm.layers, bare), torch.no_grad():
+    with lm.replaced_layers(bare), torch.no_grad():
         return lm.hidden_states(input_ids=torch.zeros((1, 1), dtype=torch.long))
 
 

@@ -24,7 +24,6 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
-from ..models.skeleton import replaced_forwards
 from ..streaming.arguments import Arguments, named_leaves
 from ..streaming.recompute import take_apart, take_hidden
 
@@ -100,7 +99,6 @@ def _fault(lm: CausalLM) -> str:
 def _calls(lm: CausalLM, positions: list[torch.Tensor]) -> list[_Call]:
     """What each layer is called with for a batch of these positions, the layers themselves left out."""
     calls: dict[int, _Call] = {}
-    lm.pass_on(torch.empty(0))  # learned before the layers are replaced
 
     def note(number: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +113,7 @@ def _calls(lm: CausalLM, positions: list[torch.Tensor]) -> list[_Call]:
     training = lm.module.training
     lm.module.eval()  # dropout on the embeddings would differ from one run to the next
     try:
-        with replaced_forwards(lm.layers, [note(i) for i in range(len(lm.layers))]), torch.no_grad():
+        with lm.replaced_layers([note(i) for i in range(len(lm.layers))]), torch.no_grad():
             lm.module.forward(input_ids=rows, position_ids=rows, use_cache=False)
     except _Enough:
         pass

@@ -26,9 +26,9 @@ from ..streaming.memory import TripleBufferManager
 from ..streaming.randomness import RandomState
 from ..streaming.timeline import COMPUTE
 from .assembly import assemble_memory
+from .attach import Attachment, attach, check_router_loss
 from .device_memory import explained
 from .diagnosis import first_bad_activation, first_bad_gradient
-from .guards import guard_peft
 from .host_optimizer import HostMasters
 from .inputs import Batch, join_batches, make_batch
 from .loss.head_loss import HeadLoss
@@ -37,7 +37,6 @@ from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer
 from .resumable import Resumable
 from .step_report import StepReport, report_of
-from .streamer import LayerStreamer, check_router_loss
 from .turns import check_gradients_on, in_turn
 from .update import GradientBuffer, step_optimizer
 from .window import Window
@@ -75,7 +74,7 @@ class LemaTrainer(Resumable):
         optimizer: torch.optim.Optimizer | None = None,
         memory_manager: TripleBufferManager | None = None,
         *,
-        streamer: LayerStreamer | None = None,
+        streamer: Attachment | None = None,
     ) -> None:
         self.config = config
         self.adapter = model_adapter
@@ -87,9 +86,8 @@ class LemaTrainer(Resumable):
         if lora_manager is not None:
             check_router_loss(self.lm, config.leave_out_router_loss)
             lora_manager.attach(model_adapter)
-        self.streamer = streamer or LayerStreamer(self.lm, self.memory, config.micro_batch_size)
-        if lora_manager is not None and streamer is None:
-            guard_peft(lora_manager.peft_model)
+        peft_model = lora_manager.peft_model if lora_manager is not None else None
+        self.streamer = streamer or attach(self.lm, self.memory, config.micro_batch_size, peft_model)
         self.layers = model_adapter.get_layer_metadata()
         self.owns_optimizer = optimizer is None
         """Whether the optimizer was made here, so that its settings are the config's."""

@@ -18,9 +18,9 @@ import torch
 from ..data import Data, load_data
 from ..data.config import DataConfig
 from ..data.limits import ModelLimits
+from ..engine.attach import check_router_loss
 from ..engine.generation import end_tokens
 from ..engine.packing import check_packing
-from ..engine.streamer import check_router_loss
 from ..engine.trainer import LemaTrainer
 from ..errors import ConfigError, WeightsNotFoundError
 from ..models.causal_lm import CausalLM

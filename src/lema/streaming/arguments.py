@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache
 
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
-from ..models.skeleton import replaced_forwards
 
 _SCALARS = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
@@ -149,7 +148,6 @@ class BatchRules:
 def _record(lm: CausalLM, batch: int, with_mask: bool, with_positions: bool) -> dict[tuple[str, int], tuple[int, ...]]:
     """Shapes of every tensor the layers are called with, for a batch of this many rows of 5 tokens."""
     shapes: dict[tuple[str, int], tuple[int, ...]] = {}
-    lm.pass_on(torch.empty(0))  # learned before the layers are replaced
 
     def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         for name, value in named_leaves(args, kwargs):
@@ -165,6 +163,6 @@ def _record(lm: CausalLM, batch: int, with_mask: bool, with_positions: bool) -> 
         inputs["attention_mask"] = mask
     if with_positions:
         inputs["position_ids"] = torch.arange(5, device=device).repeat(batch, 1)
-    with replaced_forwards(lm.layers, [note] * len(lm.layers)), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with lm.replaced_layers([note] * len(lm.layers)), torch.no_grad(), torch.random.fork_rng(devices=[]):
         lm.module.forward(**inputs, use_cache=False)
     return shapes

@@ -53,30 +53,38 @@ class StreamedLayer:
     passes go through the batch in pieces while the weights are there, and parameter gradients are summed.
     """
 
-    def __init__(self, unit: int, layer: nn.Module, memory: TripleBufferManager, batching: Batching) -> None:
+    def __init__(
+        self,
+        unit: int,
+        layer: nn.Module,
+        memory: TripleBufferManager,
+        batching: Batching,
+        heap: HeapGuard,
+        draws: Draws,
+    ) -> None:
         self.unit = unit
         self.name = f"layer {unit} ({type(layer).__name__})"
         self.memory = memory
         self.batching = batching
-        self.heap = HeapGuard(None)
-        self.draws = Draws()
+        self.heap = heap
+        self.draws = draws
         self.keeps_graph = False
         """Whether the forward keeps its graph; where weights were reloaded since, the backward recomputes after all."""
-        self._layer = layer
+        self.module = layer
         self._forward = type(layer).forward
 
     def trainables(self) -> list[nn.Parameter]:
         """The layer's parameters that want a gradient now."""
-        return [parameter for parameter in self._layer.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def run(self, hidden: torch.Tensor, arguments: Arguments) -> Any:
         """The layer's own forward."""
-        return self._forward(self._layer, hidden, *arguments[0], **arguments[1])
+        return self._forward(self.module, hidden, *arguments[0], **arguments[1])
 
     @property
     def training(self) -> bool:
         """Whether random numbers may be drawn."""
-        return self._layer.training
+        return self.module.training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden, arguments = take_hidden(args, kwargs)

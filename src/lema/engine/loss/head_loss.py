@@ -10,16 +10,17 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...config import LemaConfig
 from ...errors import UnsupportedError
 from ...models.causal_lm import CausalLM
-from ...streaming.head import SLICE_BYTES, HeadChunks, SlicedHead
-from ...streaming.memory import HEAD, TripleBufferManager
+from ...streaming.head import SLICE_BYTES, SlicedHead
+from ...streaming.memory import TripleBufferManager
 from ...streaming.timeline import COMPUTE
+from .epilogue import ModelEpilogue
 from .positions import LossResult, compute_loss
-from .vocabulary import check_head, vocabulary_logits, vocabulary_loss
+from .streamed_head import head_held, head_pieces
+from .vocabulary import Head, HeadPieces, linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class HeadLoss:
         self._lm = lm
         self._memory = memory
         self._config = config
+        self._epilogue = ModelEpilogue(lm)
         self._sliceable: bool | None = None
         self.smoothing = 0.0
         """Label smoothing, where there is a gradient: what is evaluated is the plain loss."""
@@ -78,41 +80,41 @@ class HeadLoss:
         wanted: dict[str, Any] = {"scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy}
         wanted["smoothing"] = self.smoothing if with_gradient else 0.0
         chunk = self._chunk_of(targets)
-        chunks = self._memory.head_chunks
-        if chunks is not None:
+        pieces = head_pieces(self._memory)
+        if pieces is not None:
             with self._memory.timeline.span(COMPUTE, "head and loss"):
-                return self._pieces(hidden, targets, denominator, chunks, chunk, with_logits, wanted)
-        with self._memory.use(HEAD):
+                return self._by_pieces(hidden, targets, denominator, pieces, chunk, with_logits, wanted)
+        with head_held(self._memory):
             if chunk is not None and self._slices_head():
-                assert self._lm.head is not None
-                weight: Any = self._lm.head.weight
                 chunk, nbytes = wide_piece(chunk, targets.numel())
-                sliced = SlicedHead(weight, nbytes)
-                return self._pieces(hidden, targets, denominator, sliced, chunk, with_logits, wanted)
+                sliced = SlicedHead(self._epilogue.linear.weight, nbytes)
+                return self._by_pieces(hidden, targets, denominator, sliced, chunk, with_logits, wanted)
             return compute_loss(
                 self._lm, hidden, targets, denominator, chunk_size=chunk, with_logits=with_logits, **wanted
             )
 
-    def _pieces(
-        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, chunks: HeadChunks | SlicedHead,
-        chunk: int | None, with_logits: bool, wanted: dict[str, Any],
+    def _by_pieces(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, pieces: HeadPieces, chunk: int | None,
+        with_logits: bool, wanted: dict[str, Any],
     ) -> LossResult:  # fmt: skip
-        hidden = hidden.detach()
-        positions = chunk or targets.numel()
-        result = vocabulary_loss(self._lm, hidden, targets, denominator, chunks, positions=positions, **wanted)
-        logits = vocabulary_logits(self._lm, hidden, chunks) if with_logits else None
-        return dataclasses.replace(result, logits=logits)
+        hidden, head, epilogue = hidden.detach(), Head(self._epilogue.linear, pieces), self._epilogue
+        how = {**wanted, "denominator": denominator, "positions": chunk or targets.numel()}
+        epilogue.check(pieces.ranges, hidden)
+        with epilogue.in_place():
+            result = linear_cross_entropy(hidden, head, targets, epilogue, **how)
+            if not with_logits:
+                return result
+            with torch.no_grad():
+                return dataclasses.replace(result, logits=epilogue(hidden, head))
 
     def _slices_head(self) -> bool:
         """Whether a chunked loss may cut the vocabulary too, which the family has to allow."""
-        head = self._lm.head
-        if type(head) is not nn.Linear:
-            return False
         if self._sliceable is None:
             device = torch.device(self._config.device)
-            nothing = torch.empty(0, head.in_features, dtype=head.weight.dtype, device=device)
             try:
-                check_head(self._lm, nothing, SlicedHead(head.weight).ranges)
+                weight = self._epilogue.linear.weight
+                nothing = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=device)
+                self._epilogue.check(SlicedHead(weight).ranges, nothing)
                 self._sliceable = True
             except UnsupportedError as error:
                 logger.info("the loss is cut by positions only: %s", error)

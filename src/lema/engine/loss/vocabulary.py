@@ -1,6 +1,6 @@
 """The loss of a frozen head whose weight is only there in pieces of the vocabulary, in one pass over them.
 
-It knows a head's linear and that a family does things before and after it; it knows nothing of where the
+It knows a head's linear and that a family does things before and after it; it knows nothing of models or of where the
 pieces come from.
 """
 
@@ -9,62 +9,92 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ...errors import InputError, UnsupportedError
+from ...errors import InputError
 from ...machine.host_copies import to_device
-from ...models.causal_lm import CausalLM
-from ...models.skeleton import replaced_forwards
 from .positions import IGNORE_INDEX, LossResult
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+Epilogue = Callable[[torch.Tensor, Linear], torch.Tensor]
+"""From hidden states `[1, n, hidden]` to logits `[1, n, rows]`, by a linear that has these rows of the vocabulary."""
 
 
-class HeadChunks(Protocol):
+class HeadPieces(Protocol):
     """A head's weight, one run of vocabulary rows at a time, in order."""
 
     @property
     def ranges(self) -> Sequence[tuple[int, int]]:
-        """Half-open vocabulary rows of each chunk; they cover 0..vocab in order."""
+        """Half-open vocabulary rows of each piece; they cover 0..vocab in order."""
 
-    def use(self, chunk: int) -> AbstractContextManager[torch.Tensor]:
-        """The chunk's weight `[end - start, hidden]`, valid inside the block."""
+    def use(self, piece: int, /) -> AbstractContextManager[torch.Tensor]:
+        """The piece's weight `[end - start, hidden]`, valid inside the block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A frozen linear layer whose weight is there in pieces only: its bias and shape, and the pieces."""
+
+    linear: nn.Linear
+    pieces: HeadPieces
+
+    def __post_init__(self) -> None:
+        starts, ends = zip(*self.pieces.ranges, strict=True)
+        assert starts == (0, *ends[:-1]) and ends[-1] == self.linear.out_features, self.pieces.ranges
+        assert all(start < end for start, end in self.pieces.ranges), self.pieces.ranges
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """All outputs, without a gradient: `[.., hidden]` -> `[.., vocab]`."""
+        joined: torch.Tensor | None = None
+        for number, (start, end) in enumerate(self.pieces.ranges):
+            with self.pieces.use(number) as weight:
+                outputs = self.outputs(weight, start, x)
+                if joined is None:
+                    joined = outputs.new_empty(*outputs.shape[:-1], self.linear.out_features)
+                joined[..., start:end] = outputs
+        assert joined is not None, "a head without rows"
+        return joined
+
+    def outputs(self, weight: torch.Tensor, start: int, x: torch.Tensor) -> torch.Tensor:
+        """Those of one piece, whose first vocabulary row is `start`: `[.., hidden]` -> `[.., rows]`."""
+        bias = self.linear.bias
+        return functional.linear(x, weight, None if bias is None else bias[start : start + weight.shape[0]])
 
 
 @torch.no_grad()
-def vocabulary_loss(
-    lm: CausalLM,
+def linear_cross_entropy(
     hidden: torch.Tensor,
+    head: Head,
     targets: torch.Tensor,
-    denominator: float,
-    chunks: HeadChunks,
+    epilogue: Epilogue,
     *,
+    denominator: float = 1.0,
     positions: int = 512,
     scale: float = 1.0,
     with_gradient: bool = True,
     with_accuracy: bool = False,
     smoothing: float = 0.0,
 ) -> LossResult:
-    """Head and loss as `compute_loss` has them; each chunk of the weight is used once, in order.
+    """Head and loss as `compute_loss` has them; each piece of the weight is used once, in order.
 
-    Positions without a target are skipped; without any target no chunk is used.
+    Positions without a target are skipped; without any target no piece is used.
 
     Args:
         hidden: `[batch, seq, hidden]` from the decoder.
         targets: `[batch, seq]`, already shifted, -100 where there is none; on the host, or the host waits for them.
+        epilogue: treats each logit alone and alike, which `ModelEpilogue.check` makes sure of.
         denominator: target tokens the sum is divided by.
-        positions: targets at once; at most `positions` times a chunk's rows logits are there at a time.
+        positions: targets at once; at most `positions` times a piece's rows logits are there at a time.
         scale: loss scale, applied before the gradient is rounded to the type of the hidden states.
         smoothing: see `lema.engine.loss.positions.smoothed_loss`.
 
     Raises:
         InputError: a target is outside the vocabulary.
-        UnsupportedError: the family does something to logits that pieces of the vocabulary do not show.
     """
     flat = targets.reshape(-1).cpu()
     where = (flat != IGNORE_INDEX).nonzero().squeeze(1)
@@ -72,16 +102,15 @@ def vocabulary_loss(
     gradient = hidden.new_zeros(hidden.shape) if with_gradient else None
     if count == 0:
         return LossResult(hidden.new_zeros(0), gradient, None, hidden.new_zeros(0) if with_accuracy else None)
-    check_head(lm, hidden, chunks.ranges)
     wanted, order = flat[where].sort(stable=True)
-    cuts = _cuts(wanted, chunks.ranges)
+    cuts = _cuts(wanted, head.pieces.ranges)
     cut = [range(0, count, size) for size in (positions, min(positions, 256))]
     blocks, small = ([slice(start, min(start + starts.step, count)) for start in starts] for starts in cut)
     where, wanted = to_device(where[order], hidden.device), to_device(wanted, hidden.device)
-    softmax = _OnlineSoftmax(lm, hidden.reshape(-1, hidden.shape[-1]), where, wanted, with_gradient)
+    softmax = _OnlineSoftmax(head, epilogue, hidden.reshape(-1, hidden.shape[-1]), where, wanted, with_gradient)
     softmax.keep_best, softmax.smoothing = with_accuracy, smoothing
-    for number, (start, end) in enumerate(chunks.ranges):
-        with chunks.use(number) as weight:
+    for number, (start, end) in enumerate(head.pieces.ranges):
+        with head.pieces.use(number) as weight:
             assert weight.shape[0] == end - start, (weight.shape, start, end)
             chunk = _Chunk(weight, start, slice(cuts[number], cuts[number + 1]))
             softmax.take_target_rows(chunk)
@@ -90,30 +119,6 @@ def vocabulary_loss(
     losses = [softmax.finish(block, scale / denominator, gradient) for block in small]
     right = torch.stack(softmax.right) if with_accuracy else None
     return LossResult(torch.stack(losses), gradient, None, right, divisor=denominator)
-
-
-@torch.no_grad()
-def vocabulary_logits(lm: CausalLM, hidden: torch.Tensor, chunks: HeadChunks) -> torch.Tensor:
-    """Logits of every row without a gradient: `[batch, n, hidden]` -> `[batch, n, vocab]`."""
-    return _run(lm, hidden, chunked_linear(_linear_head(lm), chunks))
-
-
-def chunked_linear(head: nn.Linear, chunks: HeadChunks) -> Linear:
-    """The head's own forward, without a gradient, with its weight in chunks: `[.., hidden]` -> `[.., vocab]`."""
-
-    @torch.no_grad()
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        joined: torch.Tensor | None = None
-        for chunk, (start, end) in enumerate(chunks.ranges):
-            with chunks.use(chunk) as weight:
-                piece = _linear(head, weight, start, x)
-                if joined is None:
-                    joined = piece.new_empty(*piece.shape[:-1], chunks.ranges[-1][1])
-                joined[..., start:end] = piece
-        assert joined is not None, "a head without rows"
-        return joined
-
-    return forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +150,10 @@ class _OnlineSoftmax:
     """
 
     def __init__(
-        self, lm: CausalLM, rows: torch.Tensor, where: torch.Tensor, wanted: torch.Tensor, with_gradient: bool
-    ) -> None:
-        self._lm = lm
-        self._head = _linear_head(lm)
-        self._vocab = self._head.out_features
+        self, head: Head, epilogue: Epilogue, rows: torch.Tensor, where: torch.Tensor, wanted: torch.Tensor,
+        with_gradient: bool,
+    ) -> None:  # fmt: skip
+        self._head, self._epilogue = head, epilogue
         self._rows, self._where, self._wanted = rows, where, wanted
         self._with_gradient = with_gradient
         self._dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -157,7 +161,7 @@ class _OnlineSoftmax:
         # the lowest number, not -inf: where nothing but the target was seen, -inf - -inf would be NaN
         self._maximum = rows.new_full((count, 1), torch.finfo(self._dtype).min, dtype=self._dtype)
         self._sum = rows.new_zeros((count, 1), dtype=self._dtype)
-        width = self._head.in_features if with_gradient else 0
+        width = head.linear.in_features if with_gradient else 0
         self._weighted = rows.new_zeros((count, width), dtype=self._dtype)
         self._target_rows: torch.Tensor | None = None
         self._target_outputs: torch.Tensor | None = None
@@ -184,11 +188,11 @@ class _OnlineSoftmax:
 
         def linear(x: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                outputs.append(_linear(self._head, chunk.weight, chunk.start, x))
+                outputs.append(self._head.outputs(chunk.weight, chunk.start, x))
             return outputs[0].requires_grad_(self._with_gradient)
 
         with torch.set_grad_enabled(self._with_gradient):
-            logits = _run(self._lm, self._gathered(block), linear)
+            logits = self._epilogue(self._gathered(block), linear)
         output, values = outputs[0].detach(), logits.detach()
         # the linear's output is ours to overwrite; what the family made of it its backward may need
         ours = values.data_ptr() == output.data_ptr()
@@ -267,7 +271,7 @@ class _OnlineSoftmax:
 
         rows = self._gathered(block).requires_grad_(self._with_gradient)
         with torch.set_grad_enabled(self._with_gradient):
-            logits = _run(self._lm, rows, linear)
+            logits = self._epilogue(rows, linear)
         target = logits.detach().to(self._dtype).view(-1, 1)
         if self.keep_best:
             first = self._wanted[block].unsqueeze(1) < self._best[block]
@@ -282,14 +286,14 @@ class _OnlineSoftmax:
             at_input.sub_(at_target).mul_(distance.sigmoid())
             if self._even is not None:
                 even = self._even if len(self._even) == 1 else self._even[block]
-                at_input.add_(at_target.sub_(even / self._vocab), alpha=self.smoothing)
+                at_input.add_(at_target.sub_(even / self._head.linear.out_features), alpha=self.smoothing)
             at_input.mul_(factor)
             (x,) = inputs
             (found,) = torch.autograd.grad(x, rows, at_input.to(x.dtype).view_as(x))
             gradient.view(self._rows.shape).index_copy_(0, self._where[block], found[0])
         loss = functional.softplus(distance, threshold=40)
         if self.smoothing:
-            loss += self.smoothing * (target - self._logits[block] / self._vocab)
+            loss += self.smoothing * (target - self._logits[block] / self._head.linear.out_features)
         return loss.sum()
 
     def _gathered(self, block: slice) -> torch.Tensor:
@@ -305,59 +309,6 @@ def _add_product(total: torch.Tensor, factors: torch.Tensor, weight: torch.Tenso
     total.add_(product if unit is None else product.to(total.dtype).mul_(unit))
 
 
-_checked: WeakKeyDictionary[Any, set[tuple[tuple[int, int], ...]]] = WeakKeyDictionary()
-
-
-def check_head(lm: CausalLM, hidden: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> None:
-    """Check, once for a model and these ranges, that what the family does after the head's linear can be done in
-    pieces: one number at a time, in no way that depends on where in the vocabulary or on the hidden states, and
-    followed by the usual cross entropy. One row of made-up outputs of the linear shows it.
-
-    Raises:
-        UnsupportedError: it cannot; names the model's class.
-    """
-    key = tuple(ranges)
-    seen = _checked.setdefault(lm, set())
-    if key in seen:
-        return
-    head, name = _linear_head(lm), type(lm.module).__name__
-    vocab = head.out_features
-    starts, ends = [start for start, _ in key], [end for _, end in key]
-    assert starts == [0, *ends[:-1]] and ends[-1] == vocab and all(start < end for start, end in key), key
-    row = hidden.new_zeros(1, 1, hidden.shape[-1])
-    outputs = torch.randn(1, 1, vocab, generator=torch.Generator().manual_seed(0)).mul_(8).to(row)
-    with torch.enable_grad():
-        whole = _run(lm, row.requires_grad_(), _constant(outputs))
-    if whole.requires_grad:
-        raise UnsupportedError(
-            f"{name} makes its logits of more than its head's outputs, so the gradient cannot be had from pieces of "
-            "the head; its head has to stay"
-        )
-    if whole.shape != outputs.shape or lm.vocab_size != vocab:
-        raise UnsupportedError(
-            f"{name} makes {whole.shape[-1]} logits of {vocab} head rows for a vocabulary of {lm.vocab_size}; "
-            "pieces of the head do not show which rows count, so its head has to stay"
-        )
-    with torch.no_grad():
-        pieces = [_run(lm, row, _constant(outputs[..., start:end])) for start, end in key]
-    if not torch.allclose(whole, torch.cat(pieces, -1), rtol=8 * torch.finfo(outputs.dtype).eps, atol=0.0):
-        raise UnsupportedError(
-            f"{name} does something to its logits that depends on the rest of the vocabulary or on the place in it; "
-            "that cannot be done in pieces, so its head has to stay"
-        )
-    logits = whole.detach().float().repeat(1, 3, 1)
-    loss = lm.loss(logits, torch.tensor([[0, IGNORE_INDEX, vocab - 1]], device=logits.device), 4.0)
-    both = logits[0, :2]
-    expected = (both.logsumexp(-1).sum() - both[0, 0] - both[0, -1]) / 4.0
-    if not torch.allclose(loss.to(expected), expected, rtol=1e-4):
-        raise UnsupportedError(f"{name} has another loss than cross entropy over targets, so its head has to stay")
-    seen.add(key)
-
-
-def _constant(outputs: torch.Tensor) -> Linear:
-    return lambda x: outputs
-
-
 def _cuts(wanted: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> list[int]:
     """Where in the sorted targets each chunk's begin, and where the last one's end."""
     edges = torch.tensor([0, *(end for _, end in ranges)], device=wanted.device, dtype=wanted.dtype)
@@ -367,35 +318,3 @@ def _cuts(wanted: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> list[int]:
             f"targets from {int(wanted[0])} to {int(wanted[-1])}; the head has rows 0..{ranges[-1][1] - 1}"
         )
     return cuts
-
-
-def _linear_head(lm: CausalLM) -> nn.Linear:
-    head = lm.head
-    if type(head) is not nn.Linear:
-        raise UnsupportedError(
-            f"the head of {type(lm.module).__name__} is {type(head).__name__}, not a plain linear layer; it has to stay"
-        )
-    return head
-
-
-def _linear(head: nn.Linear, weight: torch.Tensor, start: int, x: torch.Tensor) -> torch.Tensor:
-    bias = None if head.bias is None else head.bias[start : start + weight.shape[0]]
-    return functional.linear(x, weight, bias)
-
-
-def _run(lm: CausalLM, rows: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """The family's own way from hidden states to logits with another linear in its head, which it must use once."""
-    calls = 0
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return linear(x)
-
-    with replaced_forwards([lm.head], [forward]):
-        logits = lm.logits(rows)
-    if calls != 1:
-        raise UnsupportedError(
-            f"{type(lm.module).__name__} uses its head {calls} times for one set of logits, not once"
-        )
-    return logits
