@@ -23,7 +23,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from lema.kaggle.patience import Patience
+from lema_kaggle.patience import Patience
 
 PORT = 7777
 USER, KEY, TOKEN = "alice", "0123456789abcdef", "KGAT_test"

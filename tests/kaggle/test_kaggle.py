@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from kaggle_server import KEY, TOKEN, USER, Clock, KaggleServer, running_server
 from lema.cli.app import app
 from lema.errors import KaggleError
-from lema.kaggle import credentials, download, watch
-from lema.kaggle.client import Kernels, save_request
-from lema.kaggle.credentials import Credentials, find
-from lema.kaggle.folder import Order, build, next_title, read
-from lema.kaggle.metadata import metadata
-from lema.kaggle.notebook import parameters_of
-from lema.kaggle.patience import Patience
+from lema_kaggle import credentials, download, watch
+from lema_kaggle.client import Kernels, save_request
+from lema_kaggle.credentials import Credentials, find
+from lema_kaggle.folder import Order, build, next_title, read
+from lema_kaggle.metadata import metadata
+from lema_kaggle.notebook import parameters_of
+from lema_kaggle.patience import Patience
 
 pytestmark = pytest.mark.xdist_group("kaggle")  # one port
 REF = "alice/lema-proof"
@@ -49,7 +49,7 @@ def kernels(server: KaggleServer, clock: Clock) -> Kernels:
 def cli(monkeypatch: pytest.MonkeyPatch, clock: Clock, *words: str, token: str = TOKEN) -> Any:
     """The verb in this process, by the clock, with a token."""
     monkeypatch.setenv("KAGGLE_API_TOKEN", token)
-    monkeypatch.setattr("lema.kaggle.patience.Patience", lambda **given: clock.patience(say=given["say"]))
+    monkeypatch.setattr("lema_kaggle.patience.Patience", lambda **given: clock.patience(say=given["say"]))
     return CliRunner().invoke(app, ["kaggle", *words])
 
 
@@ -281,7 +281,7 @@ def test_a_slow_answer_times_out_and_is_asked_for_again(
     server: KaggleServer, kernels: Kernels, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.kernel(REF, states=["COMPLETE"])
-    monkeypatch.setattr("lema.kaggle.transport.TIMEOUT", (1.0, 0.05))
+    monkeypatch.setattr("lema_kaggle.transport.TIMEOUT", (1.0, 0.05))
     release, before = server.changed, KaggleServer.get_request
     slow = iter([True])
 
@@ -364,7 +364,7 @@ def test_a_log_in_which_nothing_happens_for_a_while_is_no_fault(
 ) -> None:
     lines = [f"line {i}\n" for i in range(6)]
     server.kernel(REF, states=["RUNNING"] * 9 + ["COMPLETE"], log=lines)
-    monkeypatch.setattr("lema.kaggle.transport.TIMEOUT", (5.0, 0.1))
+    monkeypatch.setattr("lema_kaggle.transport.TIMEOUT", (5.0, 0.1))
     own = Kernels(Credentials("a test", USER, key=KEY), clock.patience(tries=2))
     server.faults["logs"] = [("silent", 2)] * 8
     written: list[str] = []
@@ -515,7 +515,7 @@ def test_nothing_is_pulled_of_a_kernel_that_runs_or_failed_unless_asked_for(
 def test_retry_after_as_a_date() -> None:
     import requests
 
-    from lema.kaggle.patience import retry_after
+    from lema_kaggle.patience import retry_after
 
     response = requests.Response()
     response.headers["Retry-After"] = "Wed, 21 Oct 2026 07:28:30 GMT"
@@ -551,7 +551,7 @@ def test_without_the_extra_the_error_names_it(tmp_path: Path) -> None:
 def test_the_official_package_is_never_imported(server: KaggleServer, tmp_path: Path) -> None:
     """Importing it asks the network with whatever credentials it finds."""
     script = (
-        "import sys\nfrom lema.kaggle.client import Kernels\nfrom lema.kaggle.credentials import Credentials\n"
+        "import sys\nfrom lema_kaggle.client import Kernels\nfrom lema_kaggle.credentials import Credentials\n"
         f"print(Kernels(Credentials('t', None, token={TOKEN!r})).user, 'kaggle' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

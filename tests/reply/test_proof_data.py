@@ -28,15 +28,15 @@ from data_helpers import learned_text, make_tokenizer
 from lema.cli.app import app
 from lema.data import ChatRenderer
 from lema.errors import ConfigError, InputError
-from lema.proof import packages
-from lema.proof.build import Built, build, write
-from lema.proof.categories import FACTS
-from lema.proof.facts.countries import CAPITALS_NOW, DISPUTED_BORDERS
-from lema.proof.facts.nature import COMPOUNDS
-from lema.proof.grammar import SYSTEM, prompt, read
-from lema.proof.matching import matches
-from lema.proof.rows import CATEGORIES, FIELDS, Row, question_key
-from lema.proof.validate import check_files, render
+from lema_reply import packages
+from lema_reply.build import Built, build, write
+from lema_reply.categories import FACTS
+from lema_reply.facts.countries import CAPITALS_NOW, DISPUTED_BORDERS
+from lema_reply.facts.nature import COMPOUNDS
+from lema_reply.grammar import SYSTEM, prompt, read
+from lema_reply.matching import matches
+from lema_reply.rows import CATEGORIES, FIELDS, Row, question_key
+from lema_reply.validate import TEMPLATE, check_files, render
 
 _UNSETTLED = ("taste", "future", "missing", "lost")
 _MONTHS = {datetime.date(2000, month, 1).strftime("%B"): month for month in range(1, 13)}
@@ -294,7 +294,7 @@ def test_rewording_does_not_give_held_out_questions_away() -> None:
 
 def test_the_seed_decides_every_byte(built: Built, files: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    code = f"from lema.proof.build import *; write(build(), Path({a!r}), Path({b!r}))"
+    code = f"from lema_reply.build import *; write(build(), Path({a!r}), Path({b!r}))"
     hash_seed = "0" if os.environ.get("PYTHONHASHSEED") == "4711" else "4711"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
     assert (tmp_path / "a").read_bytes() == files[0].read_bytes()
@@ -309,7 +309,7 @@ def test_other_forms_come_once(rows: list[Row]) -> None:
 
 
 def test_text_messages_template_and_grammar_agree(rows: list[Row]) -> None:
-    renderer = ChatRenderer.from_file(make_tokenizer(None), "src/lema/recipes/lema_reply.jinja")
+    renderer = ChatRenderer.from_file(make_tokenizer(None), str(TEMPLATE))
     for row in rows[:: len(rows) // 200]:
         assert row.text == renderer._render(row.messages, None) == render(row.messages)
         assert row.text == prompt(row.question) + row.reply.text()
