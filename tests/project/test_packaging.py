@@ -134,7 +134,8 @@ def test_the_source_archive_can_be_tested(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for needed in ("src/lema/py.typed", "tests/helpers.py", "examples/demo_lema.py", "tasks/common.py",
-                   "packages/lema-reply/pyproject.toml", "benchmarks/arms.py", "README.md", "LICENSE", "constraints.txt", "Makefile"):  # fmt: skip
+                   "packages/lema-reply/pyproject.toml", "demonstration/training/train.py", "benchmarks/arms.py",
+                   "README.md", "LICENSE", "constraints.txt", "Makefile"):  # fmt: skip
         assert needed in names
     caches = ("__pycache__", ".venv", ".mypy_cache", ".pytest_cache", "_build", ".hypothesis")
     assert not [name for name in names if any(part in caches for part in Path(name).parts)]
@@ -190,8 +191,8 @@ def hinted_files() -> list[Path]:
 
 
 def test_hints_name_libraries_with_the_bounds_that_are_declared(described: Message, others: dict[str, Path]) -> None:
-    declared = {canonicalize_name(one.name): str(one.specifier)
-                for wheel in (*map(metadata_of, others.values()), described) for one in requirements(wheel)}  # fmt: skip
+    wheels = (*map(metadata_of, others.values()), described)
+    declared = {canonicalize_name(one.name): str(one.specifier) for wheel in wheels for one in requirements(wheel)}
     for bounds in (BOUNDS, FACTS, KAGGLE_BOUNDS):
         assert {name: declared[name] for name in bounds} == bounds
     for path in hinted_files():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -97,7 +98,7 @@ def _debugging() -> bool:
     return os.environ.get("LEMA_DEBUG", "") not in ("", "0")
 
 
-def main() -> None:
-    """Run the command line and end the process with its status."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line, the process's own unless words are given, and end the process with its status."""
     replace_what_does_not_fit()
-    app()
+    app(words)
