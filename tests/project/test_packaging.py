@@ -171,9 +171,8 @@ def test_every_requirement_has_a_lower_bound_that_the_tested_versions_keep(
         )
     }
     wheels = [described, *map(metadata_of, others.values())]
-    for requirement in (
-        one for wheel in wheels for one in requirements(wheel) if not one.name.startswith(DISTRIBUTION)
-    ):
+    declared = [one for wheel in wheels for one in requirements(wheel) if not one.name.startswith(DISTRIBUTION)]
+    for requirement in declared:
         assert any(one.operator == ">=" for one in requirement.specifier), f"{requirement} has no lower bound"
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"constraints.txt has no {requirement.name}"

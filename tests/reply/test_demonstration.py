@@ -33,13 +33,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demonstration")
     tiny_model(folder / "tiny")
     run(folder, "data/build_dataset.py")
-    steps = ("--set", "max_steps=2", "--set", "eval_strategy=no", "--set", "save_steps=1", "--set", "device=cpu")
-    weights = ("--single_file", "weights.safetensors")
-    said = run(
-        folder, "training/train.py", "--model", "tiny", *weights, "--plain", "--set", "sample_prompts=[]", *steps
-    )
-    assert "loss" in said
+    assert "loss" in train(folder, 2)
     return folder
+
+
+def train(folder: Path, steps: int) -> str:
+    """What training up to a step prints."""
+    settings = {"max_steps": steps, "save_steps": 1, "eval_strategy": "no", "sample_prompts": "[]", "device": "cpu"}
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    model = ("--model", "tiny", "--single_file", "weights.safetensors")
+    return run(folder, "training/train.py", *model, "--plain", *words)
 
 
 def test_the_data_set_has_its_rows_where_the_original_had_them(place: Path) -> None:
