@@ -34,7 +34,7 @@ def test_build_push_monitor_and_retrieve(
 ) -> None:
     clock = Clock(waits_for=server.changed)
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
-    monkeypatch.setattr("lema_kaggle.patience.Patience", lambda **given: clock.patience(say=given["say"]))
+    monkeypatch.setattr("lema_kaggle.retry_policy.RetryPolicy", lambda **given: clock.retry_policy(say=given["say"]))
     monkeypatch.chdir(tmp_path)
 
     def executed(kernel: Kernel) -> None:

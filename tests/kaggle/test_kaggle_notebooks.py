@@ -404,7 +404,7 @@ def machine(work: Path, inputs: dict[str, Kernel]) -> Any:
 
 def kaggle(monkeypatch: pytest.MonkeyPatch, clock: Clock, *words: str) -> Any:
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
-    monkeypatch.setattr("lema_kaggle.patience.Patience", lambda **given: clock.patience(say=given["say"]))
+    monkeypatch.setattr("lema_kaggle.retry_policy.RetryPolicy", lambda **given: clock.retry_policy(say=given["say"]))
     return CliRunner().invoke(app, ["kaggle", *words])
 
 

@@ -25,10 +25,15 @@ class Extensible(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb that was typed."""
         if args and self.get_command(ctx, args[0]) is None:
-            verb = " ".join([*ctx.command_path.split()[1:], args[0]])
+            verb = " ".join([*_path_of(ctx), args[0]])
             if verb in VERBS:
                 ctx.fail(f"lema {verb} comes with a package that is not installed: {how_to_add(VERBS[verb])}")
         return super().resolve_command(ctx, args)
+
+
+def _path_of(ctx: Any) -> list[str]:
+    """The words between `lema` and what is typed next."""
+    return [] if ctx.parent is None else [*_path_of(ctx.parent), ctx.info_name]
 
 
 def add_verbs(groups: Mapping[str, typer.Typer]) -> None:

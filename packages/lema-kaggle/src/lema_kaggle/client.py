@@ -4,7 +4,7 @@ Layout: `kagglesdk`, which the `kaggle` package stands on, is used rather than `
 for credentials, may ask the network with them and may end the process; its `KaggleApi` also always talks to the
 production address, while `kagglesdk` heeds `KAGGLE_API_ENVIRONMENT`. Nothing happens here before the first call.
 
-Mechanics: every call has time-outs, is tried again as `Patience` says, and raises `KaggleError` with what to do.
+Mechanics: every call has time-outs, is tried again as `RetryPolicy` says, and raises `KaggleError` with what to do.
 It knows kernels by their reference OWNER/SLUG; it knows nothing of notebooks' contents or of files on disk.
 """
 
@@ -30,7 +30,7 @@ with kaggle_extra():
 
 from .advice import explained
 from .answers import OutputFile, Pushed, Quota, Status
-from .patience import DROPPED, RETRIED, Patience
+from .retry_policy import DROPPED, RETRIED, RetryPolicy
 from .transport import Transport, unless_silent
 
 T = TypeVar("T")
@@ -43,14 +43,16 @@ class Kernels:
 
     Args:
         credentials: see `credentials.find`.
-        patience: of every call.
+        retry_policy: of every call.
         user: whose kernels a bare slug means; None: as the credentials say.
     """
 
-    def __init__(self, credentials: Credentials, patience: Patience | None = None, user: str | None = None) -> None:
+    def __init__(
+        self, credentials: Credentials, retry_policy: RetryPolicy | None = None, user: str | None = None
+    ) -> None:
         if (env := os.environ.get("KAGGLE_API_ENVIRONMENT", "PROD")) not in _ENVIRONMENTS:
             raise KaggleError(f"KAGGLE_API_ENVIRONMENT={env!r}: unset it, or choose one of {', '.join(_ENVIRONMENTS)}")
-        self.credentials, self.patience = credentials, patience or Patience()
+        self.credentials, self.retry_policy = credentials, retry_policy or RetryPolicy()
         self._user = user or credentials.user
         self._http = Transport(username=credentials.user, password=credentials.key, api_token=credentials.token)
         self._api = KernelsApiClient(self._http)
@@ -153,14 +155,14 @@ class Kernels:
         kernel = str(metadata["id"])
         before = self.version(kernel)
         request = save_request(metadata, source, run_seconds)
-        for attempt in range(self.patience.tries):
+        for attempt in range(self.retry_policy.tries):
             try:
-                answer = self.patience.retry(
+                answer = self.retry_policy.retry(
                     "push", lambda: self._api.save_kernel(request), statuses={429, 503}, dropped=False
                 )
                 break
             except requests.RequestException as error:
-                if not _may_have_arrived(error) or attempt == self.patience.tries - 1:
+                if not _may_have_arrived(error) or attempt == self.retry_policy.tries - 1:
                     raise explained(error, f"pushing {kernel}", self.credentials.source) from error
                 now = self.version(kernel)
                 if now is None or before is None:
@@ -170,8 +172,8 @@ class Kernels:
                     ) from error
                 if now != before:
                     return Pushed(kernel, f"https://www.kaggle.com/code/{kernel}", now)
-                self.patience.say(f"push: the answer was lost and {kernel} has no new version; sent again")
-                self.patience.sleep(self.patience.wait(attempt))
+                self.retry_policy.say(f"push: the answer was lost and {kernel} has no new version; sent again")
+                self.retry_policy.sleep(self.retry_policy.wait(attempt))
         _check_answer(kernel, answer)
         return Pushed(answer.ref.removeprefix("/code/") or kernel, answer.url, answer.version_number)
 
@@ -185,7 +187,7 @@ class Kernels:
         return self._call(f"outputs of {kernel}", lambda: self._api.list_kernel_session_output(request))
 
     def _tried(self, what: str, call: Callable[[], T]) -> T:
-        return self.patience.retry(what, call)
+        return self.retry_policy.retry(what, call)
 
     def _call(self, what: str, call: Callable[[], T]) -> T:
         try:

@@ -54,7 +54,9 @@ def pull(
     with requests.Session() as session:
         for file, target in zip(files, targets, strict=True):
             try:
-                fresh = kernels.patience.retry(f"fetching {file.name}", partial(_fetch, session, file, target, record))
+                fresh = kernels.retry_policy.retry(
+                    f"fetching {file.name}", partial(_fetch, session, file, target, record)
+                )
             except requests.RequestException as error:
                 raise explained(error, f"fetching {file.name}", kernels.credentials.source) from error
             say(f"{file.name}: {target.stat().st_size:,} bytes{'' if fresh else ', was here already'}")

@@ -15,7 +15,7 @@ from lema.errors import KaggleError
 from .advice import explained
 from .answers import Status
 from .client import Kernels
-from .patience import DROPPED, RETRIED
+from .retry_policy import DROPPED, RETRIED
 
 SETTLE = 60.0
 """Seconds after a push in which an end may still be that of the run before."""
@@ -33,28 +33,28 @@ def wait_for_end(kernels: Kernels, kernel: str, *, pushed: bool = False, say: Ca
         pushed: the run was only just asked for.
         say: told of every change.
     """
-    patience = kernels.patience
-    began, wait, last, alive = patience.now(), FIRST_POLL, None, not pushed
+    retry_policy = kernels.retry_policy
+    began, wait, last, alive = retry_policy.now(), FIRST_POLL, None, not pushed
     patient = _more_patient(kernels)
     while True:
         status = patient.status(kernel)
         alive |= not status.ended
         if status.state != last and (alive or not status.ended):
-            minutes = (patience.now() - began) / 60
+            minutes = (retry_policy.now() - began) / 60
             say(f"{kernel}: {status.state.lower().replace('_', ' ')} after {minutes:.0f} min")
             last, wait = status.state, FIRST_POLL
-        if status.ended and (alive or patience.now() - began >= SETTLE):
+        if status.ended and (alive or retry_policy.now() - began >= SETTLE):
             return status
-        patience.sleep(wait)
+        retry_policy.sleep(wait)
         wait = min(wait * 1.5, LONGEST_POLL)
 
 
 def wait_for_start(kernels: Kernels, kernel: str) -> None:
     """Until a run that was just asked for is seen, or `SETTLE` is over; till then the log may be an older run's."""
-    patience = kernels.patience
-    began = patience.now()
-    while kernels.status(kernel).ended and patience.now() - began < SETTLE:
-        patience.sleep(FIRST_POLL)
+    retry_policy = kernels.retry_policy
+    began = retry_policy.now()
+    while kernels.status(kernel).ended and retry_policy.now() - began < SETTLE:
+        retry_policy.sleep(FIRST_POLL)
 
 
 def follow_log(kernels: Kernels, kernel: str, write: Callable[[str], None]) -> Status:
@@ -63,7 +63,7 @@ def follow_log(kernels: Kernels, kernel: str, write: Callable[[str], None]) -> S
     Raises:
         KaggleError: the stream broke off again and again without anything new.
     """
-    patience, seen, failures = kernels.patience, 0, 0
+    retry_policy, seen, failures = kernels.retry_policy, 0, 0
     while True:
         try:
             for number, text in enumerate(kernels.log_stream(kernel), 1):
@@ -80,12 +80,12 @@ def follow_log(kernels: Kernels, kernel: str, write: Callable[[str], None]) -> S
                 raise explained(error, f"log of {kernel}", kernels.credentials.source) from error
             queued = answered and kernels.status(kernel).state in ("QUEUED", "NEW_SCRIPT")
             failures += not queued
-            if failures > patience.tries:
+            if failures > retry_policy.tries:
                 raise explained(error, f"log of {kernel}", kernels.credentials.source) from error
         else:
             if (status := kernels.status(kernel)).ended:
                 return status
-        patience.sleep(LONGEST_POLL if failures == 0 else patience.wait(failures))
+        retry_policy.sleep(LONGEST_POLL if failures == 0 else retry_policy.wait(failures))
 
 
 def check_end(kernels: Kernels, kernel: str, status: Status) -> None:
@@ -119,5 +119,5 @@ def check_end(kernels: Kernels, kernel: str, status: Status) -> None:
 
 def _more_patient(kernels: Kernels) -> Kernels:
     """A watch of hours outlasts an outage of minutes."""
-    patience = dataclasses.replace(kernels.patience, tries=2 * kernels.patience.tries)
-    return Kernels(kernels.credentials, patience, kernels.user)
+    retry_policy = dataclasses.replace(kernels.retry_policy, tries=2 * kernels.retry_policy.tries)
+    return Kernels(kernels.credentials, retry_policy, kernels.user)

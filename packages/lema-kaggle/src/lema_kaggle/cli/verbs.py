@@ -232,12 +232,12 @@ def run(
 def _kernels(user: str | None) -> Kernels:
     from .. import credentials
     from ..client import Kernels
-    from ..patience import Patience
+    from ..retry_policy import RetryPolicy
 
-    patience = Patience(say=lambda text: typer.echo(text, err=True))
+    retry_policy = RetryPolicy(say=lambda text: typer.echo(text, err=True))
     if user is not None:
         credentials.check_user(user, "--user")
-    return Kernels(credentials.find(), patience, user)
+    return Kernels(credentials.find(), retry_policy, user)
 
 
 def _given(

@@ -26,7 +26,7 @@ def _nothing(_: str) -> None:
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to go on. The clock is a parameter, so that tests wait for nothing."""
 
     tries: int = 6
@@ -48,7 +48,7 @@ class Patience:
         return min(self.first_wait * 2.0**attempt, self.longest_wait)
 
     def retry(self, what: str, call: Callable[[], T], statuses: Collection[int] = RETRIED, dropped: bool = True) -> T:
-        """Call until it works, and raise what it raised last when patience is over.
+        """Call until it works, and raise what it raised last when no try is left.
 
         Args:
             what: the call's name, for `say`.
