@@ -34,8 +34,8 @@ def how_to_install(*names: str, bounds: Mapping[str, str] = BOUNDS) -> str:
 
 
 def how_to_add(name: str) -> str:
-    """The command that installs one of this project's other packages, which lie in its checkout."""
-    return f"pip install {name}, or in a checkout pip install packages/{name.replace('lema-lora', 'lema')}"
+    """What to say where one of this project's other packages is missing; they lie in its checkout."""
+    return f"{name} is not installed. Run, in a checkout of LEMA: pip install packages/{name.replace('-lora', '')}"
 
 
 def distribution() -> metadata.Distribution:

@@ -69,7 +69,7 @@ def format_named(name: str) -> ReplyFormat:
     if (found := installed_formats().get(name)) is not None:
         return found
     if name in FORMATS:
-        raise ConfigError(f"the format {name} comes with a package that is not installed: {how_to_add(FORMATS[name])}")
+        raise ConfigError(f"the format {name} comes with a package of its own: {how_to_add(FORMATS[name])}")
     raise ConfigError(f"there is no format {name!r}: choose one of {', '.join(known_formats())}")
 
 

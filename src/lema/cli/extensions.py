@@ -27,7 +27,7 @@ class Extensible(TyperGroup):
         if args and self.get_command(ctx, args[0]) is None:
             verb = " ".join([*_path_of(ctx), args[0]])
             if verb in VERBS:
-                ctx.fail(f"lema {verb} comes with a package that is not installed: {how_to_add(VERBS[verb])}")
+                ctx.fail(f"lema {verb} comes with a package of its own: {how_to_add(VERBS[verb])}")
         return super().resolve_command(ctx, args)
 
 
