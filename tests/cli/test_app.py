@@ -66,6 +66,36 @@ def test_usage_errors_keep_their_status() -> None:
     assert CliRunner().invoke(app, ["--version"]).exit_code == 0
 
 
+def without(*distributions: str) -> str:
+    """A program that is `lema` where some distributions are not installed."""
+    return (
+        f"import importlib.metadata as m, sys\nleft_out, every = {distributions!r}, m.entry_points\n"
+        "m.entry_points = lambda **given: m.EntryPoints(e for e in every(**given) if e.dist.name not in left_out)\n"
+        "from lema.cli.app import main\nmain()"
+    )
+
+
+def test_a_verb_of_a_package_that_is_left_out_says_how_to_get_it(tmp_path: Path) -> None:
+    def lema(*words: str) -> subprocess.CompletedProcess[str]:
+        program = without("lema-lora-reply", "lema-lora-kaggle")
+        return subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=200)
+
+    assert lema("--help").returncode == 0 and " demo " not in lema("--help").stdout
+    for words, package in (
+        (("demo",), "lema-reply"), (("data", "build"), "lema-reply"), (("kaggle", "run", "proof"), "lema-kaggle"),
+        (("eval", str(tmp_path), "--format", "lema-reply", "--data", "x"), "lema-reply"),
+    ):  # fmt: skip
+        done = lema(*words)
+        said = " ".join(done.stderr.replace("│", "").split())
+        assert done.returncode and "not installed" in said and f"packages/{package}" in said, done.stderr
+    assert "No such command" in lema("data", "nonsense").stderr
+
+
+def test_verbs_of_packages_are_there() -> None:
+    for words in (("demo",), ("data", "build"), ("data", "validate"), ("kaggle", "run")):
+        assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
+
+
 def test_nothing_of_a_run_is_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

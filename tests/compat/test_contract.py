@@ -77,16 +77,16 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("lema", ["LemaConfig", "MemoryStrategy", "LemaModel", "LemaTrainer", "__version__"]),
         ("lema.config", ["LemaConfig", "MemoryStrategy"]),
-        ("lema.storage.index", ["GlobalBinaryIndex"]),
-        ("lema.streaming.memory", ["TripleBufferManager"]),
-        ("lema.models.lora", ["LoRAManager"]),
-        ("lema.compat.core_model", ["LemaModel"]),
+        ("lema.core.gbi", ["GlobalBinaryIndex"]),
+        ("lema.core.memory", ["TripleBufferManager"]),
+        ("lema.core.lora", ["LoRAManager"]),
+        ("lema.core.model", ["LemaModel"]),
         ("lema.engine.trainer", ["LemaTrainer"]),
         ("lema.models.base", ["LemaModelAdapter"]),
         ("lema.models.llama", ["LlamaAdapter"]),
         ("lema.models.gpt2", ["GPT2Adapter"]),
         ("lema.models", ["get_adapter", "register_adapter"]),
-        ("lema.prepare.single_file", ["prepare_monolithic_safetensors", "break_shared_weights"]),
+        ("lema.utils.model_utils", ["prepare_monolithic_safetensors", "break_shared_weights"]),
     ],
 )
 def test_public_names(module: str, names: list[str]) -> None:
@@ -94,7 +94,7 @@ def test_public_names(module: str, names: list[str]) -> None:
     assert all(hasattr(loaded, name) for name in names)
     if module == "lema":
         assert set(loaded.__all__) == set(names)
-    if module == "lema.compat.core_model":
+    if module == "lema.core.model":
         assert loaded.LemaModel is LemaModel
 
 

@@ -13,12 +13,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from data_helpers import CHATML, MARKED, STRIPS_THINKING, chat, encoder, learned_text, make_tokenizer
+from lema.chat import Conversation, Reply, Sampling
 from lema.data import ChatRenderer, DataConfig
 from lema.data import template as template_module
 from lema.data.render import IGNORE
 from lema.data.sandbox import OutOfTimeError, limited
 from lema.errors import ConfigError, InputError
-from lema.reply import Conversation, Reply, Sampling
 from lema.training.run_config import RunConfig
 
 OPENS_THINKING = (  # as DeepSeek R1's distilled models: the prompt opens what the template leaves out afterwards

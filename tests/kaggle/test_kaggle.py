@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from kaggle_server import KEY, TOKEN, USER, Clock, KaggleServer, running_server
 from lema.cli.app import app
 from lema.errors import KaggleError
-from lema.kaggle import credentials, download, watch
-from lema.kaggle.client import Kernels, save_request
-from lema.kaggle.credentials import Credentials, find
-from lema.kaggle.folder import Order, build, next_title, read
-from lema.kaggle.metadata import metadata
-from lema.kaggle.notebook import parameters_of
-from lema.kaggle.patience import Patience
+from lema_kaggle import credentials, download, watch
+from lema_kaggle.client import Kernels, save_request
+from lema_kaggle.credentials import Credentials, find
+from lema_kaggle.folder import Order, build, next_title, read
+from lema_kaggle.metadata import metadata
+from lema_kaggle.notebook import parameters_of
+from lema_kaggle.retry_policy import RetryPolicy
 
 pytestmark = pytest.mark.xdist_group("kaggle")  # one port
 REF = "alice/lema-proof"
@@ -43,13 +43,13 @@ def clock() -> Clock:
 
 @pytest.fixture
 def kernels(server: KaggleServer, clock: Clock) -> Kernels:
-    return Kernels(Credentials("a test", USER, key=KEY), clock.patience())
+    return Kernels(Credentials("a test", USER, key=KEY), clock.retry_policy())
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, clock: Clock, *words: str, token: str = TOKEN) -> Any:
     """The verb in this process, by the clock, with a token."""
     monkeypatch.setenv("KAGGLE_API_TOKEN", token)
-    monkeypatch.setattr("lema.kaggle.patience.Patience", lambda **given: clock.patience(say=given["say"]))
+    monkeypatch.setattr("lema_kaggle.retry_policy.RetryPolicy", lambda **given: clock.retry_policy(say=given["say"]))
     return CliRunner().invoke(app, ["kaggle", *words])
 
 
@@ -116,14 +116,14 @@ def test_unusable_credential_files_are_explained(tmp_path: Path, name: str, text
 
 
 def test_the_user_name_of_a_token_is_asked_for_once(server: KaggleServer, clock: Clock) -> None:
-    own = Kernels(Credentials("a test", None, token=TOKEN), clock.patience())
+    own = Kernels(Credentials("a test", None, token=TOKEN), clock.retry_policy())
     assert own.ref("lema-proof") == REF and own.ref("bob/other") == "bob/other"
     assert server.calls == ["IntrospectToken"]
 
 
 def test_a_token_kaggle_does_not_know_is_said_to_be_so(server: KaggleServer, clock: Clock) -> None:
     with pytest.raises(KaggleError, match=r"HTTP 401.*the credentials of a test are not accepted"):
-        _ = Kernels(Credentials("a test", None, token="old"), clock.patience()).user
+        _ = Kernels(Credentials("a test", None, token="old"), clock.retry_policy()).user
 
 
 # -- push ------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_a_slow_answer_times_out_and_is_asked_for_again(
     server: KaggleServer, kernels: Kernels, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.kernel(REF, states=["COMPLETE"])
-    monkeypatch.setattr("lema.kaggle.transport.TIMEOUT", (1.0, 0.05))
+    monkeypatch.setattr("lema_kaggle.transport.TIMEOUT", (1.0, 0.05))
     release, before = server.changed, KaggleServer.get_request
     slow = iter([True])
 
@@ -293,7 +293,7 @@ def test_a_slow_answer_times_out_and_is_asked_for_again(
 
     monkeypatch.setattr(KaggleServer, "get_request", late)
     monkeypatch.setattr(clock, "sleep", lambda seconds: (clock.slept.append(seconds), release.set()))
-    own = Kernels(kernels.credentials, clock.patience())
+    own = Kernels(kernels.credentials, clock.retry_policy())
     assert own.status(REF).state == "COMPLETE"
     assert clock.slept and any("ReadTimeout" in line for line in clock.said)
 
@@ -302,7 +302,7 @@ def test_a_slow_answer_times_out_and_is_asked_for_again(
 def test_a_server_that_asks_for_hours_is_not_waited_for(server: KaggleServer, clock: Clock, tries: int) -> None:
     server.faults["GetKernelSessionStatus"] = [(429, 7200)] * 3
     with pytest.raises(KaggleError, match=r"HTTP 429.*too many requests"):
-        Kernels(Credentials("a test", USER, key=KEY), clock.patience(tries=tries)).status(REF)
+        Kernels(Credentials("a test", USER, key=KEY), clock.retry_policy(tries=tries)).status(REF)
     assert clock.slept == []
 
 
@@ -364,8 +364,8 @@ def test_a_log_in_which_nothing_happens_for_a_while_is_no_fault(
 ) -> None:
     lines = [f"line {i}\n" for i in range(6)]
     server.kernel(REF, states=["RUNNING"] * 9 + ["COMPLETE"], log=lines)
-    monkeypatch.setattr("lema.kaggle.transport.TIMEOUT", (5.0, 0.1))
-    own = Kernels(Credentials("a test", USER, key=KEY), clock.patience(tries=2))
+    monkeypatch.setattr("lema_kaggle.transport.TIMEOUT", (5.0, 0.1))
+    own = Kernels(Credentials("a test", USER, key=KEY), clock.retry_policy(tries=2))
     server.faults["logs"] = [("silent", 2)] * 8
     written: list[str] = []
     assert watch.follow_log(own, REF, written.append).state == "COMPLETE"
@@ -515,7 +515,7 @@ def test_nothing_is_pulled_of_a_kernel_that_runs_or_failed_unless_asked_for(
 def test_retry_after_as_a_date() -> None:
     import requests
 
-    from lema.kaggle.patience import retry_after
+    from lema_kaggle.retry_policy import retry_after
 
     response = requests.Response()
     response.headers["Retry-After"] = "Wed, 21 Oct 2026 07:28:30 GMT"
@@ -525,7 +525,7 @@ def test_retry_after_as_a_date() -> None:
 
 
 def test_waits_double_up_to_the_longest() -> None:
-    assert [Patience().wait(attempt) for attempt in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert [RetryPolicy().wait(attempt) for attempt in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 def test_the_next_kernel_has_a_name_of_its_own() -> None:
@@ -551,7 +551,7 @@ def test_without_the_extra_the_error_names_it(tmp_path: Path) -> None:
 def test_the_official_package_is_never_imported(server: KaggleServer, tmp_path: Path) -> None:
     """Importing it asks the network with whatever credentials it finds."""
     script = (
-        "import sys\nfrom lema.kaggle.client import Kernels\nfrom lema.kaggle.credentials import Credentials\n"
+        "import sys\nfrom lema_kaggle.client import Kernels\nfrom lema_kaggle.credentials import Credentials\n"
         f"print(Kernels(Credentials('t', None, token={TOKEN!r})).user, 'kaggle' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -21,14 +21,16 @@ import pytest
 from typer.testing import CliRunner
 
 import lema
+import lema_kaggle
+import lema_reply
 from kaggle_server import TOKEN, Clock, KaggleServer, Kernel, execute, running_server
 from lema.cli.app import app
 from lema.errors import CheckpointError, ConfigError, DeviceError, KaggleError, LemaError, WeightsNotFoundError
-from lema.kaggle.inside import Card, Session, collect, find_adapter, from_environment, prepare_card
-from lema.kaggle.metadata import LONGEST_HOURS, NOTEBOOKS, metadata
-from lema.kaggle.notebook import LARGEST, _benchmark_files, build_notebook, parameters_of
-from lema.kaggle.wheel import build_wheel, package_files
 from lema.prepare.tiny_model import tiny_model
+from lema_kaggle.inside import Card, Session, collect, find_adapter, from_environment, prepare_card
+from lema_kaggle.metadata import LONGEST_HOURS, NOTEBOOKS, metadata
+from lema_kaggle.notebook import LARGEST, _benchmark_files, build_notebook, parameters_of
+from lema_kaggle.wheel import CARRIED, build_wheel, package_files, root_of
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
@@ -43,12 +45,26 @@ def unzipped(content: bytes) -> zipfile.ZipFile:
 
 
 def carried(text: str) -> dict[str, bytes]:
-    """The files of the wheel inside a notebook."""
-    cell = next(source for source in code_of(text) if source.startswith("WHEEL_NAME"))
+    """The files of the wheels inside a notebook."""
+    cell = next(source for source in code_of(text) if source.startswith("WHEELS"))
     names: dict[str, str] = {}
     exec(cell, names)
-    archive = unzipped(lzma.decompress(base64.b85decode(names["WHEEL"])))
-    return {name: archive.read(name) for name in archive.namelist()}
+    wheels = unzipped(lzma.decompress(base64.b85decode(names["WHEELS"])))
+    archives = [unzipped(wheels.read(name)) for name in wheels.namelist()]
+    return {name: archive.read(name) for archive in archives for name in archive.namelist()}
+
+
+def install(packages: Sequence[str], where: Path) -> dict[str, bytes]:
+    """Let pip install the packages' wheels into a folder; returns their files."""
+    files: dict[str, bytes] = {}
+    for package in packages:
+        name, content = build_wheel(package)
+        (where.parent / name).write_bytes(content)
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(where)]
+        subprocess.run([*pip, str(where.parent / name)], check=True)
+        archive = unzipped(content)
+        files |= {name: archive.read(name) for name in archive.namelist()}
+    return files
 
 
 # -- what they carry -------------------------------------------------------------------------------
@@ -73,53 +89,50 @@ def test_training_notebooks_stop_well_before_their_time_and_name_a_recipe(name: 
     parameters = parameters_of(build_notebook(name))
     assert 0 < float(parameters["RESERVE"]) <= float(parameters["HOURS"]) / 2
     recipe = parameters["RECIPE"].strip("'")
-    assert (Path(lema.__file__).parent / "recipes" / recipe).is_file(), recipe
+    assert (Path(lema_reply.__file__).parent / "recipes" / recipe).is_file(), recipe
 
 
-def test_the_wheel_inside_is_one_that_pip_installs_and_holds_every_file(tmp_path: Path) -> None:
-    name, content = build_wheel()
-    assert build_wheel()[1] == content
-    (tmp_path / name).write_bytes(content)
+@pytest.mark.parametrize(
+    ("package", "needs"), [("lema", "torch"), ("lema_reply", "lema-lora"), ("lema_kaggle", "kaggle")]
+)
+def test_a_wheel_inside_is_one_that_pip_installs_and_holds_every_file(package: str, needs: str, tmp_path: Path) -> None:
+    assert build_wheel(package) == build_wheel(package)
     where = tmp_path / "there"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(where)]
-    subprocess.run([*pip, str(tmp_path / name)], check=True)
-    root = Path(lema.__file__).parent
-    own = {p.relative_to(root) for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    there = {p.relative_to(where / "lema") for p in (where / "lema").rglob("*") if "__pycache__" not in p.parts}
-    assert own <= there and all((where / "lema" / p).read_bytes() == (root / p).read_bytes() for p in own)
-    with zipfile.ZipFile(tmp_path / name) as archive:
-        described = archive.read(f"lema_lora-{lema.__version__}.dist-info/METADATA").decode()
-    assert "Requires-Dist: torch" in described and f"Version: {lema.__version__}" in described
+    files = install([package], where)
+    root = root_of(package)
+    left_out = {"__pycache__", "pinned"}  # its generator is inside
+    own = {p.relative_to(root) for p in root.rglob("*") if p.is_file() and left_out.isdisjoint(p.parts)}
+    there = {p.relative_to(where / package) for p in (where / package).rglob("*") if "__pycache__" not in p.parts}
+    assert own <= there and all((where / package / p).read_bytes() == (root / p).read_bytes() for p in own)
+    described = files[f"{CARRIED[package].replace('-', '_')}-{lema.__version__}.dist-info/METADATA"].decode()
+    assert f"Requires-Dist: {needs}" in described and f"Version: {lema.__version__}" in described
 
 
 @pytest.mark.slow
 def test_an_installed_wheel_builds_notebooks_that_carry_it(tmp_path: Path) -> None:
-    name, content = build_wheel()
-    (tmp_path / name).write_bytes(content)
     where = tmp_path / "there"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(where)]
-    subprocess.run([*pip, str(tmp_path / name)], check=True)
+    files = install(list(CARRIED), where)
     script = (
-        "import sys, lema\nfrom lema.kaggle.notebook import build_notebook\nprint(lema.__file__, file=sys.stderr)\n"
+        "import sys, lema\nfrom lema_kaggle.notebook import build_notebook\nprint(lema.__file__, file=sys.stderr)\n"
         "sys.stdout.write(build_notebook('proof'))"
     )
     env = {**os.environ, "PYTHONPATH": str(where)}
     ended = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
     assert ended.stderr.strip() == str(where / "lema/__init__.py")
-    assert carried(ended.stdout) == {n: archive.read(n) for archive in [unzipped(content)] for n in archive.namelist()}
+    assert carried(ended.stdout) == files
 
 
 def test_benchmarks_come_from_inside_a_wheel_or_from_beside_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "site-packages" / "lema"
-    (package / "kaggle" / "benchmarks").mkdir(parents=True)
+    assert "benchmarks/published.py" in unzipped(_benchmark_files(None)).namelist()
+    package = tmp_path / "site-packages" / "lema_kaggle"
+    (package / "benchmarks").mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    (package / "kaggle" / "benchmarks" / "published.py").write_text("inside = True")
-    monkeypatch.setattr(lema, "__file__", str(package / "__init__.py"))
-    content = _benchmark_files(None)
-    assert unzipped(content).namelist() == ["benchmarks/published.py"]
-    assert [name for name, _ in package_files()] == ["lema/__init__.py"]  # other notebooks do not carry them
+    (package / "benchmarks" / "published.py").write_text("inside = True")
+    monkeypatch.setattr(lema_kaggle, "__file__", str(package / "__init__.py"))
+    assert unzipped(_benchmark_files(None)).namelist() == ["benchmarks/published.py"]
+    assert [name for name, _ in package_files("lema_kaggle")] == ["lema_kaggle/__init__.py"]  # others do not carry them
 
 
 def test_the_benchmark_notebook_needs_benchmarks(tmp_path: Path) -> None:
@@ -284,7 +297,7 @@ def installing(
         return subprocess.CompletedProcess(command, int(fails))
 
     cells = code_of(build_notebook(name))
-    first = next(number for number, text in enumerate(cells) if "WHEEL_NAME," in text)
+    first = next(number for number, text in enumerate(cells) if text.startswith("WHEELS ="))
     names: dict[str, Any] = {}
     with monkeypatch.context() as patched:
         patched.setattr(subprocess, "run", pip)
@@ -391,7 +404,7 @@ def machine(work: Path, inputs: dict[str, Kernel]) -> Any:
 
 def kaggle(monkeypatch: pytest.MonkeyPatch, clock: Clock, *words: str) -> Any:
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
-    monkeypatch.setattr("lema.kaggle.patience.Patience", lambda **given: clock.patience(say=given["say"]))
+    monkeypatch.setattr("lema_kaggle.retry_policy.RetryPolicy", lambda **given: clock.retry_policy(say=given["say"]))
     return CliRunner().invoke(app, ["kaggle", *words])
 
 

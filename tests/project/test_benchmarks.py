@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from lema.planning.hardware import Hardware
-from lema.proof.score import Share
+from lema_reply.score import Share
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 

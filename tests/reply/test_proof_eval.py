@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from data_helpers import write_jsonl
 from lema.cli.app import app
 from lema.errors import ConfigError, InputError
-from lema.proof.evaluate import Arm, Evaluation, evaluate, read_questions
-from lema.proof.grammar import LemaReply, prompt
-from lema.proof.matching import matches, plain_form
-from lema.proof.plot import plot
-from lema.proof.score import Question, Share, judge
+from lema_reply.evaluate import Arm, Evaluation, evaluate, read_questions
+from lema_reply.grammar import LemaReply, prompt
+from lema_reply.matching import matches, plain_form
+from lema_reply.plot import plot
+from lema_reply.score import Question, Share, judge
 
 QUESTIONS = [
     Question("What is the capital of Norway?", "Oslo", (), "geography"),
@@ -216,5 +216,5 @@ def test_arms_that_cannot_be_compared_are_refused() -> None:
 
 
 def test_scoring_needs_no_torch() -> None:
-    code = "import sys, lema.proof.evaluate, lema.proof.plot; sys.exit('torch' in sys.modules)"
+    code = "import sys, lema_reply.evaluate, lema_reply.plot; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lema.proof.grammar import CLOSE, CONFIDENCES, OPEN, LemaReply, prompt, read
+from lema_reply.grammar import CLOSE, CONFIDENCES, OPEN, LemaReply, prompt, read
 
 MARKS = (OPEN, "Answer:", "Explanation:", "Confidence:", CLOSE)
 LINE = st.text(st.characters(blacklist_characters="\r\n"), max_size=20) | st.sampled_from(

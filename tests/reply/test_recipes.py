@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 from lema.cli.app import app
 from lema.data import ChatRenderer
 from lema.prepare.tiny_model import tiny_model
-from lema.proof.build import build, write
-from lema.proof.grammar import CLOSE, OPEN
 from lema.run.training import load_tokenizer
 from lema.training.run_config import RunConfig
+from lema_reply.build import build, write
+from lema_reply.grammar import CLOSE, OPEN
 
-RECIPES = Path(__file__).parents[2] / "src" / "lema" / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "packages" / "lema-reply" / "src" / "lema_reply" / "recipes"
 NAMES = ("smollm2_135m", "smollm2_1.7b", "tinyllama", "llama2_7b")
 
 
@@ -36,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_recipes_are_known_and_linked_at_the_root() -> None:
     assert sorted(path.name for path in RECIPES.glob("*.yaml")) == sorted(recipe(name).name for name in NAMES)
-    link = RECIPES.parent.parent.parent / "recipes"
+    link = ROOT / "recipes"
     assert not link.exists() or link.resolve() == RECIPES  # a package that is not a checkout has no such link
 
 

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 import lema
 from data_helpers import CHATML, VOCABULARY, make_tokenizer, write_jsonl
 from families import save_tiny
+from lema.chat import ChatModel, Conversation, Reply, Sampling
+from lema.chat.answer import reply_of
 from lema.cli.app import app
 from lema.data.render import ChatRenderer
 from lema.errors import ConfigError, InputError
 from lema.export.merge import merge
-from lema.proof.grammar import CLOSE, OPEN, STOP, SYSTEM, LemaReply, prompt
-from lema.reply import Conversation, Reply, Sampling, Speaker
-from lema.reply.answer import reply_of
-from lema.reply.arms import ADAPTER, BASE_IN_FORMAT, BASE_PLAINLY, MODEL, arms_of
-from lema.reply.lema_format import TEMPLATE, asks_for_replies, in_format, to_closing_tag
+from lema_reply.arms import ADAPTER, BASE_IN_FORMAT, BASE_PLAINLY, MODEL, arms_of
+from lema_reply.grammar import CLOSE, OPEN, STOP, SYSTEM, LemaReply, prompt
+from lema_reply.lema_format import TEMPLATE, asks_for_replies, in_format, to_closing_tag
 from terminal import Terminal
 
 pytestmark = [
@@ -77,30 +77,30 @@ def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def speaker(checkpoint: Path) -> Iterator[Speaker]:
-    with Speaker.open(checkpoint, strategy="resident") as made:
+def chat_model(checkpoint: Path) -> Iterator[ChatModel]:
+    with ChatModel.open(checkpoint, strategy="resident") as made:
         yield made
 
 
 # -- the prompt, and what ends a reply -------------------------------------------------------------
 
 
-def test_the_prompt_is_the_formats_and_holds_no_opening_tag(speaker: Speaker, base: Path) -> None:
-    assert asks_for_replies(speaker.renderer)
-    text = Conversation(speaker).prompt(NORWAY)
-    assert text == prompt(NORWAY) == Conversation(speaker, SYSTEM).prompt(NORWAY)
+def test_the_prompt_is_the_formats_and_holds_no_opening_tag(chat_model: ChatModel, base: Path) -> None:
+    assert asks_for_replies(chat_model.renderer)
+    text = Conversation(chat_model).prompt(NORWAY)
+    assert text == prompt(NORWAY) == Conversation(chat_model, SYSTEM).prompt(NORWAY)
     assert text.endswith("<|assistant|>\n") and OPEN not in text
-    with Speaker.open(base, device="cpu", dtype="float32") as bare:
+    with ChatModel.open(base, device="cpu", dtype="float32") as bare:
         assert not asks_for_replies(bare.renderer)
         assert not asks_for_replies(ChatRenderer(make_tokenizer(None)))
         asked = in_format(bare)
         assert asked.renderer.prompt([{"role": "user", "content": "x"}]) == prompt("x")
-        assert in_format(speaker) is speaker
+        assert in_format(chat_model) is chat_model
 
 
-def test_the_closing_tag_stays_in_what_is_shown_and_remembered(speaker: Speaker) -> None:
+def test_the_closing_tag_stays_in_what_is_shown_and_remembered(chat_model: ChatModel) -> None:
     pieces: list[str] = []
-    talk = Conversation(speaker)
+    talk = Conversation(chat_model)
     reply = talk.ask(NORWAY, to_closing_tag(GREEDY), pieces.append)
     assert reply.text == "".join(pieces) == KEPT
     assert reply.ended_by == "stop"
@@ -108,7 +108,7 @@ def test_the_closing_tag_stays_in_what_is_shown_and_remembered(speaker: Speaker)
     assert talk.turns[1] == {"role": "assistant", "content": KEPT}
     system, user = f"<|system|>\n{SYSTEM}\n\n", f"<|user|>\n{NORWAY}\n\n"
     assert talk.prompt(OTHER) == f"{system}{user}<|assistant|>\n{KEPT}\n\n<|user|>\n{OTHER}\n\n<|assistant|>\n"
-    cut = speaker.reply(NORWAY, Sampling(90, 0, stop=(STOP,)))
+    cut = chat_model.reply(NORWAY, Sampling(90, 0, stop=(STOP,)))
     assert cut.text == KEPT.removesuffix(STOP), "unless it is told to stay, a stop text goes"
 
 
@@ -131,8 +131,8 @@ LONG_AND_SHORT = [NORWAY, "x", OTHER, "What is gold? " * 12, "one two three four
 
 
 @pytest.fixture(scope="module")
-def alone(speaker: Speaker) -> list[Reply]:
-    return [speaker.reply(text, to_closing_tag(GREEDY)) for text in LONG_AND_SHORT]
+def alone(chat_model: ChatModel) -> list[Reply]:
+    return [chat_model.reply(text, to_closing_tag(GREEDY)) for text in LONG_AND_SHORT]
 
 
 @pytest.mark.parametrize(("batch_size", "strategy"), [(1, "resident"), (3, "streaming"), (16, "resident")])
@@ -140,7 +140,7 @@ def test_answers_together_are_those_one_by_one(
     checkpoint: Path, alone: list[Reply], batch_size: int, strategy: str
 ) -> None:
     told: list[int] = []
-    with Speaker.open(checkpoint, strategy=strategy) as made:
+    with ChatModel.open(checkpoint, strategy=strategy) as made:
         together = made.replies(LONG_AND_SHORT, to_closing_tag(GREEDY), batch_size=batch_size, tell=told.append)
     for one, other in zip(together, alone, strict=True):
         assert (one.text, one.raw, one.num_tokens, one.ended_by) == (
@@ -155,42 +155,42 @@ def test_answers_together_are_those_one_by_one(
 def test_other_families_answer_together_too(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path, vocab_size=VOCABULARY, max_position_embeddings=256)
     make_tokenizer(CHATML).save_pretrained(tmp_path)
-    with Speaker.open(tmp_path, device="cpu", dtype="float32", strategy="resident") as made:
+    with ChatModel.open(tmp_path, device="cpu", dtype="float32", strategy="resident") as made:
         prompts = ["x", "What is gold? " * 4, "one two three"]
         alone = [made.reply(text, Sampling(12, 0)).raw for text in prompts]
         assert [reply.raw for reply in made.replies(prompts, Sampling(12, 0))] == alone
 
 
-def test_a_prompt_near_the_windows_end_has_its_own_room(speaker: Speaker) -> None:
-    assert speaker.context == 640
+def test_a_prompt_near_the_windows_end_has_its_own_room(chat_model: ChatModel) -> None:
+    assert chat_model.context == 640
     sampling = Sampling(20, temperature=0)
     prompts = [[5] * 630, [5] * 10, [5] * 631, [5] * 625]
-    together = speaker.continue_all(prompts, sampling)
-    assert [reply.raw for reply in together] == [speaker.continue_from(ids, sampling).raw for ids in prompts]
+    together = chat_model.continue_all(prompts, sampling)
+    assert [reply.raw for reply in together] == [chat_model.continue_from(ids, sampling).raw for ids in prompts]
     with pytest.raises(InputError, match="prompt 2: the prompt has 640 tokens"):
-        speaker.continue_all([[5], [5] * 640], sampling)
+        chat_model.continue_all([[5], [5] * 640], sampling)
     with pytest.raises(InputError, match="prompt 1: the prompt is empty"):
-        speaker.continue_all([[]], sampling)
+        chat_model.continue_all([[]], sampling)
     with pytest.raises(ConfigError, match="batch_size=0"):
-        speaker.continue_all([[5]], sampling, batch_size=0)
-    assert speaker.continue_all([], sampling) == []
+        chat_model.continue_all([[5]], sampling, batch_size=0)
+    assert chat_model.continue_all([], sampling) == []
 
 
 # -- arms and eval ---------------------------------------------------------------------------------
 
 
-def test_each_arm_is_asked_in_its_own_way(speaker: Speaker, base: Path, tmp_path: Path) -> None:
-    arms = {arm.name: arm for arm in arms_of(speaker, max_new_tokens=90)}
+def test_each_arm_is_asked_in_its_own_way(chat_model: ChatModel, base: Path, tmp_path: Path) -> None:
+    arms = {arm.name: arm for arm in arms_of(chat_model, max_new_tokens=90)}
     assert list(arms) == [BASE_IN_FORMAT, BASE_PLAINLY, ADAPTER]
     assert [arm.in_format for arm in arms.values()] == [True, False, True]
     assert arms[ADAPTER].answer([prompt(NORWAY), prompt(OTHER)]) == [KEPT, LEFT]
-    with Speaker.open(base, device="cpu", dtype="float32", strategy="resident") as bare:
+    with ChatModel.open(base, device="cpu", dtype="float32", strategy="resident") as bare:
         expected = bare.reply(NORWAY, GREEDY).text
         assert arms[BASE_PLAINLY].answer([NORWAY]) == [expected], "through its own template, without adapter"
         ids = bare.renderer.ids(prompt(NORWAY))
         assert arms[BASE_IN_FORMAT].answer([prompt(NORWAY)]) == [bare.continue_from(ids, GREEDY).text]
         assert [arm.name for arm in arms_of(bare)] == [MODEL]
-    assert [arm.name for arm in arms_of(speaker, alone=True)] == [ADAPTER]
+    assert [arm.name for arm in arms_of(chat_model, alone=True)] == [ADAPTER]
 
 
 ROWS: list[dict[str, Any]] = [
@@ -240,7 +240,7 @@ def test_eval_refuses_what_belongs_to_the_other_kind(checkpoint: Path, tmp_path:
 
 def test_a_merged_model_keeps_the_format(checkpoint: Path, tmp_path: Path) -> None:
     merge(checkpoint, tmp_path / "merged")
-    with Speaker.open(tmp_path / "merged", device="cpu", strategy="resident") as made:
+    with ChatModel.open(tmp_path / "merged", device="cpu", strategy="resident") as made:
         assert made.model.config.dtype == "float32", "as its files say"
         assert asks_for_replies(made.renderer)
         assert made.reply(NORWAY, to_closing_tag(GREEDY)).text == KEPT

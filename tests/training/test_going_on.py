@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import lema
 from families import save_tiny
+from lema.chat import ChatModel
 from lema.cli.app import app
 from lema.errors import CheckpointError, ConfigError, LemaError, UnsupportedError
-from lema.reply import Speaker
 from lema.targets import as_targets
 from lema.training.metrics import read_lines
 from lema.training.run_config import parse_overrides
@@ -97,8 +97,8 @@ def test_what_came_of_it_needs_the_first_adapter_no_more(model: Path, done: Path
         own = again.lora_manager.state_dict()  # type: ignore[union-attr]
     saved = load_file(final / "adapter_model.safetensors")
     assert own.keys() == saved.keys() and all(torch.equal(own[name], saved[name]) for name in own)
-    with Speaker.open(final) as speaker:
-        assert speaker.model.lora_manager.settings["r"] == 3  # type: ignore[union-attr]
+    with ChatModel.open(final) as chat_model:
+        assert chat_model.model.lora_manager.settings["r"] == 3  # type: ignore[union-attr]
 
 
 def test_an_adapter_of_another_base_is_refused(done: Path, rows: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_an_adapter_that_is_spoilt(model: Path, done: Path, rows: Path, tmp_path
     else:
         config.write_bytes({"list": b"[1]", "deep": b"[" * 100_000, "latin": b'{"r": "\xe9"}'}[name])
     with pytest.raises((CheckpointError, UnsupportedError, ConfigError), match=said):
-        Speaker.open(spoilt, device="cpu")
+        ChatModel.open(spoilt, device="cpu")
     settings = settings_of(model, rows, tmp_path / "out", adapter_name_or_path=str(spoilt), max_steps=1, **QUIET)
     with pytest.raises(LemaError, match=said):
         train(settings)

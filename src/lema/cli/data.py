@@ -15,7 +15,7 @@ import typer
 
 from ..data.config import DataConfig
 from ..errors import ConfigError
-from .data_build import build, validate
+from .extensions import Extensible
 from .paths import expands_paths
 from .plan import adapter_of
 from .settings import split_settings
@@ -49,7 +49,7 @@ class Checked:
         return self.survey.bad == 0 and self.survey.kept > 0 and self.dropped_share <= self.max_dropped
 
 
-data = typer.Typer(help="Data files.", no_args_is_help=True)
+data = typer.Typer(cls=Extensible, help="Data files.", no_args_is_help=True)
 
 
 @data.callback()
@@ -58,10 +58,6 @@ def _data() -> None:
 
     Example: lema data check run.yaml
     """
-
-
-data.command("build")(expands_paths(build))
-data.command("validate")(expands_paths(validate))
 
 
 @data.command()

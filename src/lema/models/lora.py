@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..compat.adapter_file import load_original
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..json_file import read_object
 from ..typed import shortened
@@ -209,40 +209,8 @@ class LoRAManager:
                 tensor.copy_(saved[name])
 
     def import_original(self, file: str | os.PathLike[str]) -> None:
-        """Take over the weights of an adapter saved by the original LEMA (`adapter_model.bin`).
-
-        Its keys are `<layer id>.<module path in the layer>.lora_A` (and `lora_B`), layer ids counted from the
-        embedding = 0. The file is read without executing anything in it.
-
-        Raises:
-            FileNotFoundError: no such file.
-            CheckpointError: it is not such a dict, or its tensors are not exactly this adapter's.
-        """
-        path = Path(file)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: give the adapter_model.bin of an original checkpoint")
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
-            raise CheckpointError(f"{path} cannot be read as a dict of tensors: {error}") from error
-        own = {_original_key(name, self._layers_path()): p for name, p in self.named_parameters()}
-        problems = [key for key in own if not isinstance(saved, dict) or key not in saved]
-        problems += [key for key in saved if key not in own] if isinstance(saved, dict) else []
-        matched: dict[str, torch.Tensor] = {}
-        for key in own if not problems else ():
-            value = _oriented(saved[key], own[key])
-            if value is None:
-                problems.append(f"{key} (here {tuple(own[key].shape)})")
-            else:
-                matched[key] = value
-        if problems:
-            raise CheckpointError(
-                f"{path} does not fit this adapter: {len(problems)} tensors differ, first {problems[0]}; use the rank "
-                "and the target modules it was trained with"
-            )
-        with torch.no_grad():
-            for key, value in matched.items():
-                own[key].copy_(value)
+        """Take over the weights of an adapter saved by the original LEMA (`adapter_model.bin`); see `load_original`."""
+        load_original(file, dict(self.named_parameters()), self._layers_path())
 
     def _layers_path(self) -> str:
         assert self._layers is not None
@@ -311,22 +279,6 @@ def stored_transposed(layers: nn.Module) -> bool:
     """Whether all that can have LoRA is stored as [in, out]: it is GPT-2's Conv1D. PEFT calls it `fan_in_fan_out`."""
     kinds = {type(module) for module in layers.modules() if isinstance(module, nn.Linear | Conv1D)}
     return kinds == {Conv1D}
-
-
-def _original_key(name: str, layers: str) -> str:
-    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` -> `1.self_attn.q_proj.lora_A`."""
-    if not name.startswith(f"{layers}."):
-        return name
-    number, _, rest = name.removeprefix(f"{layers}.").partition(".")
-    return f"{int(number) + 1}.{rest.rsplit('.', 2)[0]}"
-
-
-def _oriented(saved: object, own: torch.Tensor) -> torch.Tensor | None:
-    if not isinstance(saved, torch.Tensor):
-        return None
-    if saved.shape == own.shape:
-        return saved
-    return saved.T if saved.T.shape == own.shape else None
 
 
 def _candidates(layers: nn.ModuleList) -> str:
