@@ -1,6 +1,6 @@
-"""Optional libraries and how to get them, and what this package is called where packages come from.
+"""Optional libraries and packages and how to get them, and what this one is called where packages come from.
 
-It knows names and bounds, the same as the extras in pyproject.toml; it knows nothing of what a library is for.
+Bounds are the same as those of the extras in pyproject.toml, which a test holds.
 """
 
 from __future__ import annotations

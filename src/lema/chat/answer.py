@@ -1,6 +1,6 @@
 """`Reply`: one answer, cut where it ended.
 
-It knows token ids, end tokens and stop texts; it knows nothing of models.
+Made of token ids, end tokens and stop texts alone: no model is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`ChatModel`: a model with its tokenizer and chat template, which answers.
 
-It knows where a run, an adapter or a model keeps these; how layers come into memory is the model's business.
+Where a run, an adapter or a model keeps these is found out here; how layers come into memory is the model's business.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`Conversation`: turns that are really in the prompt, within the model's window.
 
-It knows messages and a chat model; it knows nothing of terminals.
+A terminal is one way to have one; nothing here prints or reads.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How the next token is chosen, and when an answer ends.
 
-It knows numbers and their bounds; it knows nothing of models.
+Values and their bounds, and how transformers' `generate` takes them.
 """
 
 from __future__ import annotations

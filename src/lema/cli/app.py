@@ -1,7 +1,6 @@
 """The command `lema`: its verbs, and how errors leave it.
 
-It knows the verbs' names and exit statuses. Nothing in this room imports torch, directly or through
-another room, until a verb runs: `lema --help` must be quick.
+Nothing in this room imports torch, directly or through another room, until a verb runs: `lema --help` must be quick.
 """
 
 from __future__ import annotations

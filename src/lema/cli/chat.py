@@ -1,6 +1,6 @@
 """`lema chat`: a conversation in the terminal.
 
-It knows lines that are typed, commands and how an answer is shown; turns and windows are the conversation's business.
+Lines that are typed, commands and how an answer is shown; turns and windows are the conversation's business.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`lema eval`: how well a checkpoint predicts held-out data, beside the model it began from.
 
-It knows options and the table; sums are the training room's, batches the data room's. Replies in a format are judged
+Options and the table are here; sums are the training room's, batches the data room's. Replies in a format are judged
 by the package that brings the format.
 """
 

@@ -1,6 +1,6 @@
 """`lema generate`: answers to prompts, one after the other.
 
-It knows options, where prompts come from and how answers are written out.
+Prompts come from options, a file or standard input; answers go out as text or JSON.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Made here: a notebook with the packages inside (`wheel`, `notebook`, `templates`) and its settings (`metadata`).
 On the way: credentials, calls, waiting, logs, downloads (`credentials`, `client`, `retry_policy`, `watch`, `download`).
-On the machine there: what the notebooks call (`inside`). None of it knows models, weights or training.
+On the machine there: what the notebooks call (`inside`). Models, weights and training are LEMA's.
 """
 
 __version__ = "0.1.0"

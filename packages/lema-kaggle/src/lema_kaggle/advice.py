@@ -1,4 +1,4 @@
-"""What an answer or silence of Kaggle means, and what to do about it. It knows words only."""
+"""What an answer or silence of Kaggle means, and what to do about it."""
 
 from __future__ import annotations
 

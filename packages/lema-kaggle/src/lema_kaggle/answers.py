@@ -1,4 +1,4 @@
-"""What Kaggle answers about kernels, as values. It knows words and numbers only."""
+"""What Kaggle answers about kernels, as values."""
 
 from __future__ import annotations
 

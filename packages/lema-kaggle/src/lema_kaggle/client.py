@@ -5,7 +5,7 @@ for credentials, may ask the network with them and may end the process; its `Kag
 production address, while `kagglesdk` heeds `KAGGLE_API_ENVIRONMENT`. Nothing happens here before the first call.
 
 Mechanics: every call has time-outs, is tried again as `RetryPolicy` says, and raises `KaggleError` with what to do.
-It knows kernels by their reference OWNER/SLUG; it knows nothing of notebooks' contents or of files on disk.
+Kernels are known by their reference OWNER/SLUG; notebooks' contents and files on disk are not.
 """
 
 from __future__ import annotations

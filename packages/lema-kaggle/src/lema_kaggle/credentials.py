@@ -1,6 +1,6 @@
 """Who we are at Kaggle: where a token or key is, and what is wrong with it.
 
-It knows files, environment variables and their order, which is the official client's; it sends nothing.
+Files and environment variables are looked at in the official client's order; nothing is sent.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A file grows as NAME.part beside its place and is moved there when whole. `.lema-pull.json` keeps what the server said
 a file is (ETag or Last-Modified, and size) and whether it is whole in its place, so that bytes of two versions are
-never put together (RFC 9110, 13.1.5: If-Range) and a whole file is not fetched twice. It knows files and HTTP; it knows
-nothing of kernels' contents.
+never put together (RFC 9110, 13.1.5: If-Range) and a whole file is not fetched twice.
 """
 
 from __future__ import annotations

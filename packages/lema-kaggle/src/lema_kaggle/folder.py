@@ -1,6 +1,6 @@
 """A folder that can be pushed: a notebook and its `kernel-metadata.json`.
 
-It knows the two files, written and read; it sends nothing.
+Both files are written and read here, and nothing is sent.
 """
 
 from __future__ import annotations

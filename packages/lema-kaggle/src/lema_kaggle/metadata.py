@@ -1,6 +1,6 @@
 """What Kaggle is told of a notebook: `kernel-metadata.json`, with every key set.
 
-It knows the notebooks by name, and Kaggle's keys; it knows nothing of their cells.
+Notebooks are names, titles and settings here; their cells are the templates'.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Notebooks of the templates, with the package inside and their parameters set.
 
-It knows cells and archives; what the cells do is the templates'.
+Cells and archives are put together here; what the cells do is the templates'.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How often and how long to wait when a service on the network fails for a while.
 
-It knows answers of HTTP and a clock; it knows nothing of what is asked for.
+Decided by the answer's status and a clock, whatever is asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The official client's transport, with time-outs and streams.
 
-It knows sessions and addresses; it knows nothing of calls and what they mean.
+Sessions and addresses, whatever is called through them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Until a kernel ends: its status and its log as they change.
 
-It knows states, waiting and texts; calls are the client's.
+States, waits and texts of a run; the calls are the client's.
 """
 
 from __future__ import annotations

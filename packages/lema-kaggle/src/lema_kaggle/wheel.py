@@ -1,6 +1,6 @@
 """The installed packages as wheels, from an editable checkout or from installed wheels alike.
 
-It knows the layout of wheels (packaging.python.org, binary distribution format); the same files give the same bytes.
+The layout is that of packaging.python.org's binary distribution format; the same files give the same bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`build`: facts as the rows of a training file and a held-out file, and both on the disk.
 
-It knows how many rows of what and which are held out; what is true the categories know.
+How many rows of what, and which are held out, is decided here; what is true, by the categories.
 
 Layout. A category has about the same number of rows as any other. Of its rows, a fixed share is of questions that
 cannot be settled; the rest is spread over its facts, each asked once before any is asked again in other words. Held-out

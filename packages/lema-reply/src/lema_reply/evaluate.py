@@ -1,6 +1,6 @@
 """`evaluate`: the same held-out questions put to several models, or to one model in several ways.
 
-It knows questions, arms and their scores; an arm is whatever answers texts, so it knows nothing of models.
+An arm is whatever answers texts: a model, or a program that looks answers up.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The reply's grammar: how a reply is written, and what a text says when read as one.
 
-It knows tags, labels and lines; it knows nothing of models, data sets or what is true.
+It is about tags, labels and lines, of any text.
 
 Layout. A reply is five marks, each at the start of a line: the opening tag, three labelled fields, the closing tag.
 

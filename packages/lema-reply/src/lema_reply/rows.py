@@ -1,7 +1,6 @@
 """`Fact` and `Row`: something true with the ways to ask for it, and one example of the data file.
 
-It knows fields, the text of an example and which questions are the same; it knows nothing of what is true, of files or
-of how many rows there are.
+Here are the fields, the text of an example and which questions count as the same; what is true is in the categories.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How good replies are: form and content judged one by one, and counted.
 
-It knows questions, expected answers and texts of replies; it knows nothing of who wrote them.
+A reply is judged as a text, whoever wrote it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Questions that cannot be settled, and what is said to them: taste, the future, what is not said, what never was.
 
-It knows kinds of such questions; what they ask about the categories know.
+The kinds are here; what is asked about is in the categories.
 """
 
 from __future__ import annotations

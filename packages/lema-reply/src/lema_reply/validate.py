@@ -1,6 +1,6 @@
 """`check_files`: whether every line of data files is an example as it should be, and which are not.
 
-It knows the fields of a row, the grammar and the template; it knows nothing of what is true.
+Checked are fields, grammar and template; whether an answer is true is not.
 """
 
 from __future__ import annotations

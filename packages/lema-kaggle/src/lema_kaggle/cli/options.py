@@ -1,4 +1,4 @@
-"""Options of the verbs of `lema kaggle`. It knows how a command line names them."""
+"""Options of the verbs of `lema kaggle`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`lema kaggle`: notebooks to Kaggle, and what they leave behind back.
 
-It knows options and what is said meanwhile; notebooks, calls and files are the kaggle room's.
+Each verb is its options, one or two calls, and what is said meanwhile.
 """
 
 from __future__ import annotations

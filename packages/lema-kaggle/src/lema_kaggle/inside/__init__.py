@@ -1,6 +1,6 @@
 """What the notebooks call on the machine they run on: its card, the verbs within a time limit, and what they leave.
 
-It knows that machine's folders and commands; it knows nothing of the way there. Nothing here needs Kaggle's client.
+Only that machine's folders and commands count here: nothing needs Kaggle's client.
 """
 
 from .card import Card, prepare_card

@@ -1,6 +1,6 @@
 """The card of the machine a notebook runs on, and a torch that has kernels for it.
 
-It knows compute capabilities and wheels. torch is only imported in other processes, so that it can still be replaced.
+torch is only imported in other processes, so that it can still be replaced.
 """
 
 from __future__ import annotations

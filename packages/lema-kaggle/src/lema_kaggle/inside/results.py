@@ -1,6 +1,6 @@
 """What a notebook leaves behind: small files that are worth fetching, and no base weights.
 
-It knows names of files; it knows nothing of what made them.
+Files go by their names, whatever made them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One run of a notebook: its folders, its time, and the verbs it calls.
 
-It knows where Kaggle keeps outputs and inputs, and what of the time is left; what the verbs do is theirs.
+Where Kaggle keeps outputs and inputs is written here once, and so is what of the time is left.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The eight categories: each makes its facts out of tables and arithmetic, the same ones for the same seed.
 
-They know what is true and how it is asked for; they know nothing of files, rows or how many of them are wanted.
+Each says what is true and how it is asked for; how many rows are wanted of it, and where they go, is `build`'s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`lema demo`: the whole proof in miniature on a small real model, as the commands one would type.
 
-It knows the commands and what they must have reached; each runs by itself.
+Each command runs as a process of its own; what they reached is read from the files they left.
 """
 
 from __future__ import annotations

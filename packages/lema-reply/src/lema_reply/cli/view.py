@@ -1,6 +1,6 @@
 """A [LEMA_REPLY] reply on the terminal: its three fields, and where it left the format.
 
-It knows how a reading is shown; what a text says the grammar tells.
+What a text says is read by the grammar.
 """
 
 from __future__ import annotations
