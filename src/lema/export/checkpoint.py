@@ -1,7 +1,6 @@
 """An adapter's directory and the base model it belongs to.
 
-It knows where things are: the adapter's settings and tensors, the base's configuration and weights. It
-knows nothing of what is done with them.
+Both are only found and held against each other here: settings, tensors, configuration, weights.
 """
 
 from __future__ import annotations

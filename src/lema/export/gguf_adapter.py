@@ -1,6 +1,6 @@
 """`export --to gguf-adapter`: a LoRA adapter as one GGUF file, for llama.cpp's `--lora`.
 
-It knows llama.cpp's names, the order of its rows, and how it scales; it knows nothing of the base's weights.
+The base's weights are not needed: llama.cpp's names, its order of rows and its scaling follow from the settings.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; tensors and metadata as llama.cpp's
 convert_lora_to_gguf.py writes them: `NAME.lora_a` `[r, in]`, `NAME.lora_b` `[out, r]`, and a scale of
 `adapter.lora.alpha / r`.

@@ -1,6 +1,6 @@
 """PEFT's own layers, given real weights a block at a time to merge.
 
-It knows PEFT and how its layers may be cut; it knows nothing of files' names, shards or types.
+How a layer may be cut is known here; where its weights lie, `weights` says.
 """
 
 from __future__ import annotations

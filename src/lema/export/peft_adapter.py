@@ -1,6 +1,6 @@
 """`export --to peft`: a clean adapter directory, with PEFT's two files, tokenizer and card, and nothing else.
 
-It knows PEFT's files; it knows nothing of weights of the base.
+Nothing of the base's weights is read.
 """
 
 from __future__ import annotations

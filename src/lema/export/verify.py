@@ -1,7 +1,7 @@
 """Whether a merged model says what base and adapter say together, by their logits on a few tokens.
 
 Both are streamed by our own engine and computed in float32, so that what differs is the cast of the merged
-weights alone. It knows two models; it knows nothing of how one was made from the other.
+weights alone. How one was made from the other plays no part.
 """
 
 from __future__ import annotations

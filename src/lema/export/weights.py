@@ -1,6 +1,6 @@
 """The merged model's tensors, made a run at a time from the base's and the adapter's.
 
-It knows which stored tensors the adapter changes, and where in them; it knows nothing of folders or hubs.
+Which stored tensors the adapter changes, and where in them, is worked out once; then each is a stream of runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Devices that layers are computed on: the CPU, or whichever accelerator this torch has; what they are and have.
 
-It knows `torch.accelerator` and the modules torch keeps for kinds of devices; what only CUDA has it asks of `cuda`. It
-knows nothing of models, budgets or plans.
+It knows `torch.accelerator` and the modules torch keeps for kinds of devices; what only CUDA has it asks of
+`cuda`.
 """
 
 from __future__ import annotations

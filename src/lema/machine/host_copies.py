@@ -1,6 +1,6 @@
 """Small host tensors on their way to a device: token ids, positions, rows of the embedding.
 
-It knows tensors and pinned memory; it knows nothing of weights, which have slots and streams of their own.
+Weights have slots and streams of their own, and do not come this way.
 """
 
 from __future__ import annotations

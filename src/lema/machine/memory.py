@@ -1,6 +1,6 @@
 """Sizes as people write them, how much memory is free now, and what a budget comes to in bytes.
 
-It knows the kernel's files; it knows nothing of devices, models, slots or plans.
+The kernel's files are the source: /proc, and the memory groups around this process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What stands beside the weights in a transformers folder: configuration, generation settings, tokenizer, templates.
 
-It knows these files by name; it knows nothing of weights but their type.
+Of the weights only their type matters here, for the configuration.
 """
 
 from __future__ import annotations

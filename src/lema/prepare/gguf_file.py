@@ -1,7 +1,6 @@
 """A GGUF file made into a standard transformers folder, one tensor at a time.
 
-It knows GGUF and what transformers knows of it: names, permutations, configuration, tokenizer. It knows
-nothing of streaming. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Names, permutations, configuration and tokenizer are read as transformers reads them. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations

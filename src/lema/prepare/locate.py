@@ -1,6 +1,6 @@
 """Which weight files a path or hub id means, and the source that reads them.
 
-It knows names of files and the hub's API; it knows nothing of tensors.
+Names of files and the hub's API decide; no tensor is read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One safetensors file from any safetensors checkpoint, and models without shared tensors.
 
-It knows files and tensors by name; it knows nothing of layers, slots or training.
+Tensors are names and bytes here, whatever layer they belong to.
 """
 
 from __future__ import annotations

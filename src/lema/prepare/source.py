@@ -1,6 +1,6 @@
 """What a checkpoint offers to be copied: tensors by name, given in small pieces; and safetensors as one.
 
-It knows files and tensors; it knows nothing of models, output files or journals.
+What becomes of the pieces is up to `job`.
 """
 
 from __future__ import annotations

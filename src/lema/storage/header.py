@@ -1,6 +1,5 @@
 """The header of one safetensors file: read, checked in full, turned into records.
 
-It knows what a header may say and what a file can hold. It knows nothing of shards, mappings or layers.
 A file is 8 bytes of little-endian header length, a JSON header (spaces may pad it), then the tensors'
 bytes without gap or remainder: https://github.com/huggingface/safetensors#format
 """

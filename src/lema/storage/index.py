@@ -1,7 +1,6 @@
 """The global binary index: every tensor of a checkpoint by name, in constant time.
 
-It knows files, offsets and types. It knows nothing of layers, slots or devices' transports; what is
-streamed is read elsewhere, from the records handed out here.
+What is streamed is read by `reader`, from the records handed out here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Code that comes with a model, a tokenizer or an adapter: it is never run, and whoever uses it is told by name.
 
-It knows where transformers looks for such code (`auto_map` in config.json and tokenizer_config.json); it knows
-nothing of what the code would do. Every call that could run any passes `trust_remote_code=False`: without it
-transformers asks on standard input, and a `y` there runs it.
+transformers looks for such code under `auto_map` in config.json and tokenizer_config.json. Every call that could run
+any passes `trust_remote_code=False`: without it transformers asks on standard input, and a `y` there runs it.
 """
 
 from __future__ import annotations

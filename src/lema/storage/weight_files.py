@@ -1,6 +1,6 @@
 """Which files of a directory are a model's weights: those that transformers would take, or none.
 
-It knows names of files and what an index promises; it knows nothing of what is in a weight file.
+Names and an index's promises decide; no weight file is opened.
 """
 
 from __future__ import annotations
