@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import save_tiny
 
 import lema
+from families import save_tiny
 
 pytestmark = pytest.mark.timeout(120)
 

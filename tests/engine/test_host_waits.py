@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import save_tiny
-from tests.helpers import lema_model
 from transformers import AutoConfig, masking_utils
 
+from families import save_tiny
+from helpers import lema_model
 from lema.engine.inputs import Batch
 from lema.errors import StreamingError
 from lema.machine import host_copies

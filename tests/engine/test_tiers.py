@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import save_tiny
-from tests.helpers import Recorder, differing, lema_config, plain_model, plain_step, randomise, recorded, relative
 
 import lema
+from families import save_tiny
+from helpers import Recorder, differing, lema_config, plain_model, plain_step, randomise, recorded, relative
 from lema.models import get_adapter
 from lema.models.lora import LoRAManager
 from lema.planning.plan import MemoryPlan

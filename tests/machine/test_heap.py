@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(heap._glibc() is None, reason="needs glibc 2.33 
 
 BEGIN = """
 import ctypes, gc
-from lema.core import heap
+from lema.machine import heap
 from lema.machine.heap import HeapGuard, apart_from_heap
 
 libc = ctypes.CDLL(None)

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_tiers import PLANS
-from tests.families import save_tiny
 
+from families import save_tiny
 from lema.models import get_adapter
 from lema.storage.codecs import Piece, Placement
 from lema.storage.index import GlobalBinaryIndex, TensorRecord
