@@ -53,7 +53,7 @@ def settings(cls: C) -> C:
 
     Making one raises `ConfigError` for a value that is refused, and `TypeError` for a name that there is not.
     """
-    made: Any = typed_dataclass(config=ConfigDict(strict=True, extra="forbid", defer_build=True))(cls)
+    made: Any = typed_dataclass(config=ConfigDict(strict=True, extra="forbid"))(cls)
     validated = made.__init__
 
     @functools.wraps(validated)
