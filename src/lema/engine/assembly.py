@@ -132,11 +132,18 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def assemble_memory(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryIndex) -> TripleBufferManager:
-    """The memory manager a config asks for; `DeviceMemoryError` where the device has no room for it."""
+def assemble_memory(
+    config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryIndex, plan: MemoryPlan | None = None
+) -> TripleBufferManager:
+    """The memory manager a config asks for; `DeviceMemoryError` where the device has no room for it.
+
+    Args:
+        plan: made for this config already; None: made here.
+    """
     floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
     adapter.configure(compute_dtype(config), config.attn_implementation)
-    plan = assemble_plan(config, adapter, gbi) if wants_plan(config) else None
+    if plan is None and wants_plan(config):
+        plan = assemble_plan(config, adapter, gbi)
     backend = None if torch.device(config.device).type == "cpu" else AcceleratorBackend(config.device)
     with explained(config.device, plan):
         return TripleBufferManager(

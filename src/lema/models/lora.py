@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..json_file import read_object
 from ..typed import shortened
+from .trained import HoldsModel
 
 __all__ = ["LoRAManager"]
 
@@ -46,13 +47,6 @@ _REFUSED = {
     "corda_config": "CorDA",
     "lora_ga_config": "LoRA-GA",
 }
-
-
-class HoldsModel(Protocol):
-    """An adapter whose whole model can be asked for."""
-
-    def causal_lm(self) -> Any:
-        """The model; see `lema.models.causal_lm.CausalLM`."""
 
 
 class LoRAManager:
@@ -245,7 +239,6 @@ class LoRAManager:
                 own[key].copy_(value)
 
     def _layers_path(self) -> str:
-        assert self._layers is not None
         return next(name for name, module in self.peft_model.named_modules() if module is self._layers)
 
     @staticmethod

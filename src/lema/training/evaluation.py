@@ -10,19 +10,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..coordinator import Coordinator, SingleProcess
 from ..errors import ConfigError
-from .engine import Machine
+from .engine import TrainingEngine
 
 
-def evaluate(machine: Machine, batches: Iterable[Any], between: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """`evaluate_with` what a machine answers."""
-    return evaluate_with(machine.evaluate, batches, between)
+def evaluate(
+    engine: TrainingEngine, batches: Iterable[Any], between: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """`evaluate_with` an engine's answers, over all its ranks."""
+    return evaluate_with(engine.evaluate, batches, between, engine.coordinator)
 
 
 def evaluate_with(
     sums_of: Callable[[Mapping[str, Any]], tuple[float, int, int]],
     batches: Iterable[Any],
     between: Callable[[], None] = lambda: None,
+    coordinator: Coordinator | None = None,
 ) -> dict[str, Any]:
     """`eval_loss`, `eval_perplexity`, `eval_token_accuracy`, `eval_targets` and `seconds`; dropout is off.
 
@@ -30,6 +34,7 @@ def evaluate_with(
         sums_of: a batch's loss summed over its targets, their number, and how many of them are right.
         batches: with `inputs`; one pass is made over them.
         between: called after every batch.
+        coordinator: adds what other ranks found; None: this process alone.
 
     Raises:
         ConfigError: there was no target at all.
@@ -45,9 +50,11 @@ def evaluate_with(
         targets += some
         right += of_them
         between()
+    ranks = coordinator or SingleProcess()
+    targets, right = ranks.total("evaluated targets", targets), ranks.total("right targets", right)
     if targets == 0:
         raise ConfigError("the evaluation data has no target, so there is nothing to evaluate; look at eval_file")
-    mean = math.fsum(losses) / targets
+    mean = ranks.total("evaluation loss", math.fsum(losses)) / targets
     return {
         "eval_loss": mean,
         "eval_perplexity": math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean,
