@@ -25,7 +25,7 @@ from .errors import DeviceError
 from .models.base import LemaModelAdapter
 from .models.locate import adapter_for, local_path, weights_path
 from .models.lora import ADAPTER_CONFIG, LoRAManager
-from .models.trained import Frozen, Trained
+from .models.trained import Trained
 from .planning.plan import MemoryPlan
 from .storage.index import GlobalBinaryIndex
 from .streaming.memory import TripleBufferManager
@@ -70,7 +70,7 @@ class LemaModel:
 
     @property
     def _trained(self) -> Trained:
-        return self.lora_manager or Frozen()
+        return self.lora_manager or Trained()
 
     def _install(self) -> None:
         take_end_tokens(self.adapter.causal_lm().module, self._folder)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lema.coordinator import SingleProcess
+from lema.coordinator import Coordinator
 from lema.engine.trainer import LemaTrainer
 from lema.errors import NonFiniteError
 from training_runs import adapter_bytes, settings_of, train
@@ -23,7 +23,7 @@ pytestmark = [
 T = TypeVar("T")
 
 
-class Recording(SingleProcess):
+class Recording(Coordinator):
     """Answers as one process, and keeps what was asked; `wishes` are those of another rank."""
 
     def __init__(self, **wishes: Any) -> None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import LemaConfig
-from ..coordinator import Coordinator, SingleProcess
+from ..coordinator import Coordinator
 from ..errors import ConfigError
 from ..machine.heap import give_back_idle_heap
 from ..models.base import LemaModelAdapter
 from ..models.lora import LoRAManager
-from ..models.trained import Frozen, Trained
+from ..models.trained import Trained
 from ..storage.index import GlobalBinaryIndex
 from ..streaming.memory import TripleBufferManager
 from ..streaming.randomness import RandomState
@@ -80,12 +80,12 @@ class LemaTrainer:
         self.gbi = gbi
         self.device = torch.device(config.device)
         self.memory = memory_manager or assemble_memory(config, model_adapter, gbi)
-        self.coordinator = coordinator or SingleProcess()
+        self.coordinator = coordinator or Coordinator()
         self.lm = model_adapter.causal_lm()
         self.lora_manager = lora_manager
         if lora_manager is not None:
             check_router_loss(self.lm, config.leave_out_router_loss)
-        trained: Trained = lora_manager or Frozen()
+        trained = lora_manager or Trained()
         self.model = trained.attach(model_adapter)
         """The model whose mode is switched: PEFT's around transformers', or the bare one."""
         self.streamer = streamer or LayerStreamer(self.lm, self.memory, config.micro_batch_size)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..coordinator import Coordinator, SingleProcess
+from ..coordinator import Coordinator
 from ..storage.views import page_aligned, typed_view
 from .loss_scale import LossScale
 
@@ -30,7 +30,7 @@ def step_optimizer(
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     loss_scale.unscale(gradients)
-    norm = (coordinator or SingleProcess()).broadcast("norm", float(nn.utils.get_total_norm(gradients)))
+    norm = (coordinator or Coordinator()).broadcast("norm", float(nn.utils.get_total_norm(gradients)))
     finite = math.isfinite(norm)
     if finite:
         if max_grad_norm is not None:

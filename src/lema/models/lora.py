@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..json_file import read_object
 from ..typed import shortened
-from .trained import HoldsModel
+from .trained import HoldsModel, Trained
 
 __all__ = ["LoRAManager"]
 
@@ -49,7 +49,7 @@ _REFUSED = {
 }
 
 
-class LoRAManager:
+class LoRAManager(Trained):
     """Owner of a model's LoRA parameters.
 
     Args:
@@ -136,10 +136,6 @@ class LoRAManager:
         if self._pending is not None:
             self.load_pretrained(self._pending)
         return self.peft_model
-
-    def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """The LoRA parameters, in the model's order; the same objects from first step to last."""
-        return [parameter for _, parameter in self.named_parameters()]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names within PEFT's model, and parameters."""

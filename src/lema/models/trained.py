@@ -18,43 +18,24 @@ class HoldsModel(Protocol):
         """The model; see `lema.models.causal_lm.CausalLM`."""
 
 
-class Trained(Protocol):
-    """Parameters that are trained, and their files; `lema.models.lora.LoRAManager` is one."""
+class Trained:
+    """Parameters that are trained, and their files: here none; `lema.models.lora.LoRAManager` has LoRA's."""
 
     def attach(self, adapter: HoldsModel) -> nn.Module:
         """Give a model its trained parameters, once; the module to call, whose mode is switched."""
-
-    def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters in the model's order; the same objects from first step to last."""
+        module: nn.Module = adapter.causal_lm().module
+        return module
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names, as checkpoints have them, and parameters."""
+        return []
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters, in the model's order; the same objects from first step to last."""
+        return [parameter for _, parameter in self.named_parameters()]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write their values."""
 
     def load_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Read values that `save_pretrained` wrote."""
-
-
-class Frozen:
-    """Nothing is trained: a model as its files have it."""
-
-    def attach(self, adapter: HoldsModel) -> nn.Module:
-        """The bare model."""
-        module: nn.Module = adapter.causal_lm().module
-        return module
-
-    def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """None at all."""
-        return []
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """None at all."""
-        return []
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """There is nothing to write."""
-
-    def load_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """There is nothing to read."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..coordinator import Coordinator, SingleProcess
 from ..errors import ConfigError
 from .engine import TrainingEngine
 
@@ -18,23 +17,11 @@ from .engine import TrainingEngine
 def evaluate(
     engine: TrainingEngine, batches: Iterable[Any], between: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """`evaluate_with` an engine's answers, over all its ranks."""
-    return evaluate_with(engine.evaluate, batches, between, engine.coordinator)
-
-
-def evaluate_with(
-    sums_of: Callable[[Mapping[str, Any]], tuple[float, int, int]],
-    batches: Iterable[Any],
-    between: Callable[[], None] = lambda: None,
-    coordinator: Coordinator | None = None,
-) -> dict[str, Any]:
     """`eval_loss`, `eval_perplexity`, `eval_token_accuracy`, `eval_targets` and `seconds`; dropout is off.
 
     Args:
-        sums_of: a batch's loss summed over its targets, their number, and how many of them are right.
         batches: with `inputs`; one pass is made over them.
         between: called after every batch.
-        coordinator: adds what other ranks found; None: this process alone.
 
     Raises:
         ConfigError: there was no target at all.
@@ -45,12 +32,12 @@ def evaluate_with(
     for batch in batches:
         if getattr(batch, "targets", 1) == 0:
             continue
-        loss, some, of_them = sums_of(batch.inputs)
+        loss, some, of_them = engine.evaluate(batch.inputs)
         losses.append(loss)
         targets += some
         right += of_them
         between()
-    ranks = coordinator or SingleProcess()
+    ranks = engine.coordinator
     targets, right = ranks.total("evaluated targets", targets), ranks.total("right targets", right)
     if targets == 0:
         raise ConfigError("the evaluation data has no target, so there is nothing to evaluate; look at eval_file")
