@@ -149,8 +149,7 @@ def _rows(chosen: DataConfig, speaker: Speaker, length: int, batch_size: int, ru
 
 
 def _results(speaker: Speaker, rows: BatchStream, alone: bool) -> dict[str, dict[str, Any]]:
-    from ..run.trainer_engine import evaluate_batch
-    from ..training.evaluation import evaluate_with
+    from ..training.evaluation import evaluate
 
     trainer = speaker.model.get_trainer()
     adapted = speaker.model.lora_manager is not None
@@ -161,7 +160,7 @@ def _results(speaker: Speaker, rows: BatchStream, alone: bool) -> dict[str, dict
     for name, bare in arms:
         model: Any = speaker.model.hf_model
         with model.disable_adapter() if bare else nullcontext():
-            results[name] = evaluate_with(lambda inputs: evaluate_batch(trainer, inputs), rows)
+            results[name] = evaluate(trainer, rows)
     return results
 
 
