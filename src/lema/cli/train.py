@@ -119,7 +119,7 @@ def _say_cost(prepared: Prepared) -> None:
         ),
         ("memory", f"{memory}; {streamed}"),
     ]
-    length, estimate = prepared.usual_step()
+    length, estimate = prepared.usual_step
     if estimate is not None:
         step = estimate.step_seconds
         lines.append(

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..config import LemaConfig
-from ..engine.assembly import assemble_plan, resolve_budgets
+from ..engine.assembly import Outlook, resolve_budgets
 from ..errors import ConfigError, LemaError, WeightsNotFoundError
 from ..machine.device import default_device
 from ..machine.memory import format_bytes
@@ -35,6 +35,8 @@ class Planned:
     config: LemaConfig
     """Its budgets are as they were asked for."""
     plan: MemoryPlan
+    outlook: Outlook | None
+    """What it was found from, for steps of other lengths under it; None: let go, as it is some megabytes."""
     hardware: Hardware
     stated: bool
     """The hardware was given, and is not this machine as measured."""
@@ -73,8 +75,9 @@ def make(values: Mapping[str, Any], spec: str | None = None, probe: bool = False
             machine = probing.profile(config.device, gbi.path if gbi is not None else None, refresh=probe)
         _check_budget("ram_budget", ram, machine.ram_bytes, machine.name)
         _check_budget("vram_budget", vram, machine.vram_bytes, machine.name)
-        made = assemble_plan(config.replace(ram_budget=ram, vram_budget=vram), adapter, gbi, machine)
-    return Planned(config, made, machine, spec is not None, ram, vram, gbi is not None, adapter)
+        outlook = Outlook.of(config.replace(ram_budget=ram, vram_budget=vram), adapter, gbi, machine)
+        plan = outlook.plan()
+    return Planned(config, plan, outlook, machine, spec is not None, ram, vram, gbi is not None, adapter)
 
 
 def _check_budget(name: str, budget: int | None, there: int, machine: str) -> None:

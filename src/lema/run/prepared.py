@@ -36,6 +36,9 @@ class Prepared:
     tokenizer: Any
     planned: Planned
     data: Data
+    usual_step: tuple[int, Estimate | None]
+    """Tokens of a long row of a usual step, and what such a step takes; memory is planned for the longest row that is
+    allowed."""
 
     def model(self) -> LemaModel:
         """The run's model, by its plan, unless that was made of a configuration alone, the weights being elsewhere."""
@@ -59,16 +62,6 @@ class Prepared:
         with self.model() as model:
             return train_run(model.get_trainer(), self.run, self.data, self.tokenizer, folder, start, view)
 
-    def usual_step(self) -> tuple[int, Estimate | None]:
-        """Tokens of a long row of a usual step, and what such a step takes; memory is planned for the longest row that
-        is allowed."""
-        longest = self.run.lema.max_seq_length
-        seen = self.data.summary["train"]["sample"]["length_percentiles"].get("95", longest)
-        length = longest if self.run.data.packing else min(seen, longest)
-        if length == longest:
-            return length, self.planned.plan.estimate
-        return length, make({**self.planned.sized.to_dict(), "max_seq_length": length}).plan.estimate
-
 
 def prepare(run: RunConfig, start: Start) -> Prepared:
     """Read, count and plan what a run needs.
@@ -81,7 +74,17 @@ def prepare(run: RunConfig, start: Start) -> Prepared:
     planned = make(config)
     data = load_rows(run, tokenizer, lm=planned.adapter.causal_lm())
     check_start(RunData(data.train, data.eval), run, start)
-    return Prepared(run, start, tokenizer, planned, data)
+    usual = _usual_step(run, data, planned)
+    return Prepared(run, start, tokenizer, replace(planned, outlook=None), data, usual)
+
+
+def _usual_step(run: RunConfig, data: Data, planned: Planned) -> tuple[int, Estimate | None]:
+    longest = run.lema.max_seq_length
+    seen = data.summary["train"]["sample"]["length_percentiles"].get("95", longest)
+    length = longest if run.data.packing else min(seen, longest)
+    if length == longest or planned.outlook is None:
+        return length, planned.plan.estimate
+    return length, planned.outlook.step(planned.plan, length)
 
 
 def _kept(config: dict[str, Any], run: RunConfig, start: Start) -> dict[str, Any]:
