@@ -102,9 +102,6 @@ def _wanted(kinds: Sequence[Any]) -> str:
     return " or ".join(found) + (", or none" if type(None) in kinds else "")
 
 
-# -- types of fields -----------------------------------------------------------------------------------
-
-
 def _number(value: Any) -> Any:
     """The number that a text says; anything else as it is."""
     if isinstance(value, str):
@@ -180,9 +177,6 @@ OBJECT = BeforeValidator(_object)
 Texts = Annotated[list[str] | str, BeforeValidator(_texts)]
 
 
-# -- what there is -------------------------------------------------------------------------------------
-
-
 @functools.cache
 def kinds_of(cls: Any) -> Mapping[str, tuple[Any, ...]]:
     """The alternatives of every field's type, by name: `int | None` is `(int, NoneType)`; for a dataclass."""
@@ -213,9 +207,6 @@ def _said(hint: Any) -> list[Any]:
     """All that a hint says beside its types, and what the alternatives say."""
     inner = [said for part in typing.get_args(hint) for said in _said(part)]
     return [*inner, *getattr(hint, "__metadata__", ())]
-
-
-# -- texts ---------------------------------------------------------------------------------------------
 
 
 def parse_text(text: str, kinds: tuple[Any, ...]) -> Any:
