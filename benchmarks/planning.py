@@ -94,9 +94,9 @@ def batches(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 def planned(folder: Path, name: str, machine: str, rows: int = 1) -> Row:
     """Columns of one plan; where nothing fits, what would."""
-    from lema.cli.plan import make
     from lema.errors import ConfigError
     from lema.machine.memory import format_bytes
+    from lema.run.planned import make
 
     path = folder / name / "config.json"
     path.parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,7 +102,7 @@ Place = Annotated[str, one_of("device", "host")]
 Slots = Annotated[int, Ge(2), WHOLE]
 
 
-@settings
+@dataclass
 class ModelSettings:
     """Which model, and where and in which type it computes."""
 
@@ -124,7 +124,7 @@ class ModelSettings:
     without it; False: it is refused, as that loss is not computed."""
 
 
-@settings
+@dataclass
 class AdapterSettings:
     """The LoRA adapters."""
 
@@ -148,7 +148,7 @@ class AdapterSettings:
     config's. None: a new adapter."""
 
 
-@settings
+@dataclass
 class MemorySettings:
     """What is kept where, between the disk and where it is computed with."""
 
@@ -192,7 +192,7 @@ class MemorySettings:
         return max(self.num_slots, self.ram_buffer_size)
 
 
-@settings
+@dataclass
 class StepSettings:
     """A step: its rows, how they are cut, its loss and its update. Cutting them changes the last bits of sums alone."""
 

@@ -24,6 +24,8 @@ from .errors import DeviceError
 from .models.base import LemaModelAdapter
 from .models.locate import adapter_for, local_path, weights_path
 from .models.lora import ADAPTER_CONFIG, LoRAManager
+from .models.trained import Trained
+from .planning.plan import MemoryPlan
 from .storage.index import GlobalBinaryIndex
 from .streaming.memory import TripleBufferManager
 
@@ -34,6 +36,7 @@ class LemaModel:
     Args:
         config: settings.
         adapter: the model family, for weights without a config.json beside them.
+        plan: what to keep where, made for this configuration; None: made here.
 
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
@@ -41,14 +44,16 @@ class LemaModel:
         DeviceError: the device is absent or lacks the type; `DeviceMemoryError`: it has no room.
     """
 
-    def __init__(self, config: LemaConfig, adapter: LemaModelAdapter | None = None) -> None:
+    def __init__(
+        self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None
+    ) -> None:
         self.config = config
         compute_dtype(config)
         model_path = local_path(config.model_name_or_path, "*.json")
         self._folder = model_path if model_path.is_dir() else model_path.parent
         self.adapter = adapter or adapter_for(config, model_path)
         self.gbi = GlobalBinaryIndex(weights_path(config))
-        self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi)
+        self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi, plan)
         if config.leave_out_router_loss:
             self.adapter.causal_lm().router_loss = None
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
@@ -61,6 +66,10 @@ class LemaModel:
             return
         with explained(self.config.device, self.memory.plan):
             self._install()
+
+    @property
+    def _trained(self) -> Trained:
+        return self.lora_manager or Trained()
 
     def _install(self) -> None:
         take_end_tokens(self.adapter.causal_lm().module, self._folder)
@@ -80,14 +89,12 @@ class LemaModel:
     def hf_model(self) -> nn.Module:
         """PEFT's model around transformers' own (or that one, without LoRA): call it, and `loss.backward()`."""
         self.initialize_lora()
-        if self.lora_manager is not None:
-            return self.lora_manager.peft_model
-        return self.adapter.causal_lm().module
+        return self._trained.attach(self.adapter)
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The LoRA parameters, float32; empty without LoRA."""
         self.initialize_lora()
-        return self.lora_manager.get_trainable_parameters() if self.lora_manager is not None else []
+        return self._trained.get_trainable_parameters()
 
     def get_trainer(
         self,
@@ -132,9 +139,8 @@ class LemaModel:
         """Write `lema_config.json` and PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
         folder = Path(directory)
         self.config.save_pretrained(folder)
-        if self.lora_manager is not None:
-            self.initialize_lora()
-            self.lora_manager.save_pretrained(folder)
+        self.initialize_lora()
+        self._trained.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], **overrides: Any) -> LemaModel:

@@ -53,7 +53,7 @@ def settings(cls: C) -> C:
 
     Making one raises `ConfigError` for a value that is refused, and `TypeError` for a name that there is not.
     """
-    made: Any = typed_dataclass(config=ConfigDict(strict=True, extra="forbid", defer_build=True))(cls)
+    made: Any = typed_dataclass(config=ConfigDict(strict=True, extra="forbid"))(cls)
     validated = made.__init__
 
     @functools.wraps(validated)
@@ -100,9 +100,6 @@ def _wanted(kinds: Sequence[Any]) -> str:
     words = [_WORDS.get(typing.get_origin(kind) or kind, "") for kind in kinds if kind is not type(None)]
     found = list(dict.fromkeys(word for word in words if word)) or ["one of its names"]
     return " or ".join(found) + (", or none" if type(None) in kinds else "")
-
-
-# -- types of fields -----------------------------------------------------------------------------------
 
 
 def _number(value: Any) -> Any:
@@ -180,9 +177,6 @@ OBJECT = BeforeValidator(_object)
 Texts = Annotated[list[str] | str, BeforeValidator(_texts)]
 
 
-# -- what there is -------------------------------------------------------------------------------------
-
-
 @functools.cache
 def kinds_of(cls: Any) -> Mapping[str, tuple[Any, ...]]:
     """The alternatives of every field's type, by name: `int | None` is `(int, NoneType)`; for a dataclass."""
@@ -213,9 +207,6 @@ def _said(hint: Any) -> list[Any]:
     """All that a hint says beside its types, and what the alternatives say."""
     inner = [said for part in typing.get_args(hint) for said in _said(part)]
     return [*inner, *getattr(hint, "__metadata__", ())]
-
-
-# -- texts ---------------------------------------------------------------------------------------------
 
 
 def parse_text(text: str, kinds: tuple[Any, ...]) -> Any:

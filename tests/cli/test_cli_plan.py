@@ -19,7 +19,6 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from lema.cli import plan as verb
 from lema.cli.app import app
 from lema.cli.plan_table import show
 from lema.cli.settings import parse_value
@@ -35,6 +34,7 @@ from lema.models.registry import get_adapter
 from lema.planning import probe
 from lema.planning.hardware import Hardware
 from lema.planning.plan import MemoryPlan, describe
+from lema.run import planned as verb
 
 pytestmark = pytest.mark.timeout(120)
 

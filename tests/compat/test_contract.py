@@ -397,7 +397,7 @@ def test_a_resumed_run_is_one_never_stopped(llama: Path, tmp_path: Path, calls: 
         torch.manual_seed(11)
         trainer = model.get_trainer()
         if dtype == "float16":
-            trainer._loss_scale = LossScale(True, 1024.0)  # not the default, so it must be resumed
+            trainer.trainables.loss_scale = LossScale(True, 1024.0)  # not the default, so it must be resumed
         expected = run(trainer, 0, 12)
         state = {n: p.detach().clone() for n, p in adapter_of(model.hf_model).items()}
         steps = trainer.global_step
@@ -406,7 +406,7 @@ def test_a_resumed_run_is_one_never_stopped(llama: Path, tmp_path: Path, calls: 
         torch.manual_seed(11)
         trainer = model.get_trainer()
         if dtype == "float16":
-            trainer._loss_scale = LossScale(True, 1024.0)  # not the default, so it must be resumed
+            trainer.trainables.loss_scale = LossScale(True, 1024.0)  # not the default, so it must be resumed
         assert run(trainer, 0, calls) == expected[:calls]
         trainer.save_checkpoint(tmp_path / "here")
     torch.manual_seed(999)

@@ -102,8 +102,8 @@ class Engine:
     def adopt(self, plain: torch.nn.Module) -> None:
         """Take a plain model's adapter."""
         randomise(plain, self.trainer.model)
-        if self.trainer._masters is not None:
-            self.trainer._masters.adopt()
+        if self.trainer.trainables.masters is not None:
+            self.trainer.trainables.masters.copy_from_model()
 
     def step(self, seed: int) -> tuple[float, Gradients]:
         torch.manual_seed(seed)

@@ -526,7 +526,7 @@ def test_a_whole_window_runs_no_more_rows_at_once_than_a_call(tiny: Any, setting
             with_kwargs=True,
         )
         ids = torch.randint(3, 90, (6, LENGTH), generator=torch.Generator().manual_seed(1))
-        with trainer.whole_windows():
+        with trainer.external_loop():
             trainer.train_step(ids, ids)
         assert trainer.global_step == 1
     assert set(seen) == {settings.get("micro_batch_size", 2)}
@@ -817,7 +817,7 @@ def test_a_chunked_head_in_half_precision(tmp_path: Path, dtype: torch.dtype, in
     batch = padded_batch(ROWS, LENGTH)
     expected_loss, plain = plain_step(pair.plain, batch)
     trainer = recording_trainer(pair.model)
-    trainer._loss_scale = LossScale(False)
+    trainer.trainables.loss_scale = LossScale(False)
     loss, found = lema_step(pair.model, batch, trainer)
     assert relative(loss, expected_loss) <= 1e-2
     assert_as_exact_as_plain(pair.reference(batch), plain, found, floor=4 * torch.finfo(dtype).eps)

@@ -218,7 +218,7 @@ def test_three_unequal_calls_and_a_part_of_a_window_are_the_one_large_batch(few_
     expected_loss, plain = plain_step(few_pair.plain, whole)
     reference = few_pair.reference(whole)
     trainer = recording_trainer(few_pair.model)
-    trainer._window.length = 4
+    trainer.window.length = 4
     losses, targets = [], []
     for rows in (slice(0, 2), slice(2, 7), slice(7, 9)):
         piece = {name: value[rows] for name, value in whole.items()}
@@ -302,7 +302,7 @@ def test_half_precision_out_of_a_float32_file(tiny: Any, family: str, dtype: tor
     scale = 1.0
     if dtype == torch.float16:
         scale = 256.0
-        trainer._loss_scale = LossScale(True, scale)
+        trainer.trainables.loss_scale = LossScale(True, scale)
     expected_loss, expected = plain_step(pair.plain, batch, scale)
     loss, found = lema_step(pair.model, batch, trainer)
     assert relative(loss, expected_loss) <= 1e-6

@@ -54,8 +54,8 @@ def test_same_numbers_as_beside_the_parameters(llama: Path) -> None:
     steps = batches(8)
     there, losses = trained(llama, steps, optimizer_place="host")
     here, expected = trained(llama, steps)
-    assert there._masters is not None
-    assert here._masters is None
+    assert there.trainables.masters is not None
+    assert here.trainables.masters is None
     assert losses == expected
     assert all(torch.equal(a, b) for a, b in zip(adapters(there), adapters(here), strict=True))
     assert there.last_step.grad_norm == here.last_step.grad_norm
@@ -64,7 +64,7 @@ def test_same_numbers_as_beside_the_parameters(llama: Path) -> None:
 def test_parameters_hold_no_gradients_after_the_backward(llama: Path) -> None:
     trainer, _ = trained(llama, batches(1), optimizer_place="host")
     assert all(p.grad is None for p in trainer.lora_manager.get_trainable_parameters())
-    assert all(m.grad is not None for m in trainer._masters.masters)
+    assert all(m.grad is not None for m in trainer.trainables.masters.masters)
 
 
 def test_resumes_inside_a_window_bit_for_bit(llama: Path, tmp_path: Path) -> None:

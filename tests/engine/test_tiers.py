@@ -95,8 +95,8 @@ def numbers(llama: Path, plan: MemoryPlan, steps: int = 3, **settings: Any) -> l
     plain = plain_model(llama, dropout=settings.get("dropout", 0.0))
     engine = Engine(llama, plan, **settings)
     randomise(plain, engine.trainer.model)
-    if engine.trainer._masters is not None:
-        engine.trainer._masters.adopt()
+    if engine.trainer.trainables.masters is not None:
+        engine.trainer.trainables.masters.copy_from_model()
     results = []
     for step in range(steps):
         torch.manual_seed(step)
@@ -169,8 +169,8 @@ def test_a_device_whose_pinning_is_refused_gives_the_same_numbers(llama: Path) -
     device = SimulatedDevice(seed=5, longest_pause=0.001, pinning_refused=True)
     engine = Engine(llama, PLANS["everything"], device)
     randomise(plain, engine.trainer.model)
-    assert engine.trainer._masters is not None
-    engine.trainer._masters.adopt()
+    assert engine.trainer.trainables.masters is not None
+    engine.trainer.trainables.masters.copy_from_model()
     _, expected = plain_step(plain, batch())
     engine.trainer.train_step(batch())
     assert not differing(expected, recorded(engine.trainer, engine.trainer.model))

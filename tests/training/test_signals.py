@@ -209,7 +209,7 @@ def test_a_signal_while_an_error_of_a_step_is_cleared_up(parts: Any, tmp_path: P
 
 
 def test_only_one_signal_leaves_what_is_under_way() -> None:
-    with StopSignals(lambda: True) as signals:
+    with StopSignals() as signals, signals.abandonable(lambda: True):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(StepAbandoned):
             signal.raise_signal(signal.SIGTERM)

@@ -19,7 +19,6 @@ from lema.engine.loss_scale import LossScale
 from lema.engine.trainer import LemaTrainer
 from lema.engine.update import step_optimizer
 from lema.errors import CheckpointError, ConfigError, NonFiniteError, ReadError
-from lema.run.trainer_engine import TrainerMachine
 from lema.training.config import TrainingConfig
 from lema.training.evaluation import evaluate
 from lema.training.metrics import read_lines
@@ -213,7 +212,7 @@ def test_packing_and_padding_side_leave_the_loss_as_it_is(model: Path, rows: Pat
     settings = {**settings_of(model, rows, tmp_path), "eval_size": 0}
     found = {}
     with lema_model(model) as streamed:
-        machine = TrainerMachine(streamed.get_trainer())
+        trainer = streamed.get_trainer()
         for name, change in (("plain", {}), ("packed", {"packing": True}), ("left", {}), ("pairs", {"batch_size": 1})):
             run = RunConfig.from_dict({**settings, **change})
             data = load_data(
@@ -221,7 +220,7 @@ def test_packing_and_padding_side_leave_the_loss_as_it_is(model: Path, rows: Pat
                 padding_side="left" if name == "left" else "right",
             )  # fmt: skip
             batches = [next(data.train) for _ in range(data.train.steps_per_epoch)]
-            found[name] = evaluate(machine, batches)
+            found[name] = evaluate(trainer, batches)
     targets = {metrics["eval_targets"] for metrics in found.values()}
     assert len(targets) == 1
     for metrics in found.values():
@@ -245,11 +244,10 @@ def test_token_accuracy_is_that_of_the_whole_logits(model: Path, settings: dict[
         hinted["labels"][2] = batch["labels"][2]
         shifted = torch.nn.functional.pad(hinted["labels"], (0, 1), value=-100)[:, 1:]
         expected = int((best == shifted).sum())
-        machine = TrainerMachine(trainer)
-        summed, count, correct = machine.evaluate(batch)
+        summed, count, correct = trainer.evaluate(batch)
         assert (count, correct) == (int((targets != -100).sum()), right)
         assert relative(summed / count, loss or 0.0) < 1e-6
-        assert machine.evaluate(hinted)[2] == expected > 40
+        assert trainer.evaluate(hinted)[2] == expected > 40
 
 
 # -- numbers that are not finite -------------------------------------------------------------------
@@ -325,13 +323,13 @@ def test_patience_and_the_best_adapter(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = {1: 3.0, 2: 2.5, 3: 2.0, 4: 2.25, 5: 2.0625}
-    real = TrainerMachine.evaluate
+    real = LemaTrainer.evaluate
 
-    def scripted(machine: TrainerMachine, inputs: Any) -> tuple[float, int, int]:
-        _, targets, right = real(machine, inputs)
-        return losses[machine.trainer.global_step] * targets, targets, right
+    def scripted(trainer: LemaTrainer, inputs: Any) -> tuple[float, int, int]:
+        _, targets, right = real(trainer, inputs)
+        return losses[trainer.global_step] * targets, targets, right
 
-    monkeypatch.setattr(TrainerMachine, "evaluate", scripted)
+    monkeypatch.setattr(LemaTrainer, "evaluate", scripted)
     settings = {
         **settings_of(model, rows, tmp_path), "eval_steps": 1, "early_stopping_patience": 2,
         "load_best_model_at_end": True, "num_train_epochs": 6, "save_total_limit": 1, "sample_prompts": [],

@@ -17,7 +17,6 @@ from ..data.config import DataConfig
 from ..errors import ConfigError
 from .extensions import Extensible
 from .paths import expands_paths
-from .plan import adapter_of
 from .settings import split_settings
 
 if TYPE_CHECKING:
@@ -152,6 +151,7 @@ def as_dict(one: Checked) -> dict[str, Any]:
 def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[DataConfig, str, int, ModelLimits | None]:
     """Settings of the data, the model, the length and what the model takes: of a run's file, whose other settings are
     held against it as `lema train` does, or of the command line alone."""
+    from ..run.planned import adapter_of
     from ..run.training import check_run, limits_of
     from ..training.run_config import RunConfig, parse_overrides
 

@@ -155,8 +155,7 @@ def _rows(
 
 
 def _results(chat_model: ChatModel, rows: BatchStream, alone: bool) -> dict[str, dict[str, Any]]:
-    from ..run.trainer_engine import evaluate_batch
-    from ..training.evaluation import evaluate_with
+    from ..training.evaluation import evaluate
 
     trainer = chat_model.model.get_trainer()
     adapted = chat_model.model.lora_manager is not None
@@ -167,7 +166,7 @@ def _results(chat_model: ChatModel, rows: BatchStream, alone: bool) -> dict[str,
     for name, bare in arms:
         model: Any = chat_model.model.hf_model
         with model.disable_adapter() if bare else nullcontext():
-            results[name] = evaluate_with(lambda inputs: evaluate_batch(trainer, inputs), rows)
+            results[name] = evaluate(trainer, rows)
     return results
 
 

@@ -140,7 +140,7 @@ class Outlook:
             boundaries=_first(config.boundaries, "device" if free else None),
             optimizer=_first(config.optimizer_place, "device" if free else None),
             host_slots=config.slots,
-            device_slots=_device_slots(config),
+            device_slots=max(config.vram_buffer_size, 2),
         )
 
 
@@ -183,29 +183,19 @@ def assemble_memory(
     backend = None if torch.device(config.device).type == "cpu" else AcceleratorBackend(config.device)
     with explained(config.device, plan):
         return TripleBufferManager(
-            gbi,
-            adapter,
-            device=config.device,
-            strategy=config.strategy,
-            num_readers=config.num_readers,
-            prefetch_depth=config.prefetch_depth,
-            plan=plan,
-            floor=floor,
-            backend=backend,
-        )
+            gbi, adapter, config.device, config.strategy, num_readers=config.num_readers,
+            prefetch_depth=config.prefetch_depth, plan=plan, floor=floor, backend=backend,
+        )  # fmt: skip
 
 
 def plain_plan(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryIndex) -> MemoryPlan:
     """The plan of a config that gives no budget and decides nothing."""
-    return plan_without_budget(
+    plan = plan_without_budget(
         gbi, adapter, device=torch.device(config.device).type, strategy=config.strategy, host_slots=config.slots,
-        device_slots=_device_slots(config), batch=config.batch_size, seq=config.max_seq_length,
-        micro_batch_size=config.micro_batch_size,
+        device_slots=max(config.vram_buffer_size, 2),
     )  # fmt: skip
-
-
-def _device_slots(config: LemaConfig) -> int:
-    return max(config.vram_buffer_size, 2)
+    rows = config.batch_size
+    return replace(plan, batch=rows, seq=config.max_seq_length, micro_batch_size=config.micro_batch_size or rows)
 
 
 def lora_settings(config: LemaConfig, adapter: LemaModelAdapter) -> dict[str, Any]:

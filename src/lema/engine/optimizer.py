@@ -12,16 +12,14 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..machine.heap import give_back_idle_heap
-from ..models.lora import LoRAManager
 from ..storage.views import keep_apart
 
 _MOVED_BYTES = 16 << 20
 
 
-def default_optimizer(lora: LoRAManager | None, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW over the adapters; over nothing where there are none."""
-    parameters = [nn.Parameter(torch.empty(0))] if lora is None else lora.get_trainable_parameters()
-    return torch.optim.AdamW(parameters, lr=learning_rate)
+def default_optimizer(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW over the parameters; over an empty one where there are none."""
+    return torch.optim.AdamW(list(parameters) or [nn.Parameter(torch.empty(0))], lr=learning_rate)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, own: Sequence[nn.Parameter]) -> None:

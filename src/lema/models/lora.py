@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -25,6 +25,7 @@ from ..compat.adapter_file import load_original
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..json_file import read_object
 from ..typed import shortened
+from .trained import HoldsModel, Trained
 
 __all__ = ["LoRAManager"]
 
@@ -48,14 +49,7 @@ _REFUSED = {
 }
 
 
-class HoldsModel(Protocol):
-    """An adapter whose whole model can be asked for."""
-
-    def causal_lm(self) -> Any:
-        """The model; see `lema.models.causal_lm.CausalLM`."""
-
-
-class LoRAManager:
+class LoRAManager(Trained):
     """Owner of a model's LoRA parameters.
 
     Args:
@@ -143,10 +137,6 @@ class LoRAManager:
             self.load_pretrained(self._pending)
         return self.peft_model
 
-    def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """The LoRA parameters, in the model's order; the same objects from first step to last."""
-        return [parameter for _, parameter in self.named_parameters()]
-
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names within PEFT's model, and parameters."""
         return [(name, p) for name, p in self.peft_model.named_parameters() if p.requires_grad]
@@ -213,7 +203,6 @@ class LoRAManager:
         load_original(file, dict(self.named_parameters()), self._layers_path())
 
     def _layers_path(self) -> str:
-        assert self._layers is not None
         return next(name for name, module in self.peft_model.named_modules() if module is self._layers)
 
     @staticmethod

@@ -30,9 +30,6 @@ def plan_without_budget(
     strategy: MemoryStrategy,
     host_slots: int,
     device_slots: int,
-    batch: int = 0,
-    seq: int = 0,
-    micro_batch_size: int | None = None,
 ) -> MemoryPlan:
     """What is kept where if nobody counts bytes: nothing is searched, measured or predicted.
 
@@ -41,7 +38,9 @@ def plan_without_budget(
 
     Args:
         device: kind of the device that computes, 'cpu' among them.
-        batch, seq: of the rows that are expected; 0: nothing is known of them.
+
+    Returns:
+        A plan that says nothing of batches: no rows are expected, and micro-batches are as large as they come.
     """
     units = model.unit_sources(gbi)
     everything, on_cpu, resident = tuple(range(len(units))), device == "cpu", strategy is MemoryStrategy.RESIDENT
@@ -51,8 +50,8 @@ def plan_without_budget(
     return MemoryPlan(
         device=device, on_device=(), in_ram=everything if resident and not on_cpu else (),
         from_disk=() if resident else everything, keep_activations=(), host_slots=host_slots,
-        device_slots=device_slots, batch=batch, seq=seq, micro_batch_size=micro_batch_size or batch,
-        loss_chunk_size=None, loss_by_batch=True, head="streamed" if head_streams else "mapped", head_rows=0,
+        device_slots=device_slots, batch=0, seq=0, micro_batch_size=0, loss_chunk_size=None,
+        loss_by_batch=True, head="streamed" if head_streams else "mapped", head_rows=0,
         boundaries="device", optimizer="device",
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""From a trainer and whatever data is at hand to a run.
+"""A trainer and whatever data is at hand, put together to a run.
 
 It knows what a run needs and where it is to be had; it knows nothing of what happens in one.
 """
@@ -35,7 +35,6 @@ from ..training.run import RunData, check_evaluation, run_training
 from ..training.run_config import RunConfig
 from ..training.sampling import Sampler
 from ..training.start import Start, choose_start
-from .trainer_engine import TrainerMachine
 
 
 def train_with(
@@ -83,7 +82,8 @@ def train_run(
     trainer: LemaTrainer, run: RunConfig, data: Data | RunData, tokenizer: Any, folder: CheckpointFolder, start: Start,
     view: View, callbacks: Sequence[Any] = (),
 ) -> TrainResult:  # fmt: skip
-    """Train a run whose folder is open and whose start is chosen."""
+    """Train a run whose folder is open and whose start is chosen; `ConfigError` if there is nothing to train."""
+    trainer.trainables.require("nothing can be trained")
     ask = _asker(data, tokenizer)
     sampler = None
     if run.training.sample_prompts:
@@ -97,12 +97,11 @@ def train_run(
         limits_of(trainer.lm).check_length(run.lema.max_seq_length)
     if start.checkpoint is None:
         _seed(run.lema.seed)
-    with trainer.whole_windows():
-        return run_training(
-            TrainerMachine(trainer), RunData(data.train, data.eval, data.summary), run, folder, start, view=view,
-            sampler=sampler, write_tokenizer=None if tokenizer is None else tokenizer.save_pretrained,
-            callbacks=callbacks, always={"processing_class": tokenizer, "tokenizer": tokenizer},
-        )  # fmt: skip
+    return run_training(
+        trainer, RunData(data.train, data.eval, data.summary), run, folder, start, view=view,
+        sampler=sampler, write_tokenizer=None if tokenizer is None else tokenizer.save_pretrained,
+        callbacks=callbacks, always={"processing_class": tokenizer, "tokenizer": tokenizer},
+    )  # fmt: skip
 
 
 def check_run(run: RunConfig, lm: CausalLM | None, has_evaluation: bool) -> None:
@@ -134,20 +133,25 @@ def open_data(
     run: RunConfig, tokenizer: Any, dataset: Any = None, eval_dataset: Any = None, lm: CausalLM | None = None
 ) -> Data | RunData:
     """Batches of what was given; without it, of the configuration's files."""
-    has_evaluation = bool(run.data.eval_file or run.data.eval_size or eval_dataset is not None)
-    if not _has_batches(dataset):
-        check_run(run, lm, has_evaluation)
-    if dataset is None or isinstance(dataset, (str, os.PathLike)) or not _has_batches(dataset):
-        named = isinstance(dataset, (str, os.PathLike))
-        config = run.replace(train_file=os.fspath(dataset)).data if named else run.data
-        return load_data(
-            config, tokenizer, max_seq_length=run.lema.max_seq_length, rows_per_step=run.rows_per_step,
-            seed=run.lema.seed, train_rows=None if named else dataset, eval_rows=eval_dataset,
-            limits=ModelLimits() if lm is None else limits_of(lm),
-        )  # fmt: skip
     if isinstance(dataset, (Data, RunData)):
         return dataset
-    return RunData(dataset, eval_dataset)
+    if _has_batches(dataset):
+        return RunData(dataset, eval_dataset)
+    return load_rows(run, tokenizer, dataset, eval_dataset, lm)
+
+
+def load_rows(
+    run: RunConfig, tokenizer: Any, rows: Any = None, eval_rows: Any = None, lm: CausalLM | None = None
+) -> Data:
+    """Batches of rows, of the file at a path, or of the configuration's files; see `check_run` for what is refused."""
+    check_run(run, lm, bool(run.data.eval_file or run.data.eval_size or eval_rows is not None))
+    named = isinstance(rows, (str, os.PathLike))
+    config = run.replace(train_file=os.fspath(rows)).data if named else run.data
+    return load_data(
+        config, tokenizer, max_seq_length=run.lema.max_seq_length, rows_per_step=run.rows_per_step,
+        seed=run.lema.seed, train_rows=None if named else rows, eval_rows=eval_rows,
+        limits=ModelLimits() if lm is None else limits_of(lm),
+    )  # fmt: skip
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:

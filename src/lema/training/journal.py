@@ -27,7 +27,7 @@ class Journal:
         self._metrics = JsonLines(folder / METRICS_FILE)
         self._samples = JsonLines(folder / SAMPLES_FILE)
         self._failing = False
-        self.goes_on = self._metrics.goes_on
+        self.resumed = self._metrics.resumed
         """Whether a run before wrote here."""
 
     def step(self, line: dict[str, Any]) -> None:
