@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..storage.atomic import replaced_file
 
 _TEMPLATE = """\
 # Written by `lema init`. Every setting may also be given as --set name=value.
@@ -97,14 +98,9 @@ def init(
     )  # fmt: skip
     text = _aligned(text)
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    try:
+    with replaced_file(out) as aside:
+        aside.write_text(text, encoding="utf-8")
         RunConfig.from_yaml(aside)
-    except ConfigError:
-        aside.unlink()
-        raise
-    aside.replace(out)
     typer.echo(f"{out}: {len(rows):,} rows of the form {kind}, {dtype} on {device}")
     if len(rows) < 100:
         typer.echo("fewer than 100 rows: none is held out to evaluate on; eval_size or eval_file changes that")
