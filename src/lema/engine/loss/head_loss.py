@@ -16,7 +16,7 @@ from ...config import LemaConfig
 from ...errors import UnsupportedError
 from ...models.causal_lm import CausalLM
 from ...streaming.head import SLICE_BYTES, HeadChunks, SlicedHead
-from ...streaming.memory import HEAD, TripleBufferManager
+from ...streaming.memory import TripleBufferManager
 from ...streaming.timeline import COMPUTE
 from .positions import LossResult, compute_loss
 from .vocabulary import check_head, vocabulary_logits, vocabulary_loss
@@ -82,7 +82,7 @@ class HeadLoss:
         if chunks is not None:
             with self._memory.timeline.span(COMPUTE, "head and loss"):
                 return self._pieces(hidden, targets, denominator, chunks, chunk, with_logits, wanted)
-        with self._memory.use(HEAD):
+        with self._memory.use(self._memory.head_unit):
             if chunk is not None and self._slices_head():
                 assert self._lm.head is not None
                 weight: Any = self._lm.head.weight

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ...streaming.arguments import BatchRules
-from ...streaming.head import HEAD
 from ...streaming.memory import TripleBufferManager
 from ...streaming.recompute import Batching, StreamedLayer
 from .vocabulary import HeadChunks, chunked_linear
@@ -19,7 +18,7 @@ class StreamedHead(StreamedLayer):
     to the last chunk's gradient, it is an ordinary layer; else it is replayed like the others."""
 
     def __init__(self, head: nn.Module, memory: TripleBufferManager) -> None:
-        super().__init__(HEAD, head, memory, Batching(None, BatchRules))
+        super().__init__(memory.head_unit, head, memory, Batching(None, BatchRules))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.memory.holds_head or (args and args[0].numel() == 0):
