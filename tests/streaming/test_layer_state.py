@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_codecs import sources_of, write
 
+from int4 import sources_of, write
 from lema.errors import BindingError, StreamingError
 from lema.storage.index import GlobalBinaryIndex
 from lema.storage.layout import ParameterSource
