@@ -101,9 +101,8 @@ def _lema(options: argparse.Namespace, ids: Any) -> Driver:
 
 
 def _lema_io(options: argparse.Namespace) -> Driver:
-    """A step's visits, with the same slots and readers, and nothing computed in between."""
+    """A step's accesses, with the same slots and readers, and nothing computed in between."""
     import lema
-    from lema.streaming.memory import HEAD
     from lema.streaming.schedule import Schedule
 
     model = lema.LemaModel(lema_config(options))
@@ -112,15 +111,15 @@ def _lema_io(options: argparse.Namespace) -> Driver:
 
     def step() -> float:
         memory.predict(schedule)
-        for number, visit in enumerate(schedule.visits):
+        for number, access in enumerate(schedule.accesses):
             if number == memory.num_units:  # the turn
                 if (chunks := memory.head_chunks) is not None:
                     for chunk in range(len(chunks.ranges)):
                         with chunks.use(chunk):
                             pass
-                with memory.use(HEAD):
+                with memory.use(memory.head_unit):
                     pass
-            with memory.use(visit.unit, visit.phase):
+            with memory.use(access.unit, access.phase):
                 pass
         return 0.0
 

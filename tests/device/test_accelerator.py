@@ -26,10 +26,11 @@ from lema.streaming import accelerator as accelerator_module
 from lema.streaming import pins as pins_module
 from lema.streaming.accelerator import PIECE_BYTES, STAGING_BYTES, AcceleratorBackend, DeviceEvent, HostPins, cut
 from lema.streaming.boundaries import BoundaryStore, Handle, KeptBoundaries, OffloadedBoundaries
-from lema.streaming.ring import Load, Ring
+from lema.streaming.device_tier import DeviceTier
 from lema.streaming.schedule import Phase, Schedule
 from lema.streaming.simulated import SimulatedDevice, SimulatedEvent
-from lema.streaming.transport import DeviceTier
+from lema.streaming.slot_cache import Load, SlotCache
+from lema.streaming.tiers import Tier
 
 pytestmark = pytest.mark.timeout(120)
 needs_device = pytest.mark.accelerator
@@ -151,7 +152,7 @@ def test_a_device_that_is_lost_is_told_to_everybody_and_its_host_slot_stays(tmp_
 
     run = Run(tmp_path, Shape(1, units=5, depth=1), device=LosesTheDevice)
     with pytest.raises(RuntimeError, match="device lost"):
-        run.sweep(Schedule.training(5).visits)
+        run.sweep(Schedule.training(5).accesses)
     assert run.end() == []
 
 
@@ -312,7 +313,7 @@ UNITS = 6
 
 
 def tier_of(backend: AcceleratorBackend, pool: ThreadPoolExecutor, contents: list[torch.Tensor], pin: bool) -> Any:
-    """Host ring, tier and host buffers; units are written into their host slots by the pool's threads."""
+    """Host cache, tier and host buffers; units are written into their host slots by the pool's threads."""
     slots = {unit: unit % 2 for unit in range(UNITS)}
     sizes = {unit: len(content) for unit, content in enumerate(contents)}
     buffers = [page_aligned(max(sizes.values())) for _ in range(2)]
@@ -326,9 +327,9 @@ def tier_of(backend: AcceleratorBackend, pool: ThreadPoolExecutor, contents: lis
         buffers[load.slot][: sizes[load.unit]].copy_(contents[load.unit])
         host.finished(load)
 
-    host = Ring(slots, plan.loads(slots), 2, lambda load: pool.submit(read, load))
+    host = SlotCache(slots, plan.loads(slots), 2, lambda load: pool.submit(read, load))
     return SimpleNamespace(
-        host=host, plan=plan, tier=DeviceTier(backend, host, buffers, slots, plan, 2, moves), buffers=buffers
+        host=host, plan=plan, tier=DeviceTier(backend, Tier(host, buffers), slots, plan, 2, moves), buffers=buffers
     )
 
 
@@ -336,24 +337,24 @@ def tier_of(backend: AcceleratorBackend, pool: ThreadPoolExecutor, contents: lis
 @pytest.mark.parametrize("pin", [True, False], ids=["pinned", "staged"])
 def test_the_tier_brings_the_right_bytes_under_load(backend: AcceleratorBackend, busy: Any, pin: bool) -> None:
     contents = [noise((8 << 20) + 4096 * unit + unit, unit) for unit in range(UNITS)]
-    visits = [*Schedule.training(UNITS).visits] * 3
-    seen = [torch.empty(len(contents[visit.unit]), dtype=torch.uint8, device=backend.device) for visit in visits]
+    accesses = [*Schedule.training(UNITS).accesses] * 3
+    seen = [torch.empty(len(contents[access.unit]), dtype=torch.uint8, device=backend.device) for access in accesses]
     with ThreadPoolExecutor(2) as pool:
         parts = tier_of(backend, pool, contents, pin)
         allocated = allocations(backend)
-        for place, visit in zip(seen, visits, strict=True):
-            slot = parts.tier.acquire(visit.unit, visit.phase)
+        for place, access in zip(seen, accesses, strict=True):
+            slot = parts.tier.acquire(access.unit, access.phase)
             busy()
             place.copy_(parts.tier.buffers[slot][: len(place)])
-            parts.tier.release(visit.unit)
+            parts.tier.release(access.unit)
         assert allocations(backend) == allocated
         wait(backend, "weights")
-        parts.tier.ring.close()
+        parts.tier.cache.close()
         parts.host.close()
         parts.tier.stop()
-    for place, visit in zip(seen, visits, strict=True):
-        assert torch.equal(place.cpu(), contents[visit.unit]), f"{visit}"
-    assert parts.plan.visits[0].phase is Phase.FORWARD
+    for place, access in zip(seen, accesses, strict=True):
+        assert torch.equal(place.cpu(), contents[access.unit]), f"{access}"
+    assert parts.plan.accesses[0].phase is Phase.FORWARD
 
 
 def allocations(backend: AcceleratorBackend) -> int:

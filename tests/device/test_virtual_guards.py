@@ -80,21 +80,21 @@ def without(places: str, events: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def wrong_units(backend: AcceleratorBackend) -> list[int]:
     """Units of one training step that computation did not find as they are on disk."""
     contents = [noise(NBYTES + 512 * unit, unit) for unit in range(UNITS)]
-    visits = Schedule.training(UNITS).visits
-    seen = [torch.empty(len(contents[visit.unit]), dtype=torch.uint8, device=backend.device) for visit in visits]
+    accesses = Schedule.training(UNITS).accesses
+    seen = [torch.empty(len(contents[access.unit]), dtype=torch.uint8, device=backend.device) for access in accesses]
     with ThreadPoolExecutor(2) as pool:
         parts = tier_of(backend, pool, contents, pin=True)
-        for place, visit in zip(seen, visits, strict=True):
-            slot = parts.tier.acquire(visit.unit, visit.phase)
+        for place, access in zip(seen, accesses, strict=True):
+            slot = parts.tier.acquire(access.unit, access.phase)
             place.copy_(parts.tier.buffers[slot][: len(place)])
-            parts.tier.release(visit.unit)
+            parts.tier.release(access.unit)
         torch.accelerator.synchronize()
-        parts.tier.ring.close()
+        parts.tier.cache.close()
         parts.host.close()
         parts.tier.stop()
         for buffer in parts.buffers:
             backend.unpin(buffer)
-    return [v.unit for place, v in zip(seen, visits, strict=True) if not torch.equal(place.cpu(), contents[v.unit])]
+    return [v.unit for place, v in zip(seen, accesses, strict=True) if not torch.equal(place.cpu(), contents[v.unit])]
 
 
 TIER = {

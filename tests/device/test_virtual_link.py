@@ -12,9 +12,9 @@ import torch
 
 from families import save_tiny
 from helpers import lema_model, padded_batch
-from lema.streaming.ring import Load
+from lema.streaming.device_tier import DeviceTier
+from lema.streaming.slot_cache import Load
 from lema.streaming.timeline import COPY
-from lema.streaming.transport import DeviceTier
 from virtual_device.controls import Controls
 
 pytestmark = [pytest.mark.accelerator, pytest.mark.timeout(240)]
@@ -73,7 +73,7 @@ def a_long_generation(virtual: Controls, folder: Path, tokens: int) -> None:
         objects, nbytes = kept(virtual)
         generate(tokens)
         later, later_bytes = kept(virtual)
-        pairs = model.memory._lane._tier._waits  # type: ignore[union-attr]
+        pairs = model.memory._tier._waits
         assert len(pairs._open) + len(pairs._spare) < 64
     assert later_bytes <= nbytes + 4096
     assert later - objects < tokens / 4, "less than an object for every fourth token"

@@ -226,7 +226,7 @@ def test_a_layer_that_stays_is_loaded_once(llama: Llama) -> None:
     trainer = llama.trainer(made_plan(ram=2))
     loaded: Counter[int] = Counter()
     submit = trainer.memory._reader.submit
-    extents = {layout.extents[0]: unit for unit, layout in trainer.memory._layouts.items()}
+    extents = {state.layout.extents[0]: state.unit for state in trainer.memory._layers if state.layout is not None}
 
     def noting(job: Any) -> None:
         loaded[extents.get(job.extents[0], -1)] += 1
@@ -558,7 +558,7 @@ def test_weights_that_are_converted_at_each_use(tiny: Any, family: str) -> None:
         plan = plan_of(pair)
         assert plan.keep_activations == ()
         assert plan.head == "resident"
-        assert pair.model.memory._scratch.numel() > 0
+        assert pair.model.memory._scratch.buffer.numel() > 0
         expected_loss, expected = plain_step(pair.plain, batch)
         trainer = recording_trainer(pair.model)
         for _ in range(2):

@@ -16,7 +16,6 @@ from families import save_tiny
 from lema import LemaConfig, LemaModel
 from lema.errors import CheckpointError, ReadError, WeightsError
 from lema.models.lora import LoRAManager
-from lema.streaming.head import HEAD
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -89,7 +88,7 @@ def test_a_step_reads_the_head_once_and_gives_its_memory_back(tmp_path: Path) ->
     head = model.memory._head
     assert head is not None
     assert not model.memory.holds_head
-    assert not bool(head.view.any()), "the pages of a released head read as zeros"
+    assert not bool(head.in_slot[0].any()), "the pages of a released head read as zeros"
     model.close()
 
 
@@ -126,11 +125,11 @@ def test_a_head_held_over_a_forward_is_still_there_afterwards(tmp_path: Path) ->
     head = model.memory._head
     assert head is not None
     for _ in range(2):
-        with model.memory.use(HEAD):
+        with model.memory.use(model.memory.head_unit):
             for unit in range(model.memory.num_units):
                 with model.memory.use(unit):
                     pass
-            assert torch.equal(head.view, expected)
+            assert torch.equal(head.in_slot[0], expected)
     model.close()
 
 

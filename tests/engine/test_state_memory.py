@@ -49,14 +49,14 @@ def test_the_optimizers_state_is_never_there_twice(monkeypatch: pytest.MonkeyPat
     made.step()
     before = {id(w): made.state[w]["exp_avg_sq"].clone() for w in weights}
     resident: list[int] = []
-    real = optimizer.keep_apart
+    real = optimizer.copy_to_own_pages
 
     def watched(value: torch.Tensor) -> torch.Tensor:
         copy = real(value)
         resident.append(heap.resident_bytes())
         return copy
 
-    monkeypatch.setattr(optimizer, "keep_apart", watched)
+    monkeypatch.setattr(optimizer, "copy_to_own_pages", watched)
     start = heap.resident_bytes()
     optimizer.keep_state_apart(made)
     assert max(resident) - start < 48 * MIB, "of 128 MiB"

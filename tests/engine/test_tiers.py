@@ -146,7 +146,7 @@ def test_what_stays_is_read_once_and_the_rest_passes_as_often_as_slots_demand(ll
     read = [b[1] - a[1] for a, b in pairwise(seen[1:])]
     passing = LAYERS - len(plan.on_device)
     assert set(loads) == {2 * max(passing - plan.device_slots, 0)}
-    unit = engine.memory._layouts[0].read_bytes
+    unit = engine.memory._layers[0].layout.read_bytes
     assert max(read) <= 2 * len(plan.from_disk) * unit
     if not plan.from_disk:
         assert set(read) == {0}

@@ -193,7 +193,7 @@ def test_gpt2_files_of_the_hub_lack_the_prefix_and_carry_masks(tmp_path: Path) -
 
 
 def _first_linear(manager: TripleBufferManager, unit: int) -> torch.Tensor:
-    return next(t for t in manager._bound[unit].in_slot if t.dim() == 2)
+    return next(t for t in manager._layers[unit].in_slot if t.dim() == 2)
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
@@ -203,7 +203,7 @@ def test_a_saved_weight_overwritten_by_a_load_raises_at_backward(
     model = lema_model(llama, prefetch_depth=0)
     manager = model.memory
     if not guarded:
-        monkeypatch.setattr(manager._lane.ring, "on_overwrite", lambda load: None)
+        monkeypatch.setattr(manager._tier.cache, "on_overwrite", lambda load: None)
     inputs = torch.randn(3, 32, requires_grad=True)
     with manager.use(0):
         weight = _first_linear(manager, 0)
@@ -234,7 +234,7 @@ def test_a_saved_weight_nobody_overwrote_gives_its_gradient(pair: Pair) -> None:
 
 def test_each_bound_parameter_has_a_version_counter_of_its_own(pair: Pair) -> None:
     manager = pair.model.memory
-    for bound in manager._bound.values():
+    for bound in manager._layers:
         first, *others = bound.in_slot
         before = [t._version for t in others]
         torch.autograd.graph.increment_version(first)
@@ -430,7 +430,7 @@ def test_needs_input_grad_is_honoured(pair: Pair) -> None:
     _, expected = plain_step(pair.plain, padded_batch())
     loss = pair.model.hf_model(**padded_batch()).loss
     loss.backward()
-    assert [u for u, phase in visits if phase == "backward" and u >= 0] == [3, 2]
+    assert [u for u, phase in visits if phase == "backward" and u < memory.num_units] == [3, 2]
     found = gradients_of(pair.model.hf_model)
     assert found.keys() == expected.keys() == {n for n, p in own.items() if p.requires_grad}
     assert not differing(expected, found)
@@ -605,7 +605,7 @@ def test_poison_makes_a_skipped_load_visible(llama: Path, skipped: bool, monkeyp
     submit = memory._reader.submit
 
     def skipping(job: Any) -> None:
-        if skipped and job.extents == memory._layouts[2].extents:
+        if skipped and job.extents == memory._layers[2].layout.extents:
             job = ReadJob([], job.buffer, job.cancelled, job.done)
         submit(job)
 

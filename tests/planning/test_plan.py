@@ -21,7 +21,7 @@ from lema.planning.hardware import Hardware
 from lema.planning.plan import Choices, LayerCost, LossCost, MemoryPlan, ModelSizes, Workload, describe, evenly
 from lema.planning.planner import make_plan
 from lema.planning.step_time import _FAULT_BYTES_PER_S, CPU_EFFICIENCY
-from lema.streaming.memory import place
+from lema.streaming.tiers import place
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -377,6 +377,11 @@ def test_listening_leaves_the_engine_as_it_was(model: Path, here: None) -> None:
     assert counters.Device("cpu").numbers() == {}
 
 
+def test_rows_separate_what_overlaps_and_are_as_few_as_can_be() -> None:
+    assert trace.rows([(0, 2), (1, 3), (2, 4), (2.5, 3.5), (3, 5)]) == [0, 1, 0, 2, 1]
+    assert trace.rows([]) == []
+
+
 def test_an_arm_is_a_process_of_its_own_with_its_own_peak(model: Path, tmp_path: Path) -> None:
     arm = processes.Arm("real", "lema", model, {"dtype": "bfloat16", "tokens": 16, "rank": 2, "steps": 2})
     limit = 2 * 10**9

@@ -216,7 +216,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 
 def test_missing_tensors_are_listed_with_what_is_similar(single: Path) -> None:
     gbi = GlobalBinaryIndex(single)
-    for lookup in (gbi.record, gbi.view, gbi.advise_random, gbi.let_go):
+    for lookup in (gbi.record, gbi.view, gbi.advise_random, gbi.evict):
         with pytest.raises(MissingTensorError) as caught:
             lookup("layers.0.self_attn.q_proj.weight")
         text = str(caught.value)
@@ -361,7 +361,7 @@ def test_advise_random_covers_the_pages_of_one_tensor(tmp_path: Path) -> None:
 
 
 @linux
-def test_pages_let_go_are_gone_and_come_back(tmp_path: Path) -> None:
+def test_evicted_pages_are_gone_and_come_back(tmp_path: Path) -> None:
     header = {"a": entry("U8", [1 << 20], [0, 1 << 20])}
     file = put(tmp_path, pack(json.dumps(header).ljust(os.sysconf("SC_PAGESIZE") - 8), bytes([7]) * (1 << 20)))
     gbi = GlobalBinaryIndex(file)
@@ -373,7 +373,7 @@ def test_pages_let_go_are_gone_and_come_back(tmp_path: Path) -> None:
 
     assert int(gbi.view("a").to(torch.int64).sum()) == 7 << 20
     assert resident_kib() >= 1 << 10
-    gbi.let_go("a")
+    gbi.evict("a")
     assert resident_kib() <= 64
     assert int(gbi.view("a").to(torch.int64).sum()) == 7 << 20
 

@@ -1,7 +1,7 @@
 """The second tier on a device whose copies come late: right bytes, no faults, and every guard is needed.
 
-One driver sends random visits through files, host slots and device slots, and reads each slot in a stream of its
-own, long after the visit ended. It must find nothing wrong with the tier as it is, and something wrong with every
+One driver sends random accesses through files, host slots and device slots, and reads each slot in a stream of its
+own, long after the access ended. It must find nothing wrong with the tier as it is, and something wrong with every
 tier from which one guard was taken.
 """
 
@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from families import save_tiny
+from helpers import with_mapped
 from lema.config import LemaConfig
 from lema.engine.trainer import LemaTrainer
 from lema.errors import ReadError, StreamingError
@@ -36,11 +37,12 @@ from lema.storage.index import GlobalBinaryIndex, TensorRecord
 from lema.storage.layout import Move, SlotLayout, whole_tensor
 from lema.storage.reader import DiskReader, ReadJob
 from lema.storage.views import page_aligned
+from lema.streaming.device_tier import ComputeWaits, DeviceTier
 from lema.streaming.memory import TripleBufferManager
-from lema.streaming.ring import Load, Ring
-from lema.streaming.schedule import Phase, Schedule, Visit
+from lema.streaming.schedule import Access, Phase, Schedule
 from lema.streaming.simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
-from lema.streaming.transport import ComputeWaits, DeviceTier
+from lema.streaming.slot_cache import Load, SlotCache
+from lema.streaming.tiers import Tier
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -230,11 +232,11 @@ class Run:
             {unit: unit % slots for unit in range(shape.units)} for slots in (shape.host_slots, shape.device_slots)
         )
         self.buffers = [page_aligned(max(sizes.values())) for _ in range(shape.host_slots)]
-        self.host = Ring(host_slot_of, self.plans[0].loads(slot_of), shape.depth, self.fill)
+        self.host = SlotCache(host_slot_of, self.plans[0].loads(slot_of), shape.depth, self.fill)
         moves = {unit: [Move(0, 0, size)] for unit, size in sizes.items()}
-        self.tier = tier(self.device, self.host, self.buffers, slot_of, self.plans[0], max(shape.depth, 1), moves)
+        self.tier = tier(self.device, Tier(self.host, self.buffers), slot_of, self.plans[0], max(shape.depth, 1), moves)
         for name in ("release", "finished"):
-            setattr(self.tier.ring, name, self.then_pause(getattr(self.tier.ring, name)))
+            setattr(self.tier.cache, name, self.then_pause(getattr(self.tier.cache, name)))
 
     def then_pause(self, method: Callable[..., None]) -> Callable[..., None]:
         """Another thread may always run right after a call; here it often does."""
@@ -254,65 +256,60 @@ class Run:
             ReadJob(extents, view, lambda: load.cancelled, lambda error: self.host.finished(load, error))
         )
 
-    def acquire(self, visit: Visit) -> None:
-        """A visit, tried again after every injected error; its bytes are read when the compute stream comes to it."""
+    def acquire(self, access: Access) -> None:
+        """An access, tried again after every injected error; its bytes are read when the compute stream comes to it."""
         slot = None
         while slot is None:
             try:
-                slot = self.tier.acquire(visit.unit, visit.phase)
+                slot = self.tier.acquire(access.unit, access.phase)
             except ReadError as error:
-                if f"'unit{visit.unit}'" not in str(error):
-                    self.wrong.append(f"a visit of unit {visit.unit} was told: {error}")
-        start, expected = self.places[visit.unit], self.bytes[visit.unit]
+                if f"'unit{access.unit}'" not in str(error):
+                    self.wrong.append(f"an access of unit {access.unit} was told: {error}")
+        start, expected = self.places[access.unit], self.bytes[access.unit]
 
         def use(source: torch.Tensor) -> None:
             if not torch.equal(source[start : start + len(expected)], expected):
-                self.wrong.append(f"unit {visit.unit} found other bytes in slot {slot}")
+                self.wrong.append(f"unit {access.unit} found other bytes in slot {slot}")
 
         self.device.read(self.tier.buffers[slot], use)
 
-    def sweep(self, visits: Sequence[Visit]) -> None:
-        """Visits one after the other, sometimes two units in use at once."""
-        held: list[Visit] = []
-        for visit in visits:
-            slot = self.tier.ring.slot_of[visit.unit]
+    def sweep(self, accesses: Sequence[Access]) -> None:
+        """Accesses one after the other, sometimes two units in use at once."""
+        held: list[Access] = []
+        for access in accesses:
+            slot = self.tier.cache.slot_of[access.unit]
             for other in list(held):
-                if self.tier.ring.slot_of[other.unit] == slot or self.draw.random() < 0.7:
+                if self.tier.cache.slot_of[other.unit] == slot or self.draw.random() < 0.7:
                     held.remove(other)
                     self.tier.release(other.unit)
-            self.acquire(visit)
-            held.append(visit)
+            self.acquire(access)
+            held.append(access)
             if self.draw.random() < 0.3:
                 time.sleep(self.draw.random() * PAUSE)
-        for visit in held:
-            self.tier.release(visit.unit)
+        for access in held:
+            self.tier.release(access.unit)
 
     def predict(self, plan: Schedule) -> None:
-        if self.tier.ring.predict(plan):
-            self.host.predict(plan.loads(self.tier.ring.slot_of))
+        self.tier.predict(plan)
 
     def abort(self) -> None:
-        self.tier.ring.abort()
-        self.tier.stop()
-        self.host.abort()
+        self.tier.abort()
         self.reader.stop()
 
     def walk(self, sweeps: int = 3) -> None:
         for _ in range(sweeps):
             plan = self.draw.choice(self.plans)
             self.predict(plan)
-            visits = list(plan.visits) or [Visit(u, Phase.FORWARD) for u in range(self.shape.units)]
+            accesses = list(plan.accesses) or [Access(u, Phase.FORWARD) for u in range(self.shape.units)]
             if self.draw.random() < 0.4:
-                self.draw.shuffle(visits)
-            self.sweep(visits)
+                self.draw.shuffle(accesses)
+            self.sweep(accesses)
             if self.draw.random() < 0.2:
                 self.abort()
 
     def end(self) -> list[str]:
         """Close everything; what was wrong."""
-        self.tier.ring.close()
-        self.host.close()
-        self.tier.stop()
+        self.tier.close()
         self.reader.stop()
         self.device.compute_stream().drain()
         for stream in (self.device.copy_stream(), self.device.compute_stream()):
@@ -384,13 +381,13 @@ def test_an_error_at_one_place_of_the_file_comes_to_its_unit_until_it_is_gone(
     run.predict(plan)
     broken.set()
     for _ in range(2):
-        run.sweep(plan.visits[:4])
+        run.sweep(plan.accesses[:4])
         for _ in range(3):
             with pytest.raises(ReadError, match="'unit4'"):
                 run.tier.acquire(4, Phase.FORWARD)
-        run.sweep(plan.visits[5:])
+        run.sweep(plan.accesses[5:])
     broken.clear()
-    run.sweep(plan.visits)
+    run.sweep(plan.accesses)
     assert run.end() == []
 
 
@@ -398,7 +395,7 @@ def test_misuse_of_the_tier_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path, Shape(1, units=4))
     with pytest.raises(StreamingError):
         run.tier.release(0)
-    run.acquire(Visit(0, Phase.FORWARD))
+    run.acquire(Access(0, Phase.FORWARD))
     for unit in (0, 2):
         with pytest.raises(StreamingError):
             run.tier.acquire(unit, Phase.FORWARD)
@@ -426,21 +423,20 @@ def test_close_reaches_an_acquire_that_waits_for_a_disk_that_never_answers(tmp_p
     thread.start()
     while not hanging:
         time.sleep(0.001)
-    run.tier.ring.close()
-    run.host.close()
+    run.tier.close()
     thread.join(10)
     assert not thread.is_alive() and len(errors) == 1
     assert run.end() == []
 
 
-def test_stop_ends_the_copier_and_the_next_visit_starts_it_again(tmp_path: Path) -> None:
+def test_stop_ends_the_copier_and_the_next_access_starts_it_again(tmp_path: Path) -> None:
     def copiers() -> set[threading.Thread]:
         return {thread for thread in threading.enumerate() if thread.name == "lema-copier"}
 
     before = copiers()
     run = Run(tmp_path, Shape(1))
     for _ in range(3):
-        run.sweep(Schedule.training(5).visits)
+        run.sweep(Schedule.training(5).accesses)
         assert len(copiers() - before) == 1
         run.abort()
         assert copiers() <= before
@@ -459,7 +455,7 @@ def test_the_copier_can_be_stopped_from_its_own_thread(tmp_path: Path) -> None:
                 stopped.set()
 
     run = Run(tmp_path, Shape(1), device=StopsInTheMiddle)
-    run.sweep(Schedule.training(5).visits)
+    run.sweep(Schedule.training(5).accesses)
     assert stopped.is_set()
     assert run.end() == []
 
@@ -478,7 +474,7 @@ def test_a_device_that_fails_is_told_to_who_waits_and_may_be_asked_again(tmp_pat
     for _ in range(2):
         with pytest.raises(RuntimeError, match="device lost"):
             run.tier.acquire(0, Phase.FORWARD)
-    run.sweep(Schedule.training(5).visits)
+    run.sweep(Schedule.training(5).accesses)
     assert run.end() == []
 
 
@@ -489,8 +485,8 @@ def test_no_device_slot_is_loaded_more_often_than_the_schedule_says(tmp_path: Pa
         loads = []
         for _ in range(4):
             run.predict(plan)
-            run.sweep(plan.visits)
-            loads.append(run.tier.ring.loads)
+            run.sweep(plan.accesses)
+            loads.append(run.tier.cache.loads)
         assert run.end() == []
         assert {b - a for a, b in pairwise(loads[1:])} == {2 * (6 - shape.device_slots)}
 
@@ -502,7 +498,7 @@ def test_waiting_is_what_the_device_stood_still_and_not_what_the_host_did() -> N
     device = SimulatedDevice(longest_pause=0.0, blocking=False)
     waits, copies, busy = ComputeWaits(device), device.copy_stream(), torch.zeros(1)
 
-    def visit(computes: float, copy_takes: float) -> float:
+    def access(computes: float, copy_takes: float) -> float:
         before, ready = waits.seconds, device.event()
         device.read(busy, lambda _: time.sleep(computes))
         copies.enqueue(lambda: time.sleep(copy_takes))
@@ -514,8 +510,8 @@ def test_waiting_is_what_the_device_stood_still_and_not_what_the_host_did() -> N
         device.compute_stream().drain()
         return waits.seconds - before
 
-    assert visit(computes=0.3, copy_takes=0.1) < 0.1
-    assert visit(computes=0.0, copy_takes=0.3) > 0.2
+    assert access(computes=0.3, copy_takes=0.1) < 0.1
+    assert access(computes=0.0, copy_takes=0.3) > 0.2
     device.close()
 
 
@@ -557,13 +553,13 @@ class HostSlotIsReleasedBeforeTheCopyEnded(SimulatedDevice):
 
 class FreeIsRecordedAfterRelease(DeviceTier):
     def release(self, unit: int) -> None:
-        self.ring.release(unit)
-        self._backend.compute_stream().record_event(self._free[self.ring.slot_of[unit]])
+        self.cache.release(unit)
+        self._backend.compute_stream().record_event(self._free[self.cache.slot_of[unit]])
 
 
 class FreeIsNeverRecorded(DeviceTier):
     def release(self, unit: int) -> None:
-        self.ring.release(unit)
+        self.cache.release(unit)
 
 
 class ReadyIsRecordedAfterTheReport(DeviceTier):
@@ -574,7 +570,7 @@ class ReadyIsRecordedAfterTheReport(DeviceTier):
         self.late: list[SimulatedEvent] = []
         stream = self._stream
         self._stream = LateRecords(stream, self.late)  # type: ignore[assignment,arg-type]
-        report = self.ring.finished
+        report = self.cache.finished
 
         def finished(load: Load, error: BaseException | None = None) -> None:
             report(load, error)
@@ -582,7 +578,7 @@ class ReadyIsRecordedAfterTheReport(DeviceTier):
             while self.late:
                 stream.record_event(self.late.pop())
 
-        self.ring.finished = finished  # type: ignore[method-assign]
+        self.cache.finished = finished  # type: ignore[method-assign]
 
 
 class LateRecords(Deaf):
@@ -674,6 +670,8 @@ class Engine:
         self.gbi = GlobalBinaryIndex(folder)
         adapter = TransformersAdapter(AutoConfig.from_pretrained(folder).to_dict())
         adapter.configure(torch.float32, "sdpa")
+        if mapped := memory.pop("mapped", ()):
+            memory["plan"] = with_mapped(self.gbi, adapter, mapped, "simulated", loss_chunk_size=5)
         self.memory = TripleBufferManager(
             self.gbi, adapter, device="cpu", backend=device, poison=True, **{"num_readers": 1, **memory}
         )
@@ -756,12 +754,12 @@ def test_host_and_simulated_transport_give_the_same_bits(
         assert engine.memory.stats.bytes_copied > 0
 
 
-@pytest.mark.parametrize("resident", [[0, 2, 4], [0, 1, 2, 3], [3, 4]])
-def test_some_layers_resident_and_the_rest_behind_the_device_tier(
-    tiny_llama: Path, truth: dict[str, torch.Tensor], resident: list[int]
+@pytest.mark.parametrize("mapped", [[0, 2, 4], [0, 1, 2, 3], [3, 4]])
+def test_some_layers_mapped_and_the_rest_behind_the_device_tier(
+    tiny_llama: Path, truth: dict[str, torch.Tensor], mapped: list[int]
 ) -> None:
-    device = SimulatedDevice(seed=len(resident), longest_pause=PAUSE)
-    with Engine(tiny_llama, device, resident_units=resident) as engine:
+    device = SimulatedDevice(seed=len(mapped), longest_pause=PAUSE)
+    with Engine(tiny_llama, device, mapped=mapped) as engine:
         assert_same_bits(engine.numbers(), truth)
 
 

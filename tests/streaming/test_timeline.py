@@ -19,7 +19,7 @@ from families import save_tiny
 from helpers import lema_model, lema_step, padded_batch, recording_trainer
 from lema.errors import InputError, StreamingError
 from lema.streaming.memory import MemoryStats
-from lema.streaming.timeline import COMPUTE, COPY, DISK, LANES, WAIT, Recording, Span, Timeline, rows
+from lema.streaming.timeline import COMPUTE, COPY, DISK, LANES, WAIT, Recording, Span, Timeline
 
 LAYERS = 6
 SWEEPS = [f"layer {n} forward" for n in range(LAYERS)], [f"layer {n} backward" for n in reversed(range(LAYERS))]
@@ -188,11 +188,7 @@ def test_the_file_and_the_trace_say_the_same(llama: Path, tmp_path: Path) -> Non
     assert content["step"] == 2 and content["seconds"] == pytest.approx(record.seconds, abs=1e-5)
     assert [one["name"] for one in content["lanes"]] == list(LANES)
     told = sum(len(one["spans"]) for one in content["lanes"])
-    drawn = [event for event in record.to_perfetto()["traceEvents"] if event["ph"] == "X"]
-    assert told == len(drawn) == len(record.spans) > 4 * LAYERS
-    for event in drawn:
-        rivals = [e for e in drawn if (e["pid"], e["tid"]) == (event["pid"], event["tid"]) and e is not event]
-        assert not any(e["ts"] < event["ts"] + event["dur"] and event["ts"] < e["ts"] + e["dur"] for e in rivals)
+    assert told == len(record.spans) > 4 * LAYERS
     assert record.busy(COMPUTE) <= record.seconds
 
 
@@ -200,11 +196,6 @@ def test_a_step_that_fails_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Timeline().recorded_to(tmp_path / "timeline.json", step=1):
         _ = 1 // 0
     assert not list(tmp_path.iterdir())
-
-
-def test_rows_separate_what_overlaps_and_are_as_few_as_can_be() -> None:
-    assert rows([(0, 2), (1, 3), (2, 4), (2.5, 3.5), (3, 5)]) == [0, 1, 0, 2, 1]
-    assert rows([]) == []
 
 
 @pytest.mark.accelerator

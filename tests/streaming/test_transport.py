@@ -20,11 +20,12 @@ from lema.storage.index import GlobalBinaryIndex, TensorRecord
 from lema.storage.layout import ALIGNMENT, Move, ParameterSource, SlotLayout, whole_tensor
 from lema.storage.views import page_aligned
 from lema.streaming.accelerator import DeviceEvent, DeviceStream
+from lema.streaming.device_tier import DeviceTier
 from lema.streaming.memory import TripleBufferManager
-from lema.streaming.ring import Load, Ring
 from lema.streaming.schedule import Phase, Schedule
 from lema.streaming.simulated import SimulatedDevice
-from lema.streaming.transport import DeviceTier
+from lema.streaming.slot_cache import Load, SlotCache
+from lema.streaming.tiers import Tier
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -134,9 +135,9 @@ def tier_over(device: SimulatedDevice, pool: ThreadPoolExecutor, units: int, hos
         buffers[load.slot][:64].fill_(load.unit)
         host.finished(load)
 
-    host = Ring(host_of, plan.loads(slot_of), host_slots, lambda load: pool.submit(read, load))
+    host = SlotCache(host_of, plan.loads(slot_of), host_slots, lambda load: pool.submit(read, load))
     moves = {unit: [Move(0, 0, 64)] for unit in range(units)}
-    return DeviceTier(device, host, buffers, slot_of, plan, slots, moves)
+    return DeviceTier(device, Tier(host, buffers), slot_of, plan, slots, moves)
 
 
 def test_copies_are_enqueued_behind_one_that_is_under_way() -> None:
@@ -154,13 +155,11 @@ def test_copies_are_enqueued_behind_one_that_is_under_way() -> None:
     device.copy_stream().enqueue(lambda: gate.wait(30))  # the link stands still
     with ThreadPoolExecutor(2) as pool:
         tier = tier_over(device, pool, units=6, host_slots=3, slots=3)
-        tier.ring.prefetch(0)
+        tier.cache.prefetch(0)
         came = all_there.wait(20)
-        states = [slot.state.value for slot in tier._host.slots]
+        states = [slot.state.value for slot in tier._host.cache.slots]
         gate.set()
-        tier.ring.close()
-        tier._host.close()
-        tier.stop()
+        tier.close()
     device.close()
     assert came and enqueued == [0, 1, 2]
     assert states == ["in use"] * 3, "a host slot is handed back only behind its copy"
@@ -176,9 +175,7 @@ def test_a_host_slot_is_asked_for_again_only_when_its_copy_has_ended() -> None:
                 slot = tier.acquire(unit, Phase.FORWARD)
                 device.read(tier.buffers[slot], lambda source: seen.append(int(source[63])))
                 tier.release(unit)
-        tier.ring.close()
-        tier._host.close()
-        tier.stop()
+        tier.close()
     device.close()
     assert seen == [0, 1, 2, 3, 4] * 20
 
@@ -193,8 +190,6 @@ def test_waits_are_collected_without_anybody_asking() -> None:
                 tier.acquire(unit, Phase.FORWARD)
                 tier.release(unit)
                 most = max(most, len(tier._waits._open) + len(tier._waits._spare))
-        tier.ring.close()
-        tier._host.close()
-        tier.stop()
+        tier.close()
     device.close()
     assert most <= 3, "pairs of timing events gather while nobody reads the statistics"

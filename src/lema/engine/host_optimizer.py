@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..storage.views import page_aligned, typed_view
-from ..streaming.transport import DeviceBackend
+from ..streaming.backend import DeviceBackend
 
 
 class HostMasters:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..machine.heap import give_back_idle_heap
-from ..storage.views import keep_apart
+from ..storage.views import copy_to_own_pages
 
 _MOVED_BYTES = 16 << 20
 
@@ -43,7 +43,7 @@ def keep_state_apart(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.is_contiguous():
-                state[key] = keep_apart(value)
+                state[key] = copy_to_own_pages(value)
                 moved += value.nbytes if state[key] is not value else 0
                 del value
             if moved >= _MOVED_BYTES:

@@ -159,7 +159,7 @@ class GlobalBinaryIndex:
         """
         self._advise(name, "MADV_RANDOM")
 
-    def let_go(self, name: str) -> None:
+    def evict(self, name: str) -> None:
         """Take this tensor's mapped pages out of the process; whoever reads them again has them read from the file.
 
         Does nothing where the system has no `madvise`. Raises as `advise_random` does.

@@ -6,7 +6,7 @@ It knows tensors' records, shapes and offsets; it reads nothing and knows nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +111,7 @@ class Move:
 class SlotLayout:
     """Where everything of one unit lies.
 
-    Layout: the unit's file tensors in file order, touching ones merged into extents, each extent at
+    Layout: what its codecs ask of the unit's file tensors, in file order, touching ones merged into extents, each at
     its own page of the slot with the same offset in the page as in the file. Parameters whose stored
     bytes are what the computation wants are views of the slot; the others (another type, several file
     tensors, codes, an odd offset) have a place in the scratch that all units share and are decoded there.
@@ -127,10 +127,9 @@ class SlotLayout:
 
     def __init__(self, sources: Sequence[ParameterSource], packed: bool = False, moved: bool = False) -> None:
         self.sources = tuple(sources)
-        self.extents = _merge_extents(run.record for source in sources for run in source.codec.runs)
+        self.extents, place = _merge(_segments(run for source in sources for run in source.codec.runs))
         self.nbytes = align_up(max((e.slot_offset + e.nbytes for e in self.extents), default=0), PAGE)
         self.read_bytes = sum(extent.nbytes for extent in self.extents)
-        place = {r: e.slot_offset + r.offset - e.offset for e in self.extents for r in e.records}
         self.moves: tuple[Move, ...] = ()
         if moved:
             place, self.moves = _align(place)
@@ -138,9 +137,7 @@ class SlotLayout:
         self.decoded: list[ScratchView] = []
         scratch = 0
         for source in self.sources:
-            runs = tuple(
-                (run, place.get(run.record, 0) + run.source * run.record.dtype.itemsize) for run in source.codec.runs
-            )
+            runs = tuple((run, _offset(run, place)) for run in source.codec.runs)
             if source.plain and not packed and not (moved and runs[0][1] % ALIGNMENT):
                 self.direct.append(SlotView(source, runs[0][1]))
             else:
@@ -150,35 +147,78 @@ class SlotLayout:
         self.scratch_nbytes = scratch
 
 
-def _align(place: Mapping[TensorRecord, int]) -> tuple[dict[TensorRecord, int], tuple[Move, ...]]:
-    """Aligned places for tensors that lie at `place`, in its order, and the fewest moves there."""
-    aligned: dict[TensorRecord, int] = {}
-    moves: list[Move] = []
-    end = 0
-    for record, source in place.items():
-        aligned[record] = target = align_up(end, ALIGNMENT)
-        end = target + record.nbytes
-        last = moves[-1] if moves else None
-        if last is not None and (last.source + last.nbytes, last.target + last.nbytes) == (source, target):
-            moves[-1] = Move(last.source, last.target, last.nbytes + record.nbytes)
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Bytes `start` to `end` of a file, all of one tensor."""
+
+    record: TensorRecord
+    start: int
+    end: int
+
+
+_Places = dict[TensorRecord, list[tuple[_Segment, int]]]
+"""What is there of each tensor, and its byte offset in a slot."""
+
+
+def _segments(runs: Iterable[Run]) -> list[_Segment]:
+    """The bytes of these runs, in file order; what touches or overlaps within a tensor is one segment."""
+    wanted = {_Segment(run.record, *_bytes(run)) for run in runs if run.count and run.record.nbytes}
+    found: list[_Segment] = []
+    for segment in sorted(wanted, key=lambda s: (str(s.record.file), s.start, s.end)):
+        last = found[-1] if found else None
+        if last is not None and last.record == segment.record and segment.start <= last.end:
+            found[-1] = _Segment(last.record, last.start, max(last.end, segment.end))
         else:
-            moves.append(Move(source, target, record.nbytes))
-    return aligned, tuple(moves)
+            found.append(segment)
+    return found
 
 
-def _merge_extents(records: Iterable[TensorRecord]) -> tuple[Extent, ...]:
-    unique = sorted({r for r in records if r.nbytes}, key=lambda r: (str(r.file), r.offset))
-    groups: list[list[TensorRecord]] = []
-    for record in unique:
+def _bytes(run: Run) -> tuple[int, int]:
+    start = run.record.offset + run.source * run.record.dtype.itemsize
+    return start, start + run.count * run.record.dtype.itemsize
+
+
+def _offset(run: Run, places: _Places) -> int:
+    """Of a run's first element in the slot; 0 for one without elements."""
+    start, end = _bytes(run)
+    found = places.get(run.record, ())
+    return next((at + start - segment.start for segment, at in found if segment.start <= start < end <= segment.end), 0)
+
+
+def _merge(segments: Sequence[_Segment]) -> tuple[tuple[Extent, ...], _Places]:
+    groups: list[list[_Segment]] = []
+    for segment in segments:
         last = groups[-1][-1] if groups else None
-        if last is not None and last.file == record.file and last.offset + last.nbytes == record.offset:
-            groups[-1].append(record)
+        if last is not None and last.record.file == segment.record.file and last.end == segment.start:
+            groups[-1].append(segment)
         else:
-            groups.append([record])
+            groups.append([segment])
     extents = []
+    places: _Places = {}
     page = 0
     for group in groups:
-        start, end = group[0].offset, group[-1].offset + group[-1].nbytes
-        extents.append(Extent(group[0].file, start, end - start, page + start % PAGE, tuple(group)))
+        start, end = group[0].start, group[-1].end
+        slot_offset = page + start % PAGE
+        for segment in group:
+            places.setdefault(segment.record, []).append((segment, slot_offset + segment.start - start))
+        records = tuple(segment.record for segment in group)
+        extents.append(Extent(records[0].file, start, end - start, slot_offset, records))
         page += align_up(start % PAGE + end - start, PAGE)
-    return tuple(extents)
+    return tuple(extents), places
+
+
+def _align(places: _Places) -> tuple[_Places, tuple[Move, ...]]:
+    """Aligned places for segments that lie at `places`, in file order, and the fewest moves there."""
+    aligned: _Places = {}
+    moves: list[Move] = []
+    end = 0
+    for segment, source in sorted((one for found in places.values() for one in found), key=lambda one: one[1]):
+        target, nbytes = align_up(end, ALIGNMENT), segment.end - segment.start
+        aligned.setdefault(segment.record, []).append((segment, target))
+        end = target + nbytes
+        last = moves[-1] if moves else None
+        if last is not None and (last.source + last.nbytes, last.target + last.nbytes) == (source, target):
+            moves[-1] = Move(last.source, last.target, last.nbytes + nbytes)
+        else:
+            moves.append(Move(source, target, nbytes))
+    return aligned, tuple(moves)

@@ -36,7 +36,7 @@ def page_aligned(nbytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def drop_pages(buffer: torch.Tensor) -> None:
+def evict_pages(buffer: torch.Tensor) -> None:
     """Give the pages of a `page_aligned` buffer back to the system; it reads as zeros until it is written again."""
     if sys.platform == "win32":
         return
@@ -54,7 +54,7 @@ def keep_from_children(buffer: torch.Tensor, wanted: bool = True) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel()), advice)
 
 
-def keep_apart(tensor: torch.Tensor) -> torch.Tensor:
+def copy_to_own_pages(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a CPU tensor in pages of its own, given back to the system with the last reference.
 
     For what outlives a layer: kept on the heap among short-lived activations it would hold the heap's

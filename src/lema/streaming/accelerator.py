@@ -18,8 +18,8 @@ import torch
 
 from ..errors import DeviceError
 from ..storage.layout import ALIGNMENT
+from .backend import Event, Stream
 from .pins import HostPins
-from .transport import Event, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class AcceleratorBackend:
         """Nothing: what computes is enqueued on the stream that waits."""
 
     def pin(self, buffer: torch.Tensor) -> bool:
-        """Register the pages of a `binding.page_aligned` buffer with the driver.
+        """Register the pages of a `views.page_aligned` buffer with the driver.
 
         False where that is refused, after one line in the log; the staging buffers are allocated then, so
         that no copy has to.

@@ -12,7 +12,7 @@ import torch
 
 from ..storage.layout import PAGE, align_up
 from ..storage.views import page_aligned
-from .transport import DeviceBackend, Event
+from .backend import DeviceBackend, Event
 
 
 @dataclass(eq=False, slots=True)

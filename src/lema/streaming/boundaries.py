@@ -6,20 +6,22 @@ or why a tensor is wanted again.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..errors import StreamingError
-from ..storage.views import keep_apart
+from ..storage.views import copy_to_own_pages
 from .arena import Area, Arena
-from .transport import DeviceBackend, Event
+from .backend import DeviceBackend, Event
 
 _numbers = itertools.count(1)
 """Of handles, over all stores, so that no store takes another's for its own."""
@@ -34,60 +36,44 @@ class Handle:
 
 
 class BoundaryStore(Protocol):
-    """Keeps inputs of layers until their backward. Several handles of one unit may be live at once."""
+    """Keeps inputs of layers until their backward, each for one node of an autograd graph."""
 
-    def put(self, unit: int, hidden: torch.Tensor) -> Handle:
+    def save(self, ctx: Any, unit: int, hidden: torch.Tensor) -> None:
         """Keep a tensor of any shape, strides and type, as it is when the compute stream comes here."""
 
-    def get(self, handle: Handle) -> torch.Tensor:
-        """The tensor, every bit of it, for the calling thread's compute stream until `release`. In any order.
+    def saved(self, ctx: Any) -> AbstractContextManager[torch.Tensor]:
+        """The tensor, every bit of it, for the calling thread's compute stream inside the block.
 
         Raises:
-            StreamingError: it was released, was overwritten meanwhile, or too many are in use.
+            StreamingError: it was given back already, or too many are in use.
+            RuntimeError: autograd's, if it kept the tensor itself and that was freed or changed meanwhile.
         """
-
-    def release(self, handle: Handle, keep: bool = False) -> None:
-        """Say that what `get` returned is spent; with `keep` it can be got again, else its memory goes back."""
 
     def close(self) -> None:
         """Wait for what is under way and give all memory back."""
 
 
 class KeptBoundaries:
-    """Boundaries that stay where they are: on CPU as a copy in pages of its own, on a device the tensor itself."""
+    """Boundaries that stay where they are, as tensors that autograd saves.
 
-    def __init__(self) -> None:
-        self._kept: weakref.WeakKeyDictionary[Handle, tuple[torch.Tensor, int | None]] = weakref.WeakKeyDictionary()
+    Args:
+        copied: on CPU, as copies in pages of their own.
+    """
 
-    def put(self, unit: int, hidden: torch.Tensor) -> Handle:
-        """Keep a tensor; what is not copied must not be changed in place until it was got."""
-        handle = Handle(unit)
-        kept = keep_apart(hidden.detach())
-        self._kept[handle] = kept, _version(kept)
-        return handle
+    def __init__(self, copied: bool = True) -> None:
+        self._copied = copied
 
-    def get(self, handle: Handle) -> torch.Tensor:
-        """The tensor; see `BoundaryStore.get`."""
-        if handle not in self._kept:
-            raise _gone(handle)
-        kept, version = self._kept[handle]
-        if _version(kept) != version:
-            raise StreamingError(
-                f"the input of layer {handle.unit} (shape {tuple(kept.shape)}) was changed in place after the layer "
-                "ran: its gradient cannot be computed. Change the model to use an out-of-place operation there"
-            )
-        return kept
+    def save(self, ctx: Any, unit: int, hidden: torch.Tensor) -> None:
+        """See `BoundaryStore.save`; what is not copied must not be changed in place before the backward."""
+        ctx.save_for_backward(copy_to_own_pages(hidden) if self._copied else hidden)
 
-    def release(self, handle: Handle, keep: bool = False) -> None:
-        """Let go of the tensor; see `BoundaryStore.release`."""
-        if handle not in self._kept:
-            raise _gone(handle)
-        if not keep:
-            del self._kept[handle]
+    @contextlib.contextmanager
+    def saved(self, ctx: Any) -> Iterator[torch.Tensor]:
+        """See `BoundaryStore.saved`."""
+        yield ctx.saved_tensors[0]
 
     def close(self) -> None:
-        """Let go of every tensor."""
-        self._kept.clear()
+        """Nothing: the graphs hold what there is."""
 
 
 class OffloadedBoundaries:
@@ -150,6 +136,18 @@ class OffloadedBoundaries:
         """Bytes of both stages."""
         return sum(stage.memory.numel() for stage in self._stages)
 
+    def save(self, ctx: Any, unit: int, hidden: torch.Tensor) -> None:
+        """See `BoundaryStore.save`."""
+        ctx.handle = self.put(unit, hidden)
+
+    @contextlib.contextmanager
+    def saved(self, ctx: Any) -> Iterator[torch.Tensor]:
+        """See `BoundaryStore.saved`."""
+        try:
+            yield self.get(ctx.handle)
+        finally:
+            self.release(ctx.handle)
+
     def put(self, unit: int, hidden: torch.Tensor) -> Handle:
         """Copy a tensor away; its memory may be reused or changed on the compute stream from here on.
 
@@ -179,7 +177,7 @@ class OffloadedBoundaries:
             return handle
 
     def get(self, handle: Handle) -> torch.Tensor:
-        """The tensor in a stage; see `BoundaryStore.get`.
+        """The tensor in a stage, for the calling thread's compute stream until `release`. In any order.
 
         It is overwritten some time after `release`. At most two may be in use, with one the next is fetched.
         """
@@ -202,7 +200,7 @@ class OffloadedBoundaries:
             return stage.view
 
     def release(self, handle: Handle, keep: bool = False) -> None:
-        """Let the stage be overwritten when the compute stream has come here, and its host area be reused."""
+        """Let the stage be overwritten when the compute stream has come here; unless `keep`, its host area as well."""
         with self._lock:
             self._begin()
             number = self._boundary(handle).number
@@ -367,10 +365,6 @@ def _shut_down(stages: Sequence[_Stage], arena: Arena) -> None:
     for stage in stages:
         stage.empty()
     arena.close()
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _gone(handle: Handle) -> StreamingError:

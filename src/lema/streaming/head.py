@@ -1,92 +1,105 @@
 """The head's weight in memory only while it is used, whole or by runs of rows, and when that is worth its reads.
 
-It knows one parameter and its slot; it knows nothing of logits or of the layers.
+A head, and each run of its rows, has a `LayerState` like a layer; what becomes of logits is not known here.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..storage.layout import PAGE, Extent, Move, ParameterSource, SlotLayout, align_up
-from ..storage.reader import DiskReader
-from ..storage.views import drop_pages, typed_view
-from .lane import Lane
-from .ring import Load
-from .schedule import Phase, Schedule, Visit
-from .transport import DeviceBackend
+from ..storage.codecs import Piece, Placement
+from ..storage.layout import ParameterSource, SlotLayout
+from .layer_state import LayerState, Residency
+from .schedule import Phase
 
-HEAD = -1
-"""Number of the head where a unit is asked for; it has a ring of its own."""
 SLICE_BYTES = 16 << 20
 """Of a run of a head that is there whole, roughly."""
 
 
-class HeadChunks:
-    """The head's weight by runs of vocabulary rows, in slots of its own.
+class HeadState(LayerState):
+    """A head that is there whole while it is used. Uses may nest; after the last its memory goes, if it streams."""
 
-    Layout: chunk c is rows `ranges[c]`, in slot c modulo 2, or on the host in a slot of its own where it is to stay
-    there; the reads of a chunk are those of its rows alone.
+    def __init__(self, unit: int, source: ParameterSource | None, residency: Residency) -> None:
+        layout = SlotLayout([source]) if source is not None else None
+        super().__init__(unit, "head", [source] if source is not None else [], residency, layout)
+        self.holds = 0
+        """Uses that have begun and not ended."""
+
+    def label(self, phase: Phase) -> str:
+        """A use is the head's and the loss's."""
+        return "head and loss"
+
+    def acquire(self, phase: Phase = Phase.FORWARD) -> None:
+        """Wait until the weight is there; its one predicted access is that of a forward."""
+        if self.holds == 0:
+            super().acquire()
+        self.holds += 1
+
+    def release(self) -> None:
+        """The last release gives the pages back."""
+        self.holds -= 1
+        if self.holds == 0:
+            super().release()
+            if self.residency is Residency.STREAMED and self.tier is not None and self.tier.evict():
+                self.overwritten()
+
+    def prefetch(self) -> None:
+        """Begin to read it, unless it is in use."""
+        if not self.holds:
+            super().prefetch()
+
+
+class HeadChunks:
+    """The head's weight by runs of vocabulary rows, each a unit of its own.
 
     Args:
-        source: the weight `[vocab, hidden]`, stored as it is computed with.
-        rows: vocabulary rows of a chunk.
-        reader: reads them.
-        backend: the device the logits are computed on; None: the CPU.
-        in_ram: read once; afterwards chunks come from RAM.
+        ranges: first row, and the one after the last, of each run.
+        states: of each run.
     """
 
-    def __init__(
-        self,
-        source: ParameterSource,
-        rows: int,
-        reader: DiskReader,
-        backend: DeviceBackend | None = None,
-        in_ram: bool = False,
-    ) -> None:
-        vocab, hidden = source.shape
-        record, first = source.pieces[0].record, source.pieces[0].source
-        self.ranges = [(start, min(start + rows, vocab)) for start in range(0, vocab, rows)]
-        width = hidden * source.dtype.itemsize
-        begin = record.offset + first * source.dtype.itemsize
-        extents, nbytes, moves, places = {}, {}, {}, []
-        for chunk, (start, end) in enumerate(self.ranges):
-            offset, size = begin + start * width, (end - start) * width
-            extents[chunk] = [Extent(record.file, offset, size, offset % PAGE, (record,))]
-            nbytes[chunk] = align_up(offset % PAGE + size, PAGE)
-            moves[chunk] = [Move(offset % PAGE, 0, size)]
-            places.append(offset % PAGE if backend is None else 0)
-        slots = {chunk: chunk % 2 for chunk in extents}
-        host = {chunk: chunk for chunk in extents} if in_ram else slots
-        self.lane = Lane(
-            extents, nbytes, reader, host, slots, moves=moves, depth=None, on_overwrite=self._raise_versions,
-            backend=backend, stream="head",
-        )  # fmt: skip
-        self.nbytes = self.lane.host_bytes
-        self.device = self.lane.buffers[0].device
-        self._views = [
-            typed_view(self.lane.buffer_of[c], places[c], source.dtype, (end - start, hidden))
-            for c, (start, end) in enumerate(self.ranges)
-        ]
-        self.lane.predict(Schedule.inference(len(self.ranges)))
+    def __init__(self, ranges: Sequence[tuple[int, int]], states: Sequence[LayerState]) -> None:
+        self.ranges = list(ranges)
+        self.states = list(states)
 
     @contextlib.contextmanager
     def use(self, chunk: int) -> Iterator[torch.Tensor]:
         """The chunk's weight `[rows, hidden]`, valid inside the block."""
-        self.lane.acquire(chunk)
+        state = self.states[chunk]
+        state.acquire()
         try:
-            yield self._views[chunk]
+            yield state.in_slot[0]
         finally:
-            self.lane.release(chunk)
+            state.release()
 
-    def prefetch(self) -> None:
-        """Begin to read the first chunks."""
-        self.lane.ring.prefetch(0)
 
-    def _raise_versions(self, load: Load) -> None:
-        torch.autograd.graph.increment_version([self._views[c] for c in (load.unit, load.evicted) if c is not None])
+def cut_head(source: ParameterSource, rows: int, first_unit: int, moved: bool) -> HeadChunks:
+    """A head `[vocab, hidden]`, stored as it is computed with, by runs of rows; each reads its own bytes alone.
+
+    Args:
+        first_unit: number of the first run; the others follow.
+        moved: the runs are computed with in device slots.
+    """
+    ranges = row_ranges(source.shape[0], rows)
+    states = []
+    for number, (start, end) in enumerate(ranges):
+        run = _rows_of(source, start, end)
+        layout = SlotLayout([run], moved=moved)
+        states.append(LayerState(first_unit + number, f"head, piece {number}", [run], Residency.STREAMED, layout))
+    return HeadChunks(ranges, states)
+
+
+def row_ranges(vocab: int, rows: int) -> list[tuple[int, int]]:
+    """First row, and the one after the last, of runs of at most so many rows."""
+    return [(start, min(start + rows, vocab)) for start in range(0, vocab, rows)]
+
+
+def _rows_of(source: ParameterSource, start: int, end: int) -> ParameterSource:
+    piece, hidden = source.pieces[0], source.shape[1]
+    run = Piece(piece.record, piece.source + start * hidden, 0, (end - start) * hidden)
+    return ParameterSource(source.name, (end - start, hidden), source.dtype, Placement((run,)))
 
 
 class SlicedHead:
@@ -100,7 +113,7 @@ class SlicedHead:
     def __init__(self, weight: torch.Tensor, nbytes: int = SLICE_BYTES) -> None:
         vocab, hidden = weight.shape
         rows = max(nbytes // (hidden * weight.dtype.itemsize), 1)
-        self.ranges = [(start, min(start + rows, vocab)) for start in range(0, vocab, rows)]
+        self.ranges = row_ranges(vocab, rows)
         self._weight = weight
 
     @contextlib.contextmanager
@@ -108,49 +121,3 @@ class SlicedHead:
         """The chunk's weight `[rows, hidden]`."""
         start, end = self.ranges[chunk]
         yield self._weight[start:end]
-
-
-class HeadSlot:
-    """The head's weight, in memory only while it is used: one slot whose pages are given back after. On CPU.
-
-    Args:
-        source: the weight.
-        reader: reads it.
-        stays: read it once and keep it.
-    """
-
-    def __init__(self, source: ParameterSource, reader: DiskReader, stays: bool = False) -> None:
-        self._stays = stays
-        layout = SlotLayout([source])
-        self.lane = Lane(
-            {HEAD: layout.extents}, {HEAD: layout.nbytes}, reader, {HEAD: 0}, {}, depth=0,
-            on_overwrite=self._raise_version,
-        )  # fmt: skip
-        self.lane.predict(Schedule((Visit(HEAD, Phase.FORWARD),)))
-        self._buffer = self.lane.buffers[0]
-        self.view = typed_view(self._buffer, layout.direct[0].offset, source.dtype, source.shape)
-        self.nbytes = layout.nbytes
-        self.holds = 0
-
-    def prefetch(self) -> None:
-        """Begin to read it, unless it is there."""
-        if not self.holds:
-            self.lane.ring.prefetch(HEAD)
-
-    def acquire(self) -> None:
-        """Wait until the weight is there; may be nested."""
-        if self.holds == 0:
-            self.lane.acquire(HEAD)
-        self.holds += 1
-
-    def release(self) -> None:
-        """The last release gives the pages back."""
-        self.holds -= 1
-        if self.holds == 0:
-            self.lane.release(HEAD)
-            if not self._stays and self.lane.ring.forget():
-                torch.autograd.graph.increment_version(self.view)
-                drop_pages(self._buffer)
-
-    def _raise_version(self, load: Load) -> None:
-        torch.autograd.graph.increment_version(self.view)

@@ -33,7 +33,7 @@ class HostPins:
         self._lock = threading.Lock()
 
     def add(self, buffer: torch.Tensor) -> str:
-        """Register a `binding.page_aligned` buffer; why that was refused, or nothing.
+        """Register a `views.page_aligned` buffer; why that was refused, or nothing.
 
         Raises:
             StreamingError: some of the memory is pinned already.

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from ..machine.heap import HeapGuard
-from ..storage.views import keep_apart
 from .arguments import Arguments, BatchRules, check_replayable, holds_cache, of_a_layer
+from .boundaries import KeptBoundaries
 from .draws import Draws
 from .memory import TripleBufferManager
 from .randomness import RandomState
 from .schedule import Phase
+
+_BESIDE_A_GRAPH = KeptBoundaries(copied=False)  # the graph holds the tensor in any case
 
 
 @dataclass(slots=True)
@@ -229,27 +231,16 @@ class _Replayed(torch.autograd.Function):
         call.layer.heap.relieve()
         ctx.call = call
         ctx.parameters = parameters
-        boundaries = memory.boundaries
-        ctx.handle = None
-        if ctx.graphs:
-            ctx.save_for_backward(hidden)
-        elif boundaries is None:
-            ctx.save_for_backward(keep_apart(hidden))
-        else:
-            ctx.handle = boundaries.put(unit, hidden)
+        ctx.boundaries = _BESIDE_A_GRAPH if ctx.graphs else memory.boundaries
+        ctx.boundaries.save(ctx, unit, hidden)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if ctx.handle is None:
-            return _Replayed._gradients(ctx, ctx.saved_tensors[0], output_gradients)
-        boundaries = ctx.call.layer.memory.boundaries
-        try:
-            return _Replayed._gradients(ctx, boundaries.get(ctx.handle), output_gradients)
-        finally:
-            boundaries.release(ctx.handle)
+        with ctx.boundaries.saved(ctx) as hidden:
+            return _Replayed._gradients(ctx, hidden, output_gradients)
 
     @staticmethod
     def _gradients(

@@ -11,31 +11,16 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from ..errors import StreamingError
-
-if TYPE_CHECKING:
-    from .transport import DeviceBackend, Stream
+from .backend import DeviceBackend, Stream, TimingEvent
 
 DISK, COPY, COMPUTE, WAIT = "disk", "copy", "compute", "wait"
 LANES = (DISK, COPY, COMPUTE, WAIT)
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-
-class TimingEvent(Protocol):
-    """A mark in a stream that knows when it was reached."""
-
-    def query(self) -> bool:
-        """Whether it has been reached."""
-
-    def synchronize(self) -> None:
-        """Block until it has been reached."""
-
-    def seconds_after(self, earlier: Any, /) -> float:
-        """Seconds from another mark to this one, both reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,24 +120,6 @@ class Recording:
             ],
         }
 
-    def to_perfetto(self) -> dict[str, Any]:
-        """Trace events for ui.perfetto.dev or chrome://tracing: a process for every lane, a thread for every row.
-
-        Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-        """
-        events: list[dict[str, Any]] = []
-        for process, lane in enumerate(LANES, 1):
-            spans = [span for span in self.spans if span.lane == lane]
-            if spans:
-                events.append({"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": lane}})
-            for span, row in zip(spans, rows((span.start, span.end) for span in spans), strict=True):
-                events.append({
-                    "ph": "X", "name": span.name, "cat": lane, "pid": process, "tid": row,
-                    "ts": round(span.start * 1e6, 3), "dur": round((span.end - span.start) * 1e6, 3),
-                    "args": {"bytes": span.nbytes} if span.nbytes else {},
-                })  # fmt: skip
-        return {"traceEvents": events, "displayTimeUnit": "ms"}
-
     def _now(self, stream: Stream | None) -> TimingEvent:
         assert self._backend is not None
         event = self._backend.timing_event()
@@ -250,23 +217,6 @@ class Timeline:
         with open(aside, "w", encoding="utf-8") as file:
             json.dump(record.to_dict(), file)
         os.replace(aside, path)
-
-
-def rows(spans: Iterable[tuple[float, float]]) -> list[int]:
-    """Row of every span so that those which overlap lie in different ones, as few rows as can be.
-
-    Args:
-        spans: start and end, in the order of their starts.
-    """
-    free_from: list[float] = []
-    found = []
-    for start, end in spans:
-        row = next((number for number, free in enumerate(free_from) if free <= start), len(free_from))
-        if row == len(free_from):
-            free_from.append(end)
-        free_from[row] = end
-        found.append(row)
-    return found
 
 
 def _as_dict(span: Span) -> dict[str, Any]:

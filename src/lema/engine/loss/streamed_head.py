@@ -13,7 +13,6 @@ from torch import nn
 from ...machine.heap import HeapGuard
 from ...streaming.arguments import BatchRules
 from ...streaming.draws import Draws
-from ...streaming.head import HEAD
 from ...streaming.memory import TripleBufferManager
 from ...streaming.recompute import Batching, StreamedLayer
 from .vocabulary import Head, HeadPieces
@@ -26,7 +25,7 @@ def head_pieces(memory: TripleBufferManager) -> HeadPieces | None:
 
 def head_held(memory: TripleBufferManager) -> AbstractContextManager[None]:
     """The head's weight is there inside the block, wherever it is else."""
-    return memory.use(HEAD)
+    return memory.use(memory.head_unit)
 
 
 def streamed_forward(head: nn.Module, memory: TripleBufferManager) -> Callable[..., Any] | None:
@@ -50,7 +49,7 @@ class StreamedHead(StreamedLayer):
     to the last chunk's gradient, it is an ordinary layer; else it is replayed like the others."""
 
     def __init__(self, head: nn.Module, memory: TripleBufferManager) -> None:
-        super().__init__(HEAD, head, memory, Batching(None, BatchRules), HeapGuard(None), Draws())
+        super().__init__(memory.head_unit, head, memory, Batching(None, BatchRules), HeapGuard(None), Draws())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.memory.holds_head or (args and args[0].numel() == 0):

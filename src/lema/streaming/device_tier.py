@@ -1,7 +1,6 @@
-"""From host slots to device slots: the second tier, written once for every kind of device.
+"""Device slots, filled from host slots by copies that run beside the computation.
 
-The transport knows streams, events and buffers; it knows nothing of files, layers or schedules. A
-`DeviceBackend` is the thin layer below it: real devices and the simulated one of the tests differ only there.
+It knows streams, events and buffers; it knows nothing of files, layers or schedules.
 """
 
 from __future__ import annotations
@@ -10,81 +9,14 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
-
-import torch
 
 from ..errors import LemaError
 from ..storage.layout import Move
-from .ring import Load, Ring
+from .backend import DeviceBackend, TimingEvent
 from .schedule import Phase, Schedule
-from .timeline import COPY, Timeline, TimingEvent
-
-
-class Event(Protocol):
-    """A mark in a stream. Waiting for it means its last record at the time of the call; never recorded is complete."""
-
-    def synchronize(self) -> None:
-        """Block the calling thread until the last record has been reached.
-
-        Raises:
-            RuntimeError: the device failed or did not get there in minutes; the wait ends in any case.
-        """
-
-
-class Stream(Protocol):
-    """A queue of device work that runs in order, beside other streams. Events must be of the same backend."""
-
-    def wait_event(self, event: Any, /) -> None:
-        """Let later work of this stream start only after the event."""
-
-    def record_event(self, event: Any, /) -> object:
-        """Mark this place of the stream in the event."""
-
-
-class DeviceBackend(Protocol):
-    """What a device must offer: buffers, streams, events, a copy that does not block, and pinned host memory."""
-
-    def device_buffer(self, nbytes: int) -> torch.Tensor:
-        """Device memory as uint8 `[nbytes]`, which any stream may write at once. Not for the inside of a step."""
-
-    def event(self) -> Event:
-        """A new event."""
-
-    def timing_event(self) -> TimingEvent:
-        """A new event that knows when it was reached."""
-
-    def copy_stream(self, name: str = "weights") -> Stream:
-        """The stream for these transfers; the same name gives the same stream, and each has its own."""
-
-    def compute_stream(self) -> Stream:
-        """The stream the calling thread computes on."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any, /) -> None:
-        """Enqueue a copy on a stream and return.
-
-        Between tensors of the device of any equal shape and type, or between device and host, both uint8
-        `[n]`. Where the host side is not pinned it goes through pinned staging buffers, and the call
-        returns only when the host side may be changed again.
-        """
-
-    def ready_for_compute(self) -> None:
-        """Called after work for the compute stream was enqueued; a backend whose compute is not a stream blocks."""
-
-    def pin(self, buffer: torch.Tensor, /) -> bool:
-        """Lock anonymous host memory, exactly its size, for copies that do not block; once, outside of steps.
-
-        Returns False where the system refuses: copies of this memory are staged then.
-
-        Args:
-            buffer: uint8 `[n]` of `binding.page_aligned`, never a mapped file.
-        """
-
-    def unpin(self, buffer: torch.Tensor, /) -> None:
-        """Undo `pin`, before the memory is freed and after its copies have ended; nothing where it was refused."""
-
-    def close(self) -> None:
-        """Wait for the copy streams and unpin what is pinned."""
+from .slot_cache import Load, SlotCache
+from .tiers import Tier, slot_sizes, unit_name
+from .timeline import COPY, Timeline
 
 
 class ComputeWaits:
@@ -124,64 +56,64 @@ class ComputeWaits:
             self._spare.append(pair)
 
 
-class DeviceTier:
+class DeviceTier(Tier):
     """Device slots filled from host slots.
 
-    Layout: as many device slots as the ring has, a `ready` and a `free` event each, and a `copied` event for every
-    host slot. The ring before (host slots) is visited once for every device load.
+    Layout: as many device slots as the cache has, a `ready` and a `free` event each, and a `copied` event for every
+    host slot. The host tier is accessed once for every device load.
 
-    Mechanics: the copier thread takes a load, acquires the unit in the host ring, lets the copy stream wait
+    Mechanics: the copier thread takes a load, acquires the unit in the host tier, lets the copy stream wait
     for `free`, enqueues the copy, records `copied` and `ready` and reports the load, so an `acquire` can
     only find recorded events. It goes on to the next load at once: a copy waits for its slot, never for the copy
     before it. The returner thread waits for the copies in their order and releases each host slot behind its own;
     until then the copier does not ask for the slot again. The user's `acquire` makes the compute stream wait for
-    `ready`; `release` records `free` on it before the ring may plan the next load of the slot. So every wait comes
+    `ready`; `release` records `free` on it before the cache may plan the next load of the slot. So every wait comes
     after the record it is meant for.
 
     Args:
-        host: the ring before.
-        host_buffers: its slots.
+        below: the host slots.
         slot_of: device slot of every unit.
-        depth: visits planned ahead; None: as many as the slots allow.
+        depth: accesses planned ahead; None: as many as the slots allow.
         moves: how the bytes of a unit get from its host slot to its device slot.
-        stream: of the copies.
+        stream: of the copies; tiers whose streams have different names do not wait for each other's.
+        timeline: told of copies.
+        names: what it calls a unit.
     """
 
     def __init__(
         self,
         backend: DeviceBackend,
-        host: Ring,
-        host_buffers: Sequence[torch.Tensor],
+        below: Tier,
         slot_of: dict[int, int],
         schedule: Schedule,
         depth: int | None,
         moves: Mapping[int, Sequence[Move]],
         stream: str = "weights",
+        timeline: Timeline | None = None,
+        names: Callable[[int], str] = unit_name,
     ) -> None:
-        sizes = [0] * (max(slot_of.values(), default=-1) + 1)
-        for unit, slot in slot_of.items():
-            sizes[slot] = max(sizes[slot], *(move.target + move.nbytes for move in moves[unit]), 0)
-        self.buffers = [backend.device_buffer(size) for size in sizes]
-        self.copied_bytes = 0
-        self.timeline = Timeline(backend)
-        self.names: Callable[[int], str] = "unit {}".format
-        """What the timeline calls a unit."""
+        ends = {unit: max((m.target + m.nbytes for m in moves[unit]), default=0) for unit in slot_of}
+        sizes = slot_sizes(slot_of, ends)
+        buffers = [backend.device_buffer(size) for size in sizes]
+        super().__init__(SlotCache(slot_of, schedule, depth, self._fill), buffers, below)
         self._backend = backend
-        self._host = host
+        self._host = below
+        self._timeline = timeline or Timeline(backend)
+        self._names = names
         self._nbytes = {unit: sum(move.nbytes for move in moves[unit]) for unit in slot_of}
         self._copies = {
             unit: [
                 (
-                    self.buffers[slot][move.target : move.target + move.nbytes],
-                    host_buffers[host.slot_of[unit]][move.source : move.source + move.nbytes],
+                    self.buffer_of(unit)[move.target : move.target + move.nbytes],
+                    below.buffer_of(unit)[move.source : move.source + move.nbytes],
                 )
                 for move in moves[unit]
             ]
-            for unit, slot in slot_of.items()
+            for unit in slot_of
         }
         self._ready = [backend.event() for _ in sizes]
         self._free = [backend.event() for _ in sizes]
-        self._copied = [backend.event() for _ in host_buffers]
+        self._copied = [backend.event() for _ in below.buffers]
         self._stream = backend.copy_stream(stream)
         self._waits = ComputeWaits(backend)
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
@@ -191,12 +123,11 @@ class DeviceTier:
         self._returned = threading.Condition()
         self._threads: tuple[threading.Thread, ...] = ()
         self._lost: RuntimeError | None = None
-        self.ring = Ring(slot_of, schedule, depth, self._fill)
 
-    def acquire(self, unit: int, phase: Phase) -> int:
-        """Device slot that the compute stream may read once it has waited; see `Ring.acquire`."""
+    def acquire(self, unit: int, phase: Phase = Phase.FORWARD) -> int:
+        """Device slot that the compute stream may read once it has waited; see `SlotCache.acquire`."""
         waiting = self._waits.begin()
-        slot = self.ring.acquire(unit, phase)
+        slot = self.cache.acquire(unit, phase)
         self._backend.compute_stream().wait_event(self._ready[slot])
         self._waits.end(waiting)
         self._backend.ready_for_compute()
@@ -209,8 +140,8 @@ class DeviceTier:
 
     def release(self, unit: int) -> None:
         """Let the slot be overwritten once the compute stream has come here."""
-        self._backend.compute_stream().record_event(self._free[self.ring.slot_of[unit]])
-        self.ring.release(unit)
+        self._backend.compute_stream().record_event(self._free[self.cache.slot_of[unit]])
+        self.cache.release(unit)
 
     def stop(self) -> None:
         """End the threads after what is queued and under way; they start again with the next load."""
@@ -235,25 +166,25 @@ class DeviceTier:
 
     def _copy_loads(self) -> None:
         while (load := self._queue.get()) is not None:
-            self._wait_for_host_slot(self._host.slot_of[load.unit])
+            self._wait_for_host_slot(self._host.cache.slot_of[load.unit])
             if load.cancelled or self._lost is not None:
-                self.ring.finished(load, self._lost)
+                self.cache.finished(load, self._lost)
                 continue
             try:
                 host_slot = self._host.acquire(load.unit, load.phase)
             except LemaError as error:
-                self.ring.finished(load, error)
+                self.cache.finished(load, error)
                 continue
             try:
                 self._enqueue(load, host_slot)
             except RuntimeError as error:  # torch's, when the device failed
                 self._host.release(load.unit)
-                self.ring.finished(load, error)
+                self.cache.finished(load, error)
                 continue
             self.copied_bytes += self._nbytes[load.unit]
             self._read_from.add(host_slot)
             self._travelling.put(load.unit)
-            self.ring.finished(load)
+            self.cache.finished(load)
         self._travelling.put(None)
 
     def _wait_for_host_slot(self, slot: int) -> None:
@@ -262,7 +193,7 @@ class DeviceTier:
 
     def _enqueue(self, load: Load, host_slot: int) -> None:
         self._stream.wait_event(self._free[load.slot])
-        with self.timeline.span(COPY, self.names(load.unit), self._nbytes[load.unit], self._stream):
+        with self._timeline.span(COPY, self._names(load.unit), self._nbytes[load.unit], self._stream):
             for target, source in self._copies[load.unit]:
                 self._backend.copy(target, source, self._stream)
         for event in (self._copied[host_slot], self._ready[load.slot]):
@@ -272,7 +203,7 @@ class DeviceTier:
 
     def _return_slots(self) -> None:
         while (unit := self._travelling.get()) is not None:
-            slot = self._host.slot_of[unit]
+            slot = self._host.cache.slot_of[unit]
             try:
                 self._copied[slot].synchronize()
             except RuntimeError as error:  # the copy may still read the host slot, which is never released then

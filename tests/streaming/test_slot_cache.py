@@ -1,6 +1,6 @@
 """The slot protocol against a model of it: no early read, no overwrite in use, no wait without end.
 
-Most tests drive the ring in one thread: its condition's `wait` is replaced by a script that does what other
+Most tests drive the cache in one thread: its condition's `wait` is replaced by a script that does what other
 threads might do just then. So every order of events can be had, and a wait that nobody would end is seen at once.
 The rest use real threads, with the poll set so long that a missing wake-up counts as a hang.
 """
@@ -22,9 +22,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lema.errors import ReadError, StreamingError
-from lema.streaming import ring as ring_module
-from lema.streaming.ring import Load, Ring, SlotState
-from lema.streaming.schedule import Phase, Schedule, Visit
+from lema.streaming import slot_cache as cache_module
+from lema.streaming.schedule import Access, Phase, Schedule
+from lema.streaming.slot_cache import Load, SlotCache, SlotState
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -35,10 +35,10 @@ EMPTY = Schedule(())
 def schedule(text: str) -> Schedule:
     """`F0 F1 B1 B0` as a schedule."""
     phases = {"F": F, "B": B}
-    return Schedule(tuple(Visit(int(word[1:]), phases[word[0]]) for word in text.split()))
+    return Schedule(tuple(Access(int(word[1:]), phases[word[0]]) for word in text.split()))
 
 
-# --- a ring in one thread, and the model it is held against -----------------------------------------
+# --- a cache in one thread, and the model it is held against -----------------------------------------
 
 
 class ScriptedCondition(threading.Condition):
@@ -55,10 +55,10 @@ class ScriptedCondition(threading.Condition):
 
 @dataclass
 class World:
-    """A ring, the bytes of its slots as "which unit is in there, whole", and what the protocol allows now.
+    """A cache, the bytes of its slots as "which unit is in there, whole", and what the protocol allows now.
 
-    The model follows the words of the protocol, not the ring's bookkeeping: a slot may be filled with a unit
-    only if the next visit that needs the slot, counted from the last one that began, is a visit of that unit.
+    The model follows the words of the protocol, not the cache's bookkeeping: a slot may be filled with a unit
+    only if the next access that needs the slot, counted from the last one that began, is an access of that unit.
     """
 
     slot_of: dict[int, int]
@@ -70,7 +70,7 @@ class World:
     """Schedules that may be predicted by somebody else during a wait."""
 
     def __post_init__(self) -> None:
-        self.cycle = self.predicted.visits
+        self.cycle = self.predicted.accesses
         self.position = 0
         self.whole: dict[int, int] = {}
         self.under_way: dict[int, Load] = {}
@@ -80,15 +80,15 @@ class World:
         self.began: dict[Load, int] = {}
         self.plans = 0
         self.planning = False
-        self.asked: Visit | None = None
+        self.asked: Access | None = None
         self.may_wait = self.may_fill = True
         self.fills: list[Load] = []
         self.announced: Load | None = None
-        self.ring = Ring(self.slot_of, self.predicted, self.depth, self.fill)
-        self.ring._changed = ScriptedCondition(self.while_waiting)
-        self.ring.on_overwrite = self.announce
+        self.cache = SlotCache(self.slot_of, self.predicted, self.depth, self.fill)
+        self.cache._changed = ScriptedCondition(self.while_waiting)
+        self.cache.on_overwrite = self.announce
 
-    # -- what the ring calls
+    # -- what the cache calls
 
     def announce(self, load: Load) -> None:
         self.announced = load
@@ -96,14 +96,14 @@ class World:
     def fill(self, load: Load) -> None:
         slot = load.slot
         assert self.announced is load, "on_overwrite comes right before the filling"
-        assert self.may_fill, "a load was started by a ring that is being stopped"
+        assert self.may_fill, "a load was started by a cache that is being stopped"
         assert slot == self.slot_of[load.unit]
         assert slot not in self.in_use, "a slot is overwritten while it is in use"
         assert slot not in self.under_way, "a slot is filled twice at once"
         assert self.whole.get(slot) != load.unit, "a unit is loaded although it is there"
         assert load.evicted == self.whole.get(slot), "on_overwrite must be told what goes"
         distance = self.needed_in(slot, load.unit)
-        assert distance is not None, "a slot is overwritten although a visit before needs what it holds"
+        assert distance is not None, "a slot is overwritten although an access before needs what it holds"
         furthest = self.depth if self.asked else self.depth - 1
         assert distance <= furthest or (distance == 0 and self.asked), "a load was started beyond the depth"
         self.whole.pop(slot, None)
@@ -113,7 +113,7 @@ class World:
 
     def while_waiting(self) -> None:
         assert self.may_wait, "an error that is certain must be raised without waiting"
-        assert self.under_way, f"waits for {self.asked} and nothing is under way: {self.ring.slots}"
+        assert self.under_way, f"waits for {self.asked} and nothing is under way: {self.cache.slots}"
         self.check()
         kind, number = next(self.script, ("finish", 0))
         if kind == "predict" and self.others and self.asked:
@@ -126,26 +126,26 @@ class World:
 
     # -- the model
 
-    def ahead(self) -> Iterator[Visit]:
+    def ahead(self) -> Iterator[Access]:
         for step in range(len(self.cycle)):
             yield self.cycle[(self.position + step) % len(self.cycle)]
 
     def needed_in(self, slot: int, unit: int) -> int | None:
-        """How many visits ahead the slot is needed for this unit, if for no other before."""
-        for distance, visit in enumerate(self.ahead()):
-            if self.slot_of[visit.unit] == slot:
-                return distance if visit.unit == unit else None
+        """How many accesses ahead the slot is needed for this unit, if for no other before."""
+        for distance, access in enumerate(self.ahead()):
+            if self.slot_of[access.unit] == slot:
+                return distance if access.unit == unit else None
         return None
 
-    def next_visit(self) -> Visit:
-        return next(self.ahead(), Visit(min(self.slot_of), F))
+    def next_access(self) -> Access:
+        return next(self.ahead(), Access(min(self.slot_of), F))
 
-    def seek(self, visit: Visit) -> None:
-        if self.cycle and self.next_visit() == visit:
+    def seek(self, access: Access) -> None:
+        if self.cycle and self.next_access() == access:
             return
-        position = Schedule(self.cycle).position(visit, self.position % len(self.cycle) if self.cycle else 0)
+        position = Schedule(self.cycle).position(access, self.position % len(self.cycle) if self.cycle else 0)
         if position is None:
-            self.cycle = (*self.cycle, visit)
+            self.cycle = (*self.cycle, access)
             position = len(self.cycle) - 1
         self.plan_anew(position)
 
@@ -157,7 +157,7 @@ class World:
 
     def check(self) -> None:
         """What holds between any two events."""
-        assert self.ring.loads == len(self.fills)
+        assert self.cache.loads == len(self.fills)
         for slot, load in self.under_way.items():
             if not load.cancelled:
                 distance = self.needed_in(slot, load.unit)
@@ -165,26 +165,26 @@ class World:
         if self.failed or not self.planning or self.asked:
             return
         earlier: set[int] = set()
-        for visit in list(self.ahead())[: self.depth]:
-            slot = self.slot_of[visit.unit]
+        for access in list(self.ahead())[: self.depth]:
+            slot = self.slot_of[access.unit]
             load = self.under_way.get(slot)
             expected = self.whole.get(slot) if load is None else load.unit if not load.cancelled else None
-            if expected != visit.unit:
+            if expected != access.unit:
                 blocked = slot in self.in_use or load is not None or slot in earlier
-                assert blocked, f"{visit} is due within the depth, its slot is idle and nothing was started"
+                assert blocked, f"{access} is due within the depth, its slot is idle and nothing was started"
                 return
             earlier.add(slot)
 
     # -- what the user and the filler do
 
     def acquire(self, unit: int, phase: Phase = F) -> bool:
-        """Ask for a visit; whether it began. Errors of the load are checked against those injected."""
-        visit = Visit(unit, phase)
-        self.seek(visit)
-        self.asked, self.planning = visit, True
+        """Ask for an access; whether it began. Errors of the load are checked against those injected."""
+        access = Access(unit, phase)
+        self.seek(access)
+        self.asked, self.planning = access, True
         failure = None
         try:
-            slot = self.ring.acquire(unit, phase)
+            slot = self.cache.acquire(unit, phase)
         except ReadError as error:
             failure = error
         except KeyboardInterrupt:
@@ -192,7 +192,7 @@ class World:
         finally:
             self.asked = None
         if failure is not None:
-            assert failure in self.failed.get(unit, ()), "an error came to a visit that did not want the unit"
+            assert failure in self.failed.get(unit, ()), "an error came to an access that did not want the unit"
             self.plan_anew(self.position)
             return False
         assert slot == self.slot_of[unit]
@@ -206,7 +206,7 @@ class World:
     def release(self, unit: int) -> None:
         del self.in_use[self.slot_of[unit]]
         self.planning = True
-        self.ring.release(unit)
+        self.cache.release(unit)
         self.check()
 
     def use(self, unit: int, phase: Phase = F) -> bool:
@@ -226,33 +226,33 @@ class World:
             self.failed.setdefault(load.unit, []).append(error)
             if self.began[load] == self.plans:
                 self.surfaces.add(load.unit)
-        self.ring.finished(load, error)
+        self.cache.finished(load, error)
         self.check()
 
     def predict(self, predicted: Schedule) -> None:
-        expected = predicted.visits == self.cycle and bool(self.cycle) and self.position % len(self.cycle) == 0
+        expected = predicted.accesses == self.cycle and bool(self.cycle) and self.position % len(self.cycle) == 0
         if not expected:
-            self.cycle = predicted.visits
+            self.cycle = predicted.accesses
             self.plan_anew(0)
             self.planning = True
-        assert self.ring.predict(predicted) is not expected
+        assert self.cache.predict(predicted) is not expected
         self.check()
 
     def prefetch(self, unit: int, phase: Phase) -> None:
-        visit = Visit(unit, phase)
-        self.seek(visit)
-        self.asked, self.planning, self.may_wait = visit, True, False
-        self.ring.prefetch(unit, phase)
+        access = Access(unit, phase)
+        self.seek(access)
+        self.asked, self.planning, self.may_wait = access, True, False
+        self.cache.prefetch(unit, phase)
         self.asked, self.may_wait = None, True
         slot = self.slot_of[unit]
         busy = slot in self.in_use or slot in self.under_way
         assert busy or self.failed or self.whole.get(slot) == unit, "nothing was started though the slot is idle"
         self.check()
 
-    def forget(self) -> bool:
-        empty = self.ring.forget()
+    def evict(self) -> bool:
+        empty = self.cache.evict()
         for slot in [slot for slot in self.whole if slot not in self.in_use]:
-            if self.ring.slots[slot].state is SlotState.EMPTY:
+            if self.cache.slots[slot].state is SlotState.EMPTY:
                 del self.whole[slot]
             else:
                 assert self.needed_in(slot, self.whole[slot]) is not None, "what nobody will use was kept"
@@ -264,7 +264,7 @@ class World:
         self.may_fill = self.planning = False
         self.plan_anew(0)
         try:
-            self.ring.abort()
+            self.cache.abort()
         except KeyboardInterrupt:
             assert all(load.cancelled for load in self.under_way.values())
         else:
@@ -274,35 +274,35 @@ class World:
 
     def misuse(self, call: Callable[..., Any], *args: Any) -> None:
         """A call that must be refused at once and change nothing."""
-        before = (list(self.fills), self.ring.slots and [repr(slot) for slot in self.ring.slots])
+        before = (list(self.fills), self.cache.slots and [repr(slot) for slot in self.cache.slots])
         self.may_wait = False
         with pytest.raises(StreamingError):
             call(*args)
         self.may_wait = True
-        assert before == (list(self.fills), [repr(slot) for slot in self.ring.slots])
+        assert before == (list(self.fills), [repr(slot) for slot in self.cache.slots])
 
     def misuse_everything(self) -> None:
         for unit, slot in self.slot_of.items():
             if slot in self.in_use:
-                self.misuse(self.ring.acquire, unit)
-                self.misuse(self.ring.acquire, unit, B)
+                self.misuse(self.cache.acquire, unit)
+                self.misuse(self.cache.acquire, unit, B)
             if self.in_use.get(slot) != unit:
-                self.misuse(self.ring.release, unit)
+                self.misuse(self.cache.release, unit)
 
     def close(self) -> None:
         """Close, and see that nothing is started or waited for ever after."""
-        self.ring.close()
+        self.cache.close()
         self.may_wait = self.may_fill = False
         assert all(load.cancelled for load in self.under_way.values())
         for unit in self.slot_of:
             with pytest.raises(StreamingError, match=r"closed|in use"):
-                self.ring.acquire(unit)
+                self.cache.acquire(unit)
         for slot, load in list(self.under_way.items()):
             del self.under_way[slot]
-            self.ring.finished(load)
+            self.cache.finished(load)
         for unit in list(self.in_use.values()):
-            self.ring.release(unit)
-        self.ring.close()
+            self.cache.release(unit)
+        self.cache.close()
 
 
 def world(slots: int, units: int, predicted: Schedule | str, depth: int, *script: tuple[str, int]) -> World:
@@ -314,11 +314,11 @@ def world(slots: int, units: int, predicted: Schedule | str, depth: int, *script
 
 
 def schedules(units: int) -> st.SearchStrategy[Schedule]:
-    visits = st.builds(Visit, st.integers(0, units - 1), st.sampled_from(Phase))
+    accesses = st.builds(Access, st.integers(0, units - 1), st.sampled_from(Phase))
     return st.one_of(
         st.builds(Schedule.training, st.just(units), st.integers(0, units)),
         st.just(Schedule.inference(units)),
-        st.lists(visits, max_size=10).map(lambda chosen: Schedule(tuple(chosen))),
+        st.lists(accesses, max_size=10).map(lambda chosen: Schedule(tuple(chosen))),
     )
 
 
@@ -328,7 +328,7 @@ step = st.one_of(
     st.tuples(st.just("next"), st.booleans()),
     st.tuples(st.just("next"), st.booleans()),
     st.tuples(st.just("sweep"), st.integers(1, 12)),
-    st.tuples(st.just("visit"), number, st.sampled_from(Phase), st.booleans()),
+    st.tuples(st.just("access"), number, st.sampled_from(Phase), st.booleans()),
     st.tuples(st.just("release"), number),
     st.tuples(st.just("end"), number),
     st.tuples(st.just("fail"), number),
@@ -336,7 +336,7 @@ step = st.one_of(
     st.tuples(st.just("abort")),
     st.tuples(st.just("misuse")),
     st.tuples(st.just("prefetch"), number, st.sampled_from(Phase)),
-    st.tuples(st.just("forget")),
+    st.tuples(st.just("evict")),
 )
 
 
@@ -350,15 +350,15 @@ def test_no_order_of_events_breaks_the_protocol(
     for kind, *values in data.draw(st.lists(step, max_size=40)):
         if kind == "sweep":
             for _ in range(values[0]):
-                visit = w.next_visit()
-                if w.slot_of[visit.unit] not in w.in_use:
-                    w.use(visit.unit, visit.phase)
-        elif kind in ("next", "visit"):
-            visit = w.next_visit() if kind == "next" else Visit(values[0] % units, values[1])
-            if w.slot_of[visit.unit] in w.in_use:
-                w.misuse(w.ring.acquire, visit.unit, visit.phase)
-            elif w.acquire(visit.unit, visit.phase) and values[-1]:
-                w.release(visit.unit)
+                access = w.next_access()
+                if w.slot_of[access.unit] not in w.in_use:
+                    w.use(access.unit, access.phase)
+        elif kind in ("next", "access"):
+            access = w.next_access() if kind == "next" else Access(values[0] % units, values[1])
+            if w.slot_of[access.unit] in w.in_use:
+                w.misuse(w.cache.acquire, access.unit, access.phase)
+            elif w.acquire(access.unit, access.phase) and values[-1]:
+                w.release(access.unit)
         elif kind == "release" and w.in_use:
             w.release(sorted(w.in_use.values())[values[0] % len(w.in_use)])
         elif kind in ("end", "fail") and w.under_way:
@@ -371,8 +371,8 @@ def test_no_order_of_events_breaks_the_protocol(
             w.misuse_everything()
         elif kind == "prefetch":
             w.prefetch(values[0] % units, values[1])
-        elif kind == "forget":
-            w.forget()
+        elif kind == "evict":
+            w.evict()
     w.script = iter(())
     for unit in list(w.in_use.values()):
         w.release(unit)
@@ -388,7 +388,7 @@ def loaded(w: World) -> list[int]:
     return [load.unit for load in w.fills]
 
 
-def test_visits_are_read_ahead_as_far_as_depth_and_slots_allow() -> None:
+def test_accesses_are_read_ahead_as_far_as_depth_and_slots_allow() -> None:
     for depth, ahead in ((1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (6, [0, 1, 2])):
         w = world(3, 6, EMPTY, depth)
         w.predict(Schedule.inference(6))
@@ -403,22 +403,22 @@ def test_visits_are_read_ahead_as_far_as_depth_and_slots_allow() -> None:
 @given(st.data(), st.integers(1, 4), st.integers(1, 8))
 def test_depth_0_never_reads_ahead(data: st.DataObject, slots: int, units: int) -> None:
     w = world(slots, units, data.draw(schedules(units)), 0)
-    visits = data.draw(st.lists(st.builds(Visit, st.integers(0, units - 1), st.sampled_from(Phase)), max_size=20))
+    accesses = data.draw(st.lists(st.builds(Access, st.integers(0, units - 1), st.sampled_from(Phase)), max_size=20))
     expected: list[int] = []
     held: dict[int, int] = {}
-    for visit in visits:
-        if held.get(w.slot_of[visit.unit]) != visit.unit:
-            held[w.slot_of[visit.unit]] = visit.unit
-            expected.append(visit.unit)
-        w.use(visit.unit, visit.phase)
+    for access in accesses:
+        if held.get(w.slot_of[access.unit]) != access.unit:
+            held[w.slot_of[access.unit]] = access.unit
+            expected.append(access.unit)
+        w.use(access.unit, access.phase)
         assert loaded(w) == expected
 
 
 def test_at_the_turn_and_at_the_next_step_the_slots_are_kept() -> None:
     w = world(2, 4, Schedule.training(4), 4)
     for _ in range(3):
-        for visit in Schedule.training(4).visits:
-            w.use(visit.unit, visit.phase)
+        for access in Schedule.training(4).accesses:
+            w.use(access.unit, access.phase)
     assert loaded(w)[:12] == [0, 1, 2, 3, 1, 0, 2, 3, 1, 0, 2, 3]
 
 
@@ -427,7 +427,7 @@ def test_two_forwards_before_a_backward_and_an_evaluation_in_between(depth: int)
     w = world(2, 5, EMPTY, depth)
     up, down = [(u, F) for u in range(5)], [(u, B) for u in range(4, -1, -1)]
     for _ in range(2):
-        for predicted, visits in (
+        for predicted, accesses in (
             (Schedule.training(5), up + up + down),
             (Schedule.inference(5), up + up),
             (Schedule.training(5, 2), up + down[:3]),
@@ -436,17 +436,17 @@ def test_two_forwards_before_a_backward_and_an_evaluation_in_between(depth: int)
             (Schedule.training(5), up + down + down),
         ):
             w.predict(predicted)
-            for unit, phase in visits:
+            for unit, phase in accesses:
                 assert w.use(unit, phase)
 
 
 def test_what_is_expected_already_is_left_in_peace() -> None:
     w = world(2, 4, EMPTY, 2)
     w.predict(Schedule.training(4))
-    assert not w.ring.predict(Schedule.training(4))
+    assert not w.cache.predict(Schedule.training(4))
     assert not any(load.cancelled for load in w.fills)
     w.use(0)
-    assert w.ring.predict(Schedule.training(4)), "in the middle of a cycle it says to begin again"
+    assert w.cache.predict(Schedule.training(4)), "in the middle of a cycle it says to begin again"
 
 
 def test_another_prediction_cancels_loads_nobody_will_use() -> None:
@@ -459,7 +459,7 @@ def test_another_prediction_cancels_loads_nobody_will_use() -> None:
     assert loaded(w) == [0, 1, 4], "the load of unit 1 served the new prediction"
 
 
-def test_a_load_that_the_next_visit_will_plan_is_kept() -> None:
+def test_a_load_that_the_next_access_will_plan_is_kept() -> None:
     w = world(2, 4, EMPTY, 1)
     w.predict(schedule("F0 F1"))
     w.use(0)
@@ -467,7 +467,7 @@ def test_a_load_that_the_next_visit_will_plan_is_kept() -> None:
     assert [(load.unit, load.cancelled) for load in w.fills] == [(0, False), (1, False), (2, False)]
 
 
-def test_an_unpredicted_visit_goes_on_from_its_next_place_in_the_cycle() -> None:
+def test_an_unpredicted_access_goes_on_from_its_next_place_in_the_cycle() -> None:
     w = world(4, 8, EMPTY, 1)
     w.predict(schedule("F0 F1 F2 F1 F3"))
     for unit in (0, 1, 1):
@@ -476,10 +476,10 @@ def test_an_unpredicted_visit_goes_on_from_its_next_place_in_the_cycle() -> None
 
 
 def test_a_ring_of_no_units_can_be_predicted_aborted_and_closed() -> None:
-    ring = Ring({}, EMPTY, 2, lambda load: None)
-    ring.predict(EMPTY)
-    ring.abort()
-    ring.close()
+    cache = SlotCache({}, EMPTY, 2, lambda load: None)
+    cache.predict(EMPTY)
+    cache.abort()
+    cache.close()
 
 
 def test_a_prefetch_starts_one_load_whatever_the_depth_and_does_not_wait() -> None:
@@ -488,12 +488,12 @@ def test_a_prefetch_starts_one_load_whatever_the_depth_and_does_not_wait() -> No
         w.prefetch(0, F)
     assert loaded(w) == [0]
     assert w.use(0) and loaded(w) == [0]
-    w.ring.close()
+    w.cache.close()
     with pytest.raises(StreamingError, match="closed"):
-        w.ring.prefetch(0)
+        w.cache.prefetch(0)
 
 
-def test_a_prefetch_that_fails_is_told_to_the_visit_that_comes_for_it() -> None:
+def test_a_prefetch_that_fails_is_told_to_the_access_that_comes_for_it() -> None:
     w = world(1, 1, schedule("F0"), 0)
     w.prefetch(0, F)
     w.end(0, fail=True)
@@ -505,34 +505,34 @@ def test_forgotten_slots_are_filled_again() -> None:
     w = world(1, 1, schedule("F0"), 0)
     for loads in (1, 2, 3):
         w.acquire(0)
-        assert not w.forget(), "in use"
+        assert not w.evict(), "in use"
         w.release(0)
-        assert w.forget()
+        assert w.evict()
         assert len(w.fills) == loads
 
 
 def test_a_slot_that_is_about_to_be_used_is_not_forgotten() -> None:
-    """Its bytes must stay: the visit they were read for will not read them again."""
+    """Its bytes must stay: the access they were read for will not read them again."""
     w = world(1, 1, schedule("F0"), 0)
     w.acquire(0)
     w.prefetch(0, F)
     w.release(0)
-    assert not w.forget()
-    assert w.use(0) and w.forget()
+    assert not w.evict()
+    assert w.use(0) and w.evict()
     w.prefetch(0, F)
-    assert not w.forget(), "being filled"
+    assert not w.evict(), "being filled"
     w.end(0)
-    assert not w.forget()
+    assert not w.evict()
 
 
 # --- errors ------------------------------------------------------------------------------------------
 
 
-def test_an_error_comes_to_the_visit_that_wanted_the_unit_and_a_retry_works() -> None:
+def test_an_error_comes_to_the_access_that_wanted_the_unit_and_a_retry_works() -> None:
     w = world(2, 4, EMPTY, 2)
     w.predict(Schedule.inference(4))
     w.end(1, fail=True)
-    assert w.use(0), "the visit before is not disturbed"
+    assert w.use(0), "the access before is not disturbed"
     assert not w.acquire(1)
     for unit in (1, 2, 3, 0):
         assert w.use(unit)
@@ -543,10 +543,10 @@ def test_every_try_that_fails_raises_its_own_error() -> None:
     errors = []
     for _ in range(3):
         with pytest.raises(ReadError) as caught:
-            w.ring.acquire(0)
+            w.cache.acquire(0)
         errors.append(caught.value)
     assert len(set(map(id, errors))) == 3
-    assert w.ring.acquire(0) == 0
+    assert w.cache.acquire(0) == 0
 
 
 def test_a_failed_prefetch_that_is_never_asked_for_disturbs_nobody() -> None:
@@ -575,13 +575,13 @@ def test_a_unit_wanted_twice_fails_once_and_is_then_counted_right() -> None:
     w.predict(schedule(text))
     w.end(1, fail=True)
     for _ in range(3):
-        for visit in schedule(text).visits:
+        for access in schedule(text).accesses:
             while w.under_way:  # so that a later plan of unit 1 has loaded it when its turn comes
                 w.end(0)
-            assert w.use(visit.unit, visit.phase) or w.use(visit.unit, visit.phase)
+            assert w.use(access.unit, access.phase) or w.use(access.unit, access.phase)
 
 
-def test_a_failure_no_visit_was_planned_on_is_tried_again_in_silence() -> None:
+def test_a_failure_no_access_was_planned_on_is_tried_again_in_silence() -> None:
     """Unit 1 is still being read for an earlier prediction; the new one is blocked before it comes to unit 1."""
     w = world(2, 4, EMPTY, 2)
     w.predict(schedule("F0 F1"))
@@ -596,7 +596,7 @@ def test_the_error_of_a_cancelled_load_is_nobodys() -> None:
     w.predict(schedule("F2 F1"))
     (cancelled,) = [load for load in w.fills if load.cancelled]
     del w.under_way[cancelled.slot]
-    w.ring.finished(cancelled, ReadError("cancelled in the middle"))
+    w.cache.finished(cancelled, ReadError("cancelled in the middle"))
     assert w.use(2) and w.use(1)
     assert w.use(0)
 
@@ -616,14 +616,14 @@ def test_a_wait_that_is_interrupted_leaves_the_ring_usable() -> None:
     for after in (lambda w: None, World.abort, lambda w: w.predict(Schedule.inference(4))):
         w = world(2, 4, Schedule.training(4), 2, ("interrupt", 0))
         with pytest.raises(KeyboardInterrupt):
-            w.ring.acquire(0)
+            w.cache.acquire(0)
         w.planning = True
         after(w)
-        for visit in Schedule.training(4).visits:
-            assert w.use(visit.unit, visit.phase)
+        for access in Schedule.training(4).accesses:
+            assert w.use(access.unit, access.phase)
 
 
-def test_an_abort_that_is_interrupted_can_be_followed_by_visits() -> None:
+def test_an_abort_that_is_interrupted_can_be_followed_by_accesses() -> None:
     w = world(2, 4, EMPTY, 2, ("interrupt", 0))
     w.predict(Schedule.inference(4))
     w.abort()
@@ -639,15 +639,15 @@ def test_an_interrupt_right_after_a_load_was_handed_over_leaves_the_ring_usable(
         if len(handed) == 1:
             raise KeyboardInterrupt
 
-    ring = Ring({0: 0, 1: 0}, Schedule.inference(2), 0, fill)
+    cache = SlotCache({0: 0, 1: 0}, Schedule.inference(2), 0, fill)
     with pytest.raises(KeyboardInterrupt):
-        ring.acquire(0, Phase.FORWARD)
+        cache.acquire(0, Phase.FORWARD)
     assert handed[0].cancelled
-    ring.finished(handed[0])  # by a filler that knows of it all the same
-    ring.prefetch(0)
+    cache.finished(handed[0])  # by a filler that knows of it all the same
+    cache.prefetch(0)
     assert len(handed) == 2
-    ring.finished(handed[1])
-    assert ring.acquire(0, Phase.FORWARD) == 0
+    cache.finished(handed[1])
+    assert cache.acquire(0, Phase.FORWARD) == 0
 
 
 def test_abort_cancels_and_starts_nothing_and_forgets_half_filled_slots() -> None:
@@ -656,7 +656,7 @@ def test_abort_cancels_and_starts_nothing_and_forgets_half_filled_slots() -> Non
     assert loaded(w) == [0, 1]
     w.abort()
     assert all(load.cancelled for load in w.fills)
-    assert [slot.state for slot in w.ring.slots] == [SlotState.EMPTY] * 2
+    assert [slot.state for slot in w.cache.slots] == [SlotState.EMPTY] * 2
     assert loaded(w) == [0, 1]
     assert w.use(0)
 
@@ -665,7 +665,7 @@ def test_abort_keeps_what_is_whole_and_what_is_in_use() -> None:
     w = world(2, 4, Schedule.inference(4), 0)
     assert w.use(0) and w.acquire(1)
     w.abort()
-    w.misuse(w.ring.acquire, 3)
+    w.misuse(w.cache.acquire, 3)
     w.release(1)
     assert w.use(0) and w.use(1)
     assert loaded(w) == [0, 1]
@@ -675,10 +675,10 @@ def test_a_closed_ring_starts_nothing() -> None:
     w = world(2, 4, EMPTY, 4)
     w.predict(Schedule.inference(4))
     w.close()
-    w.ring.predict(Schedule.training(4))
-    w.ring.abort()
+    w.cache.predict(Schedule.training(4))
+    w.cache.abort()
     with pytest.raises(StreamingError, match="closed"):
-        w.ring.acquire(0)
+        w.cache.acquire(0)
 
 
 # --- misuse ------------------------------------------------------------------------------------------
@@ -686,15 +686,15 @@ def test_a_closed_ring_starts_nothing() -> None:
 
 def test_misuse_is_refused_at_once_and_changes_nothing() -> None:
     w = world(2, 4, Schedule.inference(4), 2)
-    w.misuse(w.ring.release, 0)
+    w.misuse(w.cache.release, 0)
     assert w.acquire(0)
     for phase in Phase:
-        w.misuse(w.ring.acquire, 0, phase)
-        w.misuse(w.ring.acquire, 2, phase)
-    w.misuse(w.ring.release, 1)
-    w.misuse(w.ring.release, 2)
+        w.misuse(w.cache.acquire, 0, phase)
+        w.misuse(w.cache.acquire, 2, phase)
+    w.misuse(w.cache.release, 1)
+    w.misuse(w.cache.release, 2)
     w.release(0)
-    w.misuse(w.ring.release, 0)
+    w.misuse(w.cache.release, 0)
     assert w.use(1) and w.use(2)
 
 
@@ -702,7 +702,7 @@ def test_the_refusal_names_both_units() -> None:
     w = world(2, 4, Schedule.inference(4), 2)
     w.acquire(0)
     with pytest.raises(StreamingError, match=r"unit 2 .* unit 0 is in use"):
-        w.ring.acquire(2)
+        w.cache.acquire(2)
 
 
 # --- real threads ----------------------------------------------------------------------------------------
@@ -719,7 +719,7 @@ class Disk:
         self.broken: list[str] = []
         self.failed: dict[int, list[ReadError]] = {}
         self.loads: SimpleQueue[Load | None] = SimpleQueue()
-        self.ring: Ring
+        self.cache: SlotCache
         self.threads = [threading.Thread(target=self.run, daemon=True) for _ in range(threads)]
         for thread in self.threads:
             thread.start()
@@ -740,16 +740,16 @@ class Disk:
                     self.failed.setdefault(load.unit, []).append(error)
                     break
                 self.slots[load.slot][half] = load.unit
-            self.ring.finished(load, error)
+            self.cache.finished(load, error)
 
     def use(self, unit: int, phase: Phase) -> int:
-        """Visit a unit, again after every error; what its slot held."""
+        """Access a unit, again after every error; what its slot held."""
         while True:
             try:
-                slot = self.ring.acquire(unit, phase)
+                slot = self.cache.acquire(unit, phase)
             except ReadError as error:
                 if error not in self.failed.get(unit, ()):
-                    self.broken.append("an error came to a visit that did not want the unit")
+                    self.broken.append("an error came to an access that did not want the unit")
                 continue
             self.used[slot] = True
             before = list(self.slots[slot])
@@ -757,7 +757,7 @@ class Disk:
                 time.sleep(self.random.random() * 2e-4)
             after = list(self.slots[slot])
             self.used[slot] = False
-            self.ring.release(unit)
+            self.cache.release(unit)
             if before != [unit, unit] or after != [unit, unit]:
                 self.broken.append(f"unit {unit} found {before}, then {after}")
             return after[0]
@@ -789,20 +789,20 @@ def guarded(work: Callable[[], None], seconds: float = 20) -> None:
 
 @pytest.fixture
 def no_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring_module, "_POLL_SECONDS", 3600)
+    monkeypatch.setattr(cache_module, "_POLL_SECONDS", 3600)
 
 
 @pytest.mark.usefixtures("no_poll")
 def test_every_depth_and_every_number_of_slots_gives_the_same_contents() -> None:
     predicted = Schedule.training(6, 1)
-    wanted = [visit.unit for visit in predicted.visits] * 2
+    wanted = [access.unit for access in predicted.accesses] * 2
     for slots in range(1, 5):
         for depth in range(7):
             disk = Disk(slots, seed=slots * 10 + depth)
-            disk.ring = Ring({unit: unit % slots for unit in range(6)}, predicted, depth, disk.loads.put)
+            disk.cache = SlotCache({unit: unit % slots for unit in range(6)}, predicted, depth, disk.loads.put)
             found: list[int] = []
-            guarded(lambda d=disk, f=found: f.extend(d.use(v.unit, v.phase) for v in predicted.visits * 2))
-            disk.ring.close()
+            guarded(lambda d=disk, f=found: f.extend(d.use(v.unit, v.phase) for v in predicted.accesses * 2))
+            disk.cache.close()
             disk.stop()
             assert not disk.broken
             assert found == wanted
@@ -821,20 +821,20 @@ def test_threads_errors_and_predictions_at_odd_moments(
     draw = random.Random(seed)
     plans = [Schedule.training(units, draw.randint(0, units)), Schedule.inference(units), EMPTY]
     disk = Disk(slots, seed, failures)
-    ring = disk.ring = Ring({unit: unit % slots for unit in range(units)}, plans[0], depth, disk.loads.put)
+    cache = disk.cache = SlotCache({unit: unit % slots for unit in range(units)}, plans[0], depth, disk.loads.put)
     over = threading.Event()
 
     def disturb() -> None:
         other = random.Random(seed + 1)
         while not over.wait(other.random() * 1e-3):
             if other.random() < 0.2:
-                ring.abort()
+                cache.abort()
             else:
-                ring.predict(other.choice(plans))
+                cache.predict(other.choice(plans))
 
-    def visit() -> None:
+    def access() -> None:
         for _ in range(3):
-            for planned in draw.choice(plans).visits:
+            for planned in draw.choice(plans).accesses:
                 disk.use(planned.unit, planned.phase)
                 if draw.random() < 0.1:
                     disk.use(draw.randrange(units), draw.choice(list(Phase)))
@@ -843,31 +843,31 @@ def test_threads_errors_and_predictions_at_odd_moments(
     if draw.random() < 0.7:
         disturber.start()
     try:
-        guarded(visit)
+        guarded(access)
     finally:
         over.set()
         if disturber.ident:
             disturber.join(10)
-        guarded(ring.abort)
-        ring.close()
+        guarded(cache.abort)
+        cache.close()
         disk.stop()
     assert not disk.broken
 
 
 @pytest.mark.usefixtures("no_poll")
 def test_close_wakes_who_waits() -> None:
-    ring = Ring({0: 0, 1: 1}, Schedule.inference(2), 1, lambda load: None)
+    cache = SlotCache({0: 0, 1: 1}, Schedule.inference(2), 1, lambda load: None)
     waits = threading.Event()
-    ring.on_overwrite = lambda load: waits.set()
+    cache.on_overwrite = lambda load: waits.set()
 
     def ask() -> None:
         with pytest.raises(StreamingError, match="closed"):
-            ring.acquire(0)
+            cache.acquire(0)
 
     thread = threading.Thread(target=guarded, args=(ask,), daemon=True)
     thread.start()
     assert waits.wait(10)
-    guarded(ring.close)
+    guarded(cache.close)
     thread.join(10)
     assert not thread.is_alive()
 
@@ -875,28 +875,28 @@ def test_close_wakes_who_waits() -> None:
 @pytest.mark.usefixtures("no_poll")
 def test_abort_lets_who_waits_ask_anew() -> None:
     loads: SimpleQueue[Load] = SimpleQueue()
-    ring = Ring({0: 0, 1: 1}, Schedule.inference(2), 1, loads.put)
-    asking = threading.Thread(target=ring.acquire, args=(1,), daemon=True)
+    cache = SlotCache({0: 0, 1: 1}, Schedule.inference(2), 1, loads.put)
+    asking = threading.Thread(target=cache.acquire, args=(1,), daemon=True)
     asking.start()
     first = loads.get(timeout=10)
-    aborting = threading.Thread(target=ring.abort, daemon=True)
+    aborting = threading.Thread(target=cache.abort, daemon=True)
     aborting.start()
     while not first.cancelled:
         time.sleep(0.001)
-    ring.finished(first)
+    cache.finished(first)
     aborting.join(10)
     assert not aborting.is_alive()
-    ring.finished(loads.get(timeout=10))
+    cache.finished(loads.get(timeout=10))
     asking.join(10)
     assert not asking.is_alive()
-    ring.release(1)
+    cache.release(1)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
-def test_a_signal_reaches_a_visit_that_waits() -> None:
+def test_a_signal_reaches_an_access_that_waits() -> None:
     """A real Ctrl-C comes as a signal to the main thread, here under another number."""
     loads: list[Load] = []
-    ring = Ring({0: 0, 1: 1}, Schedule.inference(2), 1, loads.append)
+    cache = SlotCache({0: 0, 1: 1}, Schedule.inference(2), 1, loads.append)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -906,10 +906,10 @@ def test_a_signal_reaches_a_visit_that_waits() -> None:
     try:
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            ring.acquire(0)
+            cache.acquire(0)
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, previous)
-    ring.finished(loads.pop())
-    assert ring.acquire(0) == 0
-    ring.release(0)
+    cache.finished(loads.pop())
+    assert cache.acquire(0) == 0
+    cache.release(0)

@@ -1,6 +1,6 @@
-"""A ring of slots filled ahead of use: the slot protocol, once, for every tier.
+"""Slots filled ahead of use: the slot protocol, once, for every tier.
 
-The ring knows slots, visits and uses. It knows nothing of disks, devices or what a unit means: `fill`
+The cache knows slots, accesses and uses. It knows nothing of disks, devices or what a unit means: `fill`
 does the moving, and reports back with `finished`.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..errors import StreamingError
-from .schedule import Phase, Schedule, Visit
+from .schedule import Access, Phase, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class SlotState(Enum):
 
 @dataclass(eq=False, slots=True)
 class Load:
-    """One filling of a slot with a unit for a visit of a phase, over what the `evicted` unit left there.
+    """One filling of a slot with a unit for an access of a phase, over what the `evicted` unit left there.
 
     `cancelled` asks the filler to stop early; it must still report.
     """
@@ -47,7 +47,7 @@ class Load:
 
 @dataclass(slots=True)
 class Slot:
-    """State of one slot; `uses` counts planned visits that have not begun yet, `fillings` loads begun."""
+    """State of one slot; `uses` counts planned accesses that have not begun yet, `fillings` loads begun."""
 
     state: SlotState = SlotState.EMPTY
     unit: int | None = None
@@ -56,27 +56,27 @@ class Slot:
     load: Load | None = field(default=None, repr=False)
 
 
-class Ring:
-    """Slots that hold the units of the next visits.
+class SlotCache:
+    """Slots that hold the units of the next accesses.
 
     Layout: unit u lives in slot `slot_of[u]`, its rank among the streamed units modulo the number of
-    slots. The schedule's cycle repeats without end; `_next_use` counts visits that have begun and
-    `_next_plan` visits that have been given a place, at most `depth` ahead.
+    slots. The schedule's cycle repeats without end; `_next_use` counts accesses that have begun and
+    `_next_plan` accesses that have been given a place, at most `depth` ahead.
 
-    Mechanics: planning goes through the visits in order. A visit whose slot already holds (or loads)
+    Mechanics: planning goes through the accesses in order. An access whose slot already holds (or loads)
     its unit adds one use to it. Otherwise the slot is loaded as soon as nothing that was planned
     before still needs it: no planned use left, not in use. So a load serves exactly the uses planned
-    before the next load of that slot, and is never overwritten earlier. A visit that was not predicted
+    before the next load of that slot, and is never overwritten earlier. An access that was not predicted
     moves the plan to where it fits: planned uses are forgotten, loads nobody will use are cancelled,
-    what slots hold stays usable. An error of a load leaves the slot empty and goes to the visit that the
+    what slots hold stays usable. An error of a load leaves the slot empty and goes to the access that the
     load was planned for; until it is there, nothing more is planned. Every wait ends: by the load, by its
     error, or by `close`.
 
     Args:
-        slot_of: slot number of every unit this ring may be asked for.
-        schedule: predicted visits; only units of `slot_of`.
-        depth: visits planned ahead of the current one; 0 loads on demand, None is bounded by the slots alone.
-        fill: starts to fill a slot and returns; called with the ring's lock held, so it must not block
+        slot_of: slot number of every unit this cache may be asked for.
+        schedule: predicted accesses; only units of `slot_of`.
+        depth: accesses planned ahead of the current one; 0 loads on demand, None is bounded by the slots alone.
+        fill: starts to fill a slot and returns; called with the cache's lock held, so it must not block
             nor call back.
     """
 
@@ -88,10 +88,10 @@ class Ring:
         self.depth = sys.maxsize - 1 if depth is None else depth
         self.loads = 0
         self.wait_seconds = 0.0
-        self.on_overwrite: Callable[[Load], None] = lambda load: None
+        self.on_overwrite: Callable[[Load], None] = _nothing
         """Called just before a slot starts to be filled."""
         self.learns = True
-        """Whether visits that were not predicted are expected again in later cycles."""
+        """Whether accesses that were not predicted are expected again in later cycles."""
         self._fill = fill
         self._schedule = self._predicted = schedule
         self._next_use = 0
@@ -104,9 +104,9 @@ class Ring:
     # -- the user's side -------------------------------------------------------------------------
 
     def predict(self, schedule: Schedule) -> bool:
-        """Expect a cycle of visits from its start on; False where just that was expected already."""
+        """Expect a cycle of accesses from its start on; False where just that was expected already."""
         with self._changed:
-            at_start = bool(schedule.visits) and self._next_use % len(schedule.visits) == 0
+            at_start = bool(schedule.accesses) and self._next_use % len(schedule.accesses) == 0
             if schedule == self._schedule and at_start:
                 return False
             self._schedule = self._predicted = schedule
@@ -118,7 +118,7 @@ class Ring:
 
         Raises:
             StreamingError: the unit is in use already, its slot is held by another unit in use, or the
-                ring is closed.
+                cache is closed.
             ReadError: filling the slot failed; asking again tries again.
         """
         slot = self.slots[self.slot_of[unit]]
@@ -128,9 +128,9 @@ class Ring:
                 raise StreamingError(
                     f"unit {unit} was asked for while unit {slot.unit} is in use in its slot: release it first"
                 )
-            visit = Visit(unit, phase)
+            access = Access(unit, phase)
             started = time.perf_counter()
-            self._seek(visit)
+            self._seek(access)
             self._plan(least=1)
             while not (slot.state is SlotState.READY and slot.unit == unit and self._next_plan > self._next_use):
                 if unit in self._errors:
@@ -139,7 +139,7 @@ class Ring:
                     raise error
                 self._changed.wait(_POLL_SECONDS)
                 self._check_open()
-                self._seek(visit)  # somebody may have predicted anew in the meantime
+                self._seek(access)  # somebody may have predicted anew in the meantime
                 self._plan(least=1)
             self.wait_seconds += time.perf_counter() - started
             slot.state = SlotState.IN_USE
@@ -162,14 +162,14 @@ class Ring:
         """Start to load a unit that will be asked for soon, whatever the depth; does not wait."""
         with self._changed:
             self._check_open()
-            self._seek(Visit(unit, phase))
+            self._seek(Access(unit, phase))
             self._plan(least=1)
 
     def generation(self, unit: int) -> int:
         """How often the unit's slot has been filled so far."""
         return self.slots[self.slot_of[unit]].fillings
 
-    def forget(self) -> bool:
+    def evict(self) -> bool:
         """Empty every slot that nobody uses or is about to use; True if all are empty now, so that memory may go."""
         with self._changed:
             for slot in self.slots:
@@ -191,10 +191,11 @@ class Ring:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Refuse further visits and wake everyone who waits."""
+        """Refuse further accesses and wake everyone who waits."""
         with self._changed:
             self._closed = True
             self._cancel_loads()
+            self._fill = self.on_overwrite = _nothing  # no circle with the filler, whose slots go with its last user
             self._changed.notify_all()
 
     # -- the filler's side -----------------------------------------------------------------------
@@ -222,27 +223,27 @@ class Ring:
         if self._closed:
             raise StreamingError("the memory manager is closed: no more weights can be asked for")
 
-    def _visit(self, number: int) -> Visit:
-        return self._schedule.visits[number % len(self._schedule.visits)]
+    def _access(self, number: int) -> Access:
+        return self._schedule.accesses[number % len(self._schedule.accesses)]
 
-    def _seek(self, visit: Visit) -> None:
-        if self._schedule.visits and self._visit(self._next_use) == visit:
+    def _seek(self, access: Access) -> None:
+        if self._schedule.accesses and self._access(self._next_use) == access:
             return
-        start = self._next_use % len(self._schedule.visits) if self._schedule.visits else 0
-        position = self._schedule.position(visit, start)
+        start = self._next_use % len(self._schedule.accesses) if self._schedule.accesses else 0
+        position = self._schedule.position(access, start)
         if position is None:
             known = self._schedule if self.learns else self._predicted
-            self._schedule = Schedule((*known.visits, visit))
-            position = len(self._schedule.visits) - 1
-        logger.debug("unpredicted visit of unit %d (%s): replanning", visit.unit, visit.phase.value)
+            self._schedule = Schedule((*known.accesses, access))
+            position = len(self._schedule.accesses) - 1
+        logger.debug("unpredicted access of unit %d (%s): replanning", access.unit, access.phase.value)
         self._replan(position)
 
     def _replan(self, position: int) -> None:
         self._next_use = self._next_plan = position
         self._errors.clear()
         wanted: dict[int, int] = {}
-        for ahead in range(min(self.depth + 1, len(self._schedule.visits))):
-            unit = self._visit(position + ahead).unit
+        for ahead in range(min(self.depth + 1, len(self._schedule.accesses))):
+            unit = self._access(position + ahead).unit
             wanted.setdefault(self.slot_of[unit], unit)
         for number, slot in enumerate(self.slots):
             slot.uses = 0
@@ -251,21 +252,21 @@ class Ring:
         self._plan()
 
     def _plan(self, least: int = 0) -> None:
-        """Give the next visits their slots and start loads, as far as depth and slots allow.
+        """Give the next accesses their slots and start loads, as far as depth and slots allow.
 
-        `least` is how many visits not yet begun may be planned whatever the depth.
+        `least` is how many accesses not yet begun may be planned whatever the depth.
         """
         if self._closed or self._aborting or self._errors:
             return
-        horizon = self._next_use + max(min(self.depth, len(self._schedule.visits)), least)
+        horizon = self._next_use + max(min(self.depth, len(self._schedule.accesses)), least)
         while self._next_plan < horizon:
-            visit = self._visit(self._next_plan)
-            unit, number = visit.unit, self.slot_of[visit.unit]
+            access = self._access(self._next_plan)
+            unit, number = access.unit, self.slot_of[access.unit]
             slot = self.slots[number]
             if slot.unit == unit and not (slot.load is not None and slot.load.cancelled):
                 slot.uses += 1
             elif slot.uses == 0 and slot.state in (SlotState.EMPTY, SlotState.READY):
-                load = Load(unit, number, visit.phase, evicted=slot.unit)
+                load = Load(unit, number, access.phase, evicted=slot.unit)
                 try:
                     slot.state, slot.unit, slot.uses, slot.load = SlotState.LOADING, unit, 1, load
                     slot.fillings += 1
@@ -284,3 +285,7 @@ class Ring:
         for slot in self.slots:
             if slot.load is not None:
                 slot.load.cancelled = True
+
+
+def _nothing(load: Load) -> None:
+    """Called where nobody wants to know of a load."""
