@@ -1,6 +1,6 @@
 """A small real model for demonstrations and tests: SmolLM2-135M-Instruct out of a Python package.
 
-The package keeps a GGUF file; the folder converted from it is cached.
+It knows where the package keeps its GGUF file and where the converted folder is cached.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A tiny random model with a tokenizer, made on the spot: for trying things without a download.
 
-Of one of two families; it has learned nothing and says nothing of sense.
+It knows the shapes of two families; what it writes has learned nothing and says nothing of sense.
 """
 
 from __future__ import annotations
