@@ -79,6 +79,13 @@ def test_every_page_is_in_the_contents() -> None:
     assert not {page for page in pages if not any(fnmatch(page, line) for line in listed)}
 
 
+def test_files_named_for_a_change_are_there() -> None:
+    named = set(re.findall(r"`([\w/]+\.py)`", (DOCS / "where-to-change.md").read_text(encoding="utf-8")))
+    roots = (ROOT / "src" / "lema", ROOT / "tests", ROOT)
+    assert len(named) > 20
+    assert not [name for name in sorted(named) if not any((root / name).is_file() for root in roots)]
+
+
 def test_every_run_is_listed() -> None:
     listed = (DOCS / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert not [

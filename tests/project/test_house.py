@@ -24,7 +24,7 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 MOST_LINES = 400
-REASON = re.compile(r"\b(long|one file|one place|one table|together)\b", re.IGNORECASE)
+REASON = re.compile(r"\bone (file|module|table)\b", re.IGNORECASE)
 
 
 def at_import(tree: ast.Module) -> Iterator[ast.stmt]:

@@ -442,7 +442,7 @@ def test_the_verb_writes_where_it_is_told_and_says_what_is_missing(
     assert str(out) in result.stdout and "timeline.json is not there" in result.stderr
     assert opened == [out.as_uri()] and out.read_text().startswith("<!DOCTYPE html>")
     assert CliRunner().invoke(app, ["report", str(folder)]).exit_code == 0 and (folder / "report.html").exists()
-    assert not list(tmp_path.rglob("*.writing"))
+    assert not list(tmp_path.rglob(".*.tmp"))
     refused = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
     assert refused.exit_code == 1 and "not a folder" in refused.stderr
     nowhere = CliRunner().invoke(app, ["report", str(folder), "-o", str(tmp_path / "no" / "folder.html")])

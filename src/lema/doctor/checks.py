@@ -1,6 +1,6 @@
 """What gathered facts mean, one small pure function a subject: Python, libraries, torch and the devices it computes on.
 
-It knows what LEMA needs and does well with; it looks at nothing but the facts it is given.
+What LEMA needs and does well with stands here; the facts are all that is looked at.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gathering facts from this machine: the kernel's files, the package's metadata, torch, and the hub's settings.
 
-It knows where a fact is to be found; what it means, `checks` and `resources` say.
+What a fact means, `checks` and `resources` say.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What gathered facts mean, one small pure function a subject: memory, rates, disks and the hub.
 
-It knows what LEMA needs and does well with; it looks at nothing but the facts it is given.
+Nothing but the facts given is looked at.
 """
 
 from __future__ import annotations

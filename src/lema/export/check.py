@@ -1,6 +1,6 @@
 """What PEFT, vLLM and llama.cpp would say of an adapter, before they are asked.
 
-It knows their rules and an adapter's two files; it needs neither the base nor those programs. The rules are
+An adapter's two files are all it takes, neither the base nor those programs. The rules are
 those of PEFT's loader, vLLM's `PEFTHelper` and llama.cpp's `convert_lora_to_gguf.py`.
 """
 

@@ -1,6 +1,6 @@
 """Which tensors go into which file of the merged model.
 
-It knows names, types and sizes; it reads and writes nothing.
+Names, types and sizes suffice; nothing is read or written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The C heap: kept compact, and given back to the system where much of it lies idle.
 
-It knows glibc's allocator; where that is not in use it does nothing.
+Done with glibc's allocator; where that is not in use, nothing is.
 """
 
 from __future__ import annotations

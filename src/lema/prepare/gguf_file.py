@@ -1,6 +1,7 @@
 """A GGUF file made into a standard transformers folder, one tensor at a time.
 
-Names, permutations, configuration and tokenizer are read as transformers reads them. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Names, permutations, configuration and tokenizer are read as transformers reads them.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations

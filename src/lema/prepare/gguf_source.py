@@ -1,6 +1,6 @@
 """A GGUF file as a source: dequantised tensor by tensor, with configuration and tokenizer out of the same file.
 
-It knows which type keeps a file's values; what GGUF is, `lema.prepare.gguf_file` knows.
+Which type keeps a file's values is decided here; what GGUF is, `gguf_file` knows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What `prepare` found or made, in numbers and notes for whoever asked.
 
-It knows sources and what was said of them; it writes nothing.
+Only said, never written.
 """
 
 from __future__ import annotations

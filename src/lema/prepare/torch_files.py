@@ -1,6 +1,6 @@
 """PyTorch checkpoints (`.bin`, `.pt`, sharded ones with their index) as a source, without running what is in them.
 
-It knows torch's zip archives: which names they hold and where in the file each tensor's bytes are.
+torch's zip archives are read for which names they hold and where in the file each tensor's bytes are.
 """
 
 from __future__ import annotations
