@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import lema
 from lema.engine.trainer import LemaTrainer
+from lema.planning.plain import plan_without_budget
 from lema.planning.plan import MemoryPlan
-from lema.streaming.memory import plan_of_strategy
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -224,5 +224,7 @@ class Pair:
 
 def with_mapped(gbi: Any, adapter: Any, mapped: Sequence[int], device: str = "cpu", **changes: Any) -> MemoryPlan:
     """The plan of no budget, two slots a tier, but for some layers that are bound to the mapped files."""
-    plan = plan_of_strategy(gbi, adapter, lema.MemoryStrategy.STREAMING, device, 2, 2)
+    plan = plan_without_budget(
+        gbi, adapter, device=device, strategy=lema.MemoryStrategy.STREAMING, host_slots=2, device_slots=2
+    )
     return replace(plan, from_disk=tuple(unit for unit in plan.from_disk if unit not in mapped), **changes)
