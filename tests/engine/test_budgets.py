@@ -47,6 +47,7 @@ from helpers import (
 )
 from lema.engine import assembly
 from lema.engine.assembly import assemble_plan
+from lema.engine.loss.streamed_head import StreamedHead
 from lema.engine.loss_scale import LossScale
 from lema.engine.trainer import LemaTrainer
 from lema.errors import ConfigError, ReadError, UnsupportedError
@@ -107,7 +108,7 @@ class Runs(Counter[int]):
         run = StreamedLayer.run
 
         def counting(layer: StreamedLayer, *args: Any) -> Any:
-            if layer.unit >= 0:  # not the head
+            if not isinstance(layer, StreamedHead):
                 self[layer.unit] += 1
             return run(layer, *args)
 
