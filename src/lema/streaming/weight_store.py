@@ -123,6 +123,8 @@ class WeightStore:
         self._tier, self.num_slots = self._layers_tier(plan)
         self._bind_layers()
         self._head, self.head_chunks, self._head_tier = self._open_head(plan)
+        pieces = self.head_chunks.states if self.head_chunks is not None else []
+        self._states = [*self._layers, self._head, *pieces]
         self._head_prefetch_at = self._when_to_prefetch_head()
         self._bind_rest()
         self.boundaries = self._open_boundaries(plan)
@@ -272,7 +274,7 @@ class WeightStore:
 
     @property
     def head_unit(self) -> int:
-        """The head's number: it can be asked for like a layer, wherever it is."""
+        """The head's number: it can be asked for like a layer, wherever it is. Runs of its rows follow."""
         return len(self._layers)
 
     def predict(self, schedule: Schedule) -> None:
@@ -294,16 +296,16 @@ class WeightStore:
         """Wait until the unit's parameters hold its weights; they do until `release`."""
         self._state(unit).acquire(phase)
         if (unit, phase) == (self._head_prefetch_at, Phase.FORWARD):
-            (self._head if self.head_chunks is None else self.head_chunks.states[0]).prefetch()
+            self._states[self.head_unit + (self.head_chunks is not None)].prefetch()
 
     def release(self, unit: int) -> None:
         """Say that this use of the unit is spent."""
         self._state(unit).release()
 
     def _state(self, unit: int) -> LayerState:
-        if not 0 <= unit <= self.head_unit:
+        if not 0 <= unit < len(self._states):
             raise StreamingError(f"unit {unit} was asked for, but there are only 0..{self.num_units - 1}")
-        return self._head if unit == self.head_unit else self._layers[unit]
+        return self._states[unit]
 
     @property
     def streams_head(self) -> bool:
