@@ -15,7 +15,7 @@ import torch
 from families import save_tiny
 from helpers import lema_config, lema_model, padded_batch
 from lema.engine.device_memory import explained
-from lema.engine.loss.positions.head_loss import HeadLoss
+from lema.engine.loss.head_loss import HeadLoss
 from lema.engine.trainer import LemaTrainer
 from lema.errors import DeviceError, DeviceMemoryError
 from lema.model import LemaModel

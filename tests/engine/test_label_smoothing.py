@@ -12,8 +12,8 @@ from test_vocabulary import EVEN, ONE_ROW, UNEVEN, Models, distance
 from transformers.trainer_pt_utils import LabelSmoother
 
 from helpers import Everywhere64, lema_model, padded_batch, relative
-from lema.engine.loss.positions.positions import IGNORE_INDEX, LossResult, compute_loss
-from lema.engine.loss.positions.vocabulary import vocabulary_loss
+from lema.engine.loss.positions import IGNORE_INDEX, LossResult, compute_loss
+from lema.engine.loss.vocabulary import vocabulary_loss
 from lema.training.metrics import read_lines
 from training_runs import make_model, settings_of, train, write_rows
 

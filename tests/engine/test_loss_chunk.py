@@ -11,8 +11,8 @@ import torch
 import lema
 from families import save_tiny
 from helpers import lema_model, relative
-from lema.engine.loss.positions import head_loss
-from lema.engine.loss.positions.head_loss import AUTO_CHUNK, LARGE_LOGITS, loss_chunk, wide_piece
+from lema.engine.loss import head_loss
+from lema.engine.loss.head_loss import AUTO_CHUNK, LARGE_LOGITS, loss_chunk, wide_piece
 from lema.errors import ConfigError
 from lema.streaming.head import SLICE_BYTES
 from lema.training.resume import check_resume

@@ -39,7 +39,7 @@ from helpers import (
     recording_trainer,
     relative,
 )
-from lema.engine.loss.positions.positions import compute_loss
+from lema.engine.loss.positions import compute_loss
 from lema.errors import (
     BindingError,
     ConfigError,

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from families import save_tiny
 from helpers import Everywhere64, relative
-from lema.engine.loss.positions.positions import LossResult, compute_loss
-from lema.engine.loss.positions.vocabulary import chunked_linear, vocabulary_logits, vocabulary_loss
+from lema.engine.loss.positions import LossResult, compute_loss
+from lema.engine.loss.vocabulary import chunked_linear, vocabulary_logits, vocabulary_loss
 from lema.errors import InputError, UnsupportedError
 from lema.models.causal_lm import TransformersCausalLM
 from lema.models.skeleton import find_layers
