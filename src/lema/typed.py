@@ -61,25 +61,26 @@ def settings(cls: C) -> C:
         try:
             validated(self, *args, **kwargs)
         except ValidationError as error:
-            raise _refusal(cls, error) from None
+            raise _refusal(cls, error, {**dict(zip(kinds_of(cls), args)), **kwargs}) from None
 
     made.__init__ = __init__
     return typing.cast(C, made)
 
 
-def _refusal(cls: type, error: ValidationError) -> Exception:
-    """The first thing wrong, in words."""
+def _refusal(cls: type, error: ValidationError, given: Mapping[str, Any]) -> Exception:
+    """The first thing wrong with what was given, in words."""
     found: Any = error.errors(include_url=False)[0]
     cause = found.get("ctx", {}).get("error")
     if isinstance(cause, LemaError):
         return cause
-    name, value, kinds = found["loc"][0], found["input"], kinds_of(cls)
+    name, kinds = found["loc"][0], kinds_of(cls)
     if isinstance(name, int):  # given by position
         name = [*kinds, name][min(name, len(kinds))]
+    value = found["input"] if len(found["loc"]) == 1 else given.get(name)
     if name not in kinds or found["type"].startswith("missing"):
         return TypeError(f"{cls.__name__}: {name} is {'missing' if name in kinds else 'no setting of it'}")
     if cause is not None:
-        words = str(cause)
+        words, value = (*cause.args, value)[:2]
     elif found["type"] == "finite_number":
         words = "must be a finite number"
     elif found["type"].startswith(("greater_than", "less_than")):
@@ -107,12 +108,16 @@ def _number(value: Any) -> Any:
     if isinstance(value, str):
         text = value.strip()
         try:
-            value = int(text) if text.removeprefix("-").isdecimal() and len(text) <= 20 else float(text)
+            value = int(text) if text.removeprefix("-").isdecimal() else float(text)
         except ValueError:
             return value
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError("is too large a number: up to 2**63 - 1 is meant")
-    return value
+    return _sized(value) if isinstance(value, int) else value
+
+
+def _sized(value: int | float) -> int:
+    if abs(value) > LARGEST:
+        raise ValueError("is too large a number: up to 2**63 - 1 is meant", value)
+    return int(value) if isinstance(value, float) else value
 
 
 def _real(value: Any) -> Any:
@@ -123,7 +128,7 @@ def _real(value: Any) -> Any:
 def whole(value: Any) -> Any:
     """An int for texts and floats that say a whole number; anything else as it is, or as a number."""
     value = _number(value)
-    return _number(int(value)) if isinstance(value, float) and value.is_integer() else value
+    return _sized(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def as_flag(value: Any) -> Any:
