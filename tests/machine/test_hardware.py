@@ -591,7 +591,7 @@ def test_a_type_too_slow_for_the_large_shapes_is_measured_by_small_ones(
     def timed(call: Any, device: torch.device, count: int) -> float:
         x, weight = call.args
         sizes.append((*x.shape, len(weight)))
-        return count * 2 * x.numel() * len(weight) / rate
+        return count * 4 * x.numel() * len(weight) / rate
 
     monkeypatch.setattr(probe, "_timed", timed)
     assert probe._matmul_rate(torch.device("cpu"), torch.float32) == pytest.approx(rate)

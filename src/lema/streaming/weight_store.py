@@ -111,7 +111,7 @@ class WeightStore:
         self.timeline = Timeline(backend)
         """Told of reads, copies, waits and uses; records them while asked to."""
         self.heap_limit = _heap_limit(plan, backend, floor)
-        """Resident set between layers from which on idle heap is given back; None: not predicted, or not on this heap."""
+        """Resident set between layers from which on idle heap is given back; None: not predicted, or another heap."""
         self._reader = DiskReader(num_readers, direct_io)
         self._depth = prefetch_depth
         self._poison = poison
