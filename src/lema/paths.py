@@ -17,11 +17,11 @@ from .errors import ConfigError
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
 
-def _as_path(value: Any, info: ValidationInfo) -> Any:
+def _as_path(value: Any, info: ValidationInfo) -> str:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if text == "":
-        raise ValueError("must be a path")
-    return expanded(str(info.field_name), text) if isinstance(text, str) else text
+    if not isinstance(text, str) or not text:
+        raise ValueError("must be text: it must be a path")
+    return expanded(str(info.field_name), text)
 
 
 PATH = BeforeValidator(_as_path)

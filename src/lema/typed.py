@@ -25,6 +25,7 @@ C = TypeVar("C", bound=type)
 
 LARGEST = 2**63 - 1
 """What generators take as a seed, and files as a count."""
+_TOO_LARGE = "is too large a number: up to 2**63 - 1 is meant"
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts",
@@ -111,13 +112,9 @@ def _number(value: Any) -> Any:
             value = int(text) if text.removeprefix("-").isdecimal() else float(text)
         except ValueError:
             return value
-    return _sized(value) if isinstance(value, int) else value
-
-
-def _sized(value: int | float) -> int:
-    if abs(value) > LARGEST:
-        raise ValueError("is too large a number: up to 2**63 - 1 is meant", value)
-    return int(value) if isinstance(value, float) else value
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(_TOO_LARGE)
+    return value
 
 
 def _real(value: Any) -> Any:
@@ -128,7 +125,11 @@ def _real(value: Any) -> Any:
 def whole(value: Any) -> Any:
     """An int for texts and floats that say a whole number; anything else as it is, or as a number."""
     value = _number(value)
-    return _sized(value) if isinstance(value, float) and value.is_integer() else value
+    if not isinstance(value, float) or not value.is_integer():
+        return value
+    if abs(value) > LARGEST:
+        raise ValueError(_TOO_LARGE, value)  # as a number, if it was a text
+    return int(value)
 
 
 def as_flag(value: Any) -> Any:
@@ -222,7 +223,7 @@ def parse_text(text: str, kinds: tuple[Any, ...]) -> Any:
     if bool in kinds:
         return as_flag(text)
     if int in kinds and str in kinds and text.removeprefix("-").isdecimal():
-        return _number(text)
+        return int(text[:4000])  # Python reads no numbers of more than 4,300 digits
     if list[str] in kinds:
         parts = split_names(text)
         return parts if len(parts) > 1 or str not in kinds else text
