@@ -162,7 +162,7 @@ def test_what_the_failed_work_held_is_let_go() -> None:
         held = Held()  # noqa: F841
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(DeviceMemoryError) as caught, explained("cpu", dataclasses.replace(PLAN, device="cpu")):
+    with pytest.raises(DeviceMemoryError) as caught, explained("cpu", PLAN):
         work()
     gc.collect()
     assert caught.value is not None

@@ -179,7 +179,8 @@ def assemble_memory(
     """
     floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
     adapter.configure(compute_dtype(config), config.attn_implementation)
-    plan = plan or (assemble_plan if wants_plan(config) else plain_plan)(config, adapter, gbi)
+    if plan is None:
+        plan = assemble_plan(config, adapter, gbi) if wants_plan(config) else plain_plan(config, adapter, gbi)
     backend = None if torch.device(config.device).type == "cpu" else AcceleratorBackend(config.device)
     with explained(config.device, plan):
         return TripleBufferManager(
