@@ -16,7 +16,7 @@ def settings_of(options: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="lema_reply_llama2_7b.yaml", help="of the package lema_reply")
     parser.add_argument("--model", help="hub id or folder; default: the recipe's")
     parser.add_argument("--single_file", type=Path, help="base weights in one file, made if it is missing")

@@ -67,7 +67,7 @@ def test_a_chat_reads_answers_and_says_where_the_format_was_left(place: Path) ->
 
 
 def test_the_merged_model_is_one_that_transformers_loads(place: Path) -> None:
-    words = ("--checkpoint", "checkpoints/final", "--output", "merged", "--base_model", place / "tiny")
+    words = ("--checkpoint", "checkpoints/final", "--output", "merged", "--base_model", "weights.safetensors")
     run(place, "tools/merge_adapter.py", *words)
     assert AutoModelForCausalLM.from_pretrained(place / "merged").num_parameters() > 100_000
     assert AutoTokenizer.from_pretrained(place / "merged").eos_token

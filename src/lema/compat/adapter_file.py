@@ -34,13 +34,13 @@ def load_original(file: str | os.PathLike[str], own: Mapping[str, torch.Tensor],
     except (RuntimeError, EOFError, UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read as a dict of tensors: {error}") from error
     by_key = {_key_of(name, layers): parameter for name, parameter in own.items()}
-    values = saved if isinstance(saved, dict) else {}
+    values: dict[str, object] = saved if isinstance(saved, dict) else {}
     problems = [key for key in by_key if key not in values] + [key for key in values if key not in by_key]
     matched: dict[str, torch.Tensor] = {}
-    for key, parameter in by_key.items() if not problems else ():
-        value = _oriented(values[key], parameter)
+    for key in by_key if not problems else ():
+        value = _oriented(values[key], by_key[key])
         if value is None:
-            problems.append(f"{key} (here {tuple(parameter.shape)})")
+            problems.append(f"{key} (here {tuple(by_key[key].shape)})")
         else:
             matched[key] = value
     if problems:
