@@ -44,7 +44,7 @@ def read_pieces(file: Path, offset: int, nbytes: int, dtype: torch.dtype, where:
     """
     size = min(nbytes, PIECE_BYTES)
     raw = torch.empty(size, dtype=torch.uint8)
-    view = memoryview(raw.numpy())
+    view = memoryview(raw.numpy().data)
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError as error:
@@ -77,7 +77,7 @@ def read_elements(record: TensorRecord, start: int, count: int, descriptor: int 
     raw = torch.empty(count * record.dtype.itemsize, dtype=torch.uint8)
     where = f"{record.file}: tensor {show(record.name)}"
     first = record.offset + start * record.dtype.itemsize
-    got = read_into(descriptor, memoryview(raw.numpy()), first, where)
+    got = read_into(descriptor, memoryview(raw.numpy().data), first, where)
     if got < len(raw):
         raise ReadError(
             f"{where}: {got} of {len(raw)} bytes could be read from byte {first} on; the file was cut short. "
