@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from lema.cli.app import app
 from lema.cli.plan_table import show
-from lema.cli.settings import parse_value
+from lema.cli.settings import parse_settings, parse_value
 from lema.config import LemaConfig
 from lema.engine import assembly
 from lema.engine.assembly import assemble_plan
-from lema.errors import ConfigError
 from lema.machine import device
 from lema.machine import memory as budget
 from lema.machine.memory import format_bytes
@@ -506,9 +506,10 @@ def test_settings_that_are_none(write: Write, arguments: list[str], message: str
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
-        ("ram_layers", "3", 3), ("ram_layers", "none", None), ("ram_layers", "-1", -1), ("ram_budget", "3GB", "3GB"),
+        ("ram_layers", "3", "3"), ("ram_layers", "none", None), ("ram_layers", "-1", "-1"),
+        ("ram_budget", "3GB", "3GB"),
         ("ram_budget", "900", 900), ("use_lora", "False", False), ("use_lora", "yes", True), ("head", "NULL", None),
-        ("learning_rate", "1e-4", 1e-4), ("lora_alpha", "16", 16.0), ("max_grad_norm", "none", None),
+        ("learning_rate", "1e-4", "1e-4"), ("lora_alpha", "16", "16"), ("max_grad_norm", "none", None),
         ("lora_target_modules", "q_proj, v_proj", ["q_proj", "v_proj"]), ("lora_target_modules", "q_proj", "q_proj"),
         ("lora_target_modules", "all-linear", "all-linear"), ("strategy", "RESIDENT", "RESIDENT"), ("nosuch", "3", "3"),
         ("model_type", "none", None), ("seed", "x", "x"),
@@ -520,10 +521,18 @@ def test_values(name: str, text: str, value: Any) -> None:
     assert type(found) is type(value)
 
 
+def test_numbers_are_the_settings_own_type() -> None:
+    given = parse_settings(["ram_layers=3", "learning_rate=1e-4", "lora_alpha=16", "use_lora=no"])
+    config = LemaConfig("any", **given)
+    found = [config.ram_layers, config.learning_rate, config.lora_alpha, config.use_lora]
+    assert found == [3, 1e-4, 16.0, False]
+    assert [type(value) for value in found] == [int, float, float, bool]
+
+
 def test_a_value_of_the_wrong_type() -> None:
     for name, text in (("use_lora", "2"), ("use_lora", "none"), ("learning_rate", "fast"), ("lora_alpha", "none")):
-        with pytest.raises(ConfigError, match=name):
-            parse_value(name, text)
+        with pytest.raises(typer.BadParameter, match=name):
+            parse_settings([f"{name}={text}"])
 
 
 # -- screens ---------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_what_cannot_be_run(parts: tuple[Path, Path], tmp_path: Path) -> None:
     for given, said in (
         ("learning_rat=1", "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         ("max_steps=many", "max_steps='many' must be a whole number"),
-        ("lora_dropout=2", "lora_dropout=2.0 must be at least 0"),
+        ("lora_dropout=2", "lora_dropout=2.0 must be 0 or more and less than 1"),
         ("cutoff_len=0", "max_seq_length=0 must be 1 or more"),
         ("lr_scheduler_type=cosin", "did you mean 'cosine'?"),
     ):
