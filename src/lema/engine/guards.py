@@ -38,7 +38,7 @@ def guard(lm: CausalLM, memory: TripleBufferManager) -> None:
     for module in (lm.module, *owners):
         put(module, "_apply", functools.partial(_apply, module))
     for module in owners:
-        if isinstance(module, BaseTunerLayer):
+        if issubclass(type(module), BaseTunerLayer):
             put(module, "merge", _refuse_merge)
         if not saves and any(True for _ in module.parameters(recurse=False)) and not _holds_adapter(module):
             lm.interceptor.hook("guards", module.register_state_dict_pre_hook(_refuse_state_dict))

@@ -96,7 +96,7 @@ class ModelEpilogue:
     def _check_pieces(self, ranges: Sequence[tuple[int, int]], row: torch.Tensor, outputs: torch.Tensor) -> None:
         vocab = outputs.shape[-1]
         with torch.enable_grad():
-            whole = self(row.requires_grad_(), lambda _: outputs)
+            whole = self(row.requires_grad_(), _constant(outputs))
         if whole.requires_grad:
             raise UnsupportedError(
                 f"{self._name} makes its logits of more than its head's outputs, so the gradient cannot be had from "
@@ -107,7 +107,7 @@ class ModelEpilogue:
                 f"{self._name} makes {whole.shape[-1]} logits of {vocab} head rows for a vocabulary of "
                 f"{self._lm.vocab_size}; pieces of the head do not show which rows count, so its head has to stay"
             )
-        pieces = [self(row, lambda _, start=start, end=end: outputs[..., start:end]) for start, end in ranges]
+        pieces = [self(row, _constant(outputs[..., start:end])) for start, end in ranges]
         if not torch.allclose(whole, torch.cat(pieces, -1), rtol=8 * torch.finfo(outputs.dtype).eps, atol=0.0):
             raise UnsupportedError(
                 f"{self._name} does something to its logits that depends on the rest of the vocabulary or on the place "
@@ -121,3 +121,7 @@ class ModelEpilogue:
             raise UnsupportedError(
                 f"{self._name} has another loss than cross entropy over targets, so its head has to stay"
             )
+
+
+def _constant(outputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda _: outputs
