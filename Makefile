@@ -27,7 +27,7 @@ PATHS := $(call tests,checkpoints cli_plan data_cli data_stream docs doctor exam
 	report training_cli)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-numeric test-optimized test-path test-python test-slow test-accelerator lint check bench docs clean
+.PHONY: help venv demo test test-numeric test-optimized test-path test-python test-long test-slow test-accelerator lint check bench docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,7 +56,7 @@ lint: $(INSTALLED) ## ruff, mypy and the import arrows
 	@$(BIN)/lint-imports --no-logo
 
 test: $(MODEL_INSTALLED) lint ## lint, then the tests that take seconds
-	@$(PYTEST)
+	@$(PYTEST) -m 'not slow and not long'
 	@$(PYTEST) -m 'accelerator and not slow' --virtual-device \
 		$(call tests,accelerator device_memory hardware timeline virtual_device virtual_exact virtual_guards virtual_link \
 			virtual_waits)
@@ -90,13 +90,16 @@ test-python: ## the tests that take seconds on another interpreter: PYTHON=pytho
 	@$(MAKE) --no-print-directory VENV=$(OTHER) $(OTHER)/.demo-model
 	@OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
+test-long: $(MODEL_INSTALLED) ## the tests that take many seconds each, mostly in processes of their own
+	@$(PYTEST) -m 'long and not slow'
+
 test-slow: $(MODEL_INSTALLED) ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 test-accelerator: $(MODEL_INSTALLED) ## the tests that need a GPU (skipped where none is)
 	@$(BIN)/python -m pytest -q -m accelerator $(PYTEST_ARGS)
 
-check: test test-slow ## everything that runs without an accelerator
+check: test test-long test-slow ## everything that runs without an accelerator
 
 bench: $(MODEL_INSTALLED) ## list the benchmarks; run one: .venv/bin/python -m benchmarks NAME
 	@$(BIN)/python -m benchmarks

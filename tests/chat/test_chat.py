@@ -264,6 +264,7 @@ def test_eval_shows_base_and_adapter(checkpoint: Path, tmp_path: Path) -> None:
     assert "give --data FILE" in nothing.output
 
 
+@pytest.mark.long
 def test_a_chat_in_a_terminal(checkpoint: Path) -> None:
     terminal = Terminal("chat", str(checkpoint), "--temperature", "0", "--max-new-tokens", "24")
     assert "with its adapter, float32 on cpu" in terminal.until("> ")
@@ -289,6 +290,7 @@ def test_a_chat_in_a_terminal(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["end of file", "ctrl-c"])
+@pytest.mark.long
 def test_a_chat_ends_quietly(checkpoint: Path, how: str) -> None:
     terminal = Terminal("chat", str(checkpoint))
     terminal.until("> ")
@@ -299,6 +301,7 @@ def test_a_chat_ends_quietly(checkpoint: Path, how: str) -> None:
     assert terminal.end() == 0
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(checkpoint: Path) -> None:
     terminal = Terminal(
         "chat", str(checkpoint), "--no-adapter", "--temperature", "9", "--top-p", "1", "--max-new-tokens", "80",

@@ -31,6 +31,7 @@ def process(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_an_error_is_a_message_and_a_traceback_on_request(tmp_path: Path) -> None:
     words = ("train", str(tmp_path / "none.yaml"))
     plain, shown = process(*words), process(*words, LEMA_DEBUG="1")

@@ -149,6 +149,7 @@ def expected_plan(path: Path, machine: str, **settings: Any) -> MemoryPlan:
         ("llama-2-13b", "16 GB, PCIe 4"), ("llama-2-70b", "24 GB, PCIe 5, a fast disk"), ("llama-2-70b", "no card"),
     ],
 )  # fmt: skip
+@pytest.mark.long
 def test_the_table_has_the_plans_numbers(write: Write, name: str, machine: str) -> None:
     path = write(name)
     plan = expected_plan(path, MACHINES[machine])
@@ -199,6 +200,7 @@ def parsed_seconds(text: str) -> float:
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.long
 def test_json_has_the_sizes_of_the_shapes(write: Write, name: str) -> None:
     path = write(name)
     everything = ["--ram-budget", "2TB", "--hardware", "rtx4080-16g,ram=4TB,disk=7GB/s"]
@@ -586,6 +588,7 @@ def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=100)
 
 
+@pytest.mark.long
 def test_exit_codes_of_the_process(write: Write) -> None:
     path = write(num_hidden_layers=2)
     good = process("plan", path, "--hardware", SMALL_MACHINE, "--json")
@@ -649,6 +652,7 @@ def test_our_own_mistakes_are_not_hidden(write: Write, monkeypatch: pytest.Monke
 # -- the published tables --------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_planning_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import planning

@@ -64,6 +64,7 @@ def test_children_run_without_asserts_and_tests_with_them() -> None:
         python("-c", "assert False", optimize=False)
 
 
+@pytest.mark.long
 def test_from_a_plan_to_a_merged_model(tmp_path: Path) -> None:
     model, rows = make_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
     out, reference = tmp_path / "out", tmp_path / "reference"

@@ -31,6 +31,7 @@ def test_what_does_not_fit_is_replaced(monkeypatch: pytest.MonkeyPatch, encoding
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.long
 def test_a_verb_in_a_terminal_of_another_alphabet(tmp_path: Path) -> None:
     make_tokenizer(CHATML).save_pretrained(tmp_path / "model")
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(TEXT, TEXT)}] * 3)

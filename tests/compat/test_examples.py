@@ -151,6 +151,7 @@ def test_the_medium_gpt2_is_the_124m_model() -> None:
 
 
 @pytest.mark.parametrize("kind", ["baseline", "lema"])
+@pytest.mark.long
 def test_peak_memory_of_one_step(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark_runner.main([kind, "--tiny", "--tokens", "32"])
     numbers = json.loads(capsys.readouterr().out.splitlines()[-1])

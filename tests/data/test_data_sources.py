@@ -281,6 +281,7 @@ def test_pipes_and_devices_are_refused_at_once(read: Any, tmp_path: Path) -> Non
 # -- data sets by name ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "owner" / "name"

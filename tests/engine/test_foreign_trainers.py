@@ -175,6 +175,7 @@ KINDS = ["sft", "dpo", "dpo precomputed", "kto", "kto precomputed", "orpo", "grp
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
 def test_trl_trains_saves_and_goes_on(folder: Path, streamed: Callable[[], Any], tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     train_with_trl(kind, plain_model(folder), folder, tmp_path / "plain")

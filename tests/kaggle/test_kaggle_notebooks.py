@@ -198,6 +198,7 @@ def test_of_two_cards_one_is_used_and_it_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
 
+@pytest.mark.long
 def test_this_machine_can_be_asked() -> None:
     found = prepare_card(pip=lambda _: pytest.fail("nothing is to be installed"))
     assert found.has_kernels and found.torch
@@ -310,6 +311,7 @@ def installing(
     return commands
 
 
+@pytest.mark.long
 def test_what_the_image_lacks_is_installed_and_torch_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -345,6 +347,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_the_inference_notebook_runs_with_the_package_it_carries(model: Path, tmp_path: Path) -> None:
     notebook = nbformat.reads(build_notebook("inference", {"MAX_NEW_TOKENS": 2, "COMPARE": False}), as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell("import lema; print('it is', lema.__file__)"))

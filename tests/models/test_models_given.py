@@ -162,6 +162,7 @@ SEVERAL = ("bamba", "xlstm")
                          ids=["budget", "kept", "plain"])  # fmt: skip
 @pytest.mark.parametrize("micro", [None, 1, 3])
 @pytest.mark.parametrize("family", SEVERAL)
+@pytest.mark.long
 def test_layers_that_return_several_things(tmp_path: Path, family: str, micro: int | None, settings: Any) -> None:
     save_tiny(family, tmp_path)
     targets = ["q_proj", "down_proj", "q"]

@@ -776,6 +776,7 @@ def test_kept_activations_cost_their_pages_unless_the_heap_keeps_them() -> None:
     assert all(later <= earlier * 1.002 for earlier, later in itertools.pairwise(map(seconds, plans)))
 
 
+@pytest.mark.long
 def test_shapes_of_seventy_billion_are_planned_in_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A moment is a number of looks at a plan's bytes, which take some tens of microseconds each on any machine."""
     looked = 0

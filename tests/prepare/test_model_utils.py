@@ -571,6 +571,7 @@ def test_cache_is_filled_once_and_a_race_is_no_error(monkeypatch: pytest.MonkeyP
 
 @needs_gguf
 @needs_smollm2
+@pytest.mark.long
 def test_smollm2_answers_and_equals_transformers_reading() -> None:
     folder = smollm2_folder()
     assert only(folder) == [

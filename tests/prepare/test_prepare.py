@@ -570,6 +570,7 @@ def test_the_file_that_config_json_names_is_prepared(tmp_path: Path) -> None:
     assert locate.locate(str(tmp_path), "model.safetensors") == tmp_path / "model.safetensors"
 
 
+@pytest.mark.long
 def test_memory_is_at_most_one_tensor(tmp_path: Path, torch_folder: Path) -> None:
     model = tiny(vocab_size=400_000)
     large = write_companions(tmp_path / "large", model)
@@ -684,6 +685,7 @@ def hub(torch_folder: Path) -> Iterator[type[StandIn]]:
     server.server_close()
 
 
+@pytest.mark.long
 def test_a_hub_model_by_command(tmp_path: Path, hub: Any) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lema", "prepare", "org/model", str(tmp_path / "out")],

@@ -144,6 +144,7 @@ def assert_ratio(content: Content, name: str, key: str, over: str, *under: str) 
     assert figure(content, name)["median"] == pytest.approx(expected)
 
 
+@pytest.mark.long
 def test_speed_measures_the_limits_in_the_same_run(model: Path, tmp_path: Path, here: None) -> None:
     content = run(speed, tmp_path, *COMMON, "--shape", "tiny", "--folder", str(model), "--pairs", "1", status=None)
     assert_ratio(content, "step time, LEMA / PEFT", SECONDS, speed.LEMA, speed.PLAIN)
@@ -181,6 +182,7 @@ def test_arms_alternate_and_ratios_are_medians_over_pairs(monkeypatch: pytest.Mo
     assert report.ratio(runs, "x", SECONDS, "a", "b", target=20, at_least=True).verdict == "missed"
 
 
+@pytest.mark.long
 def test_memory_compares_prediction_and_measurement(model: Path, tmp_path: Path, here: None) -> None:
     content = run(memory, tmp_path, "--cases", "tiny:2x16", "--shape-budget", "3GB", "--rank", "2", "--steps", "2",
                   status=None)  # fmt: skip
@@ -195,6 +197,7 @@ def test_memory_compares_prediction_and_measurement(model: Path, tmp_path: Path,
     assert verdicts(content)["tiny 2x16: the peak is within the budget in every run"] == "holds"
 
 
+@pytest.mark.long
 def test_scaling_checks_that_bytes_do_not_grow(model: Path, tmp_path: Path, here: None) -> None:
     content = run(scaling, tmp_path, *COMMON, "--pairs", "1", "--shape", "tiny", "--folder", str(model),
                   "--micro-batches", "1,4", "--layers", "3,4,6", "--lengths", "16,32",
@@ -223,6 +226,7 @@ def test_a_claim_that_does_not_hold_is_said_and_fails() -> None:
     assert dial.within_budget([over], "x", "x").holds is False
 
 
+@pytest.mark.long
 def test_dial_goes_from_the_smallest_budget_to_peft(model: Path, tmp_path: Path, here: None) -> None:
     content = run(dial, tmp_path, *COMMON, "--pairs", "1", "--shape", "tiny", "--folder", str(model),
                   "--budgets", "1MB,3GB,auto", status=1)  # fmt: skip
@@ -237,6 +241,7 @@ def test_dial_goes_from_the_smallest_budget_to_peft(model: Path, tmp_path: Path,
     assert found["1MB: the peak is within the budget in every run"] == "could not be checked"
 
 
+@pytest.mark.long
 def test_small_compares_the_arms(tmp_path: Path, here: None) -> None:
     folder = tmp_path / "model"
     make_model.make_model(folder, make_model.PRESETS["tiny"], "float32")
@@ -248,6 +253,7 @@ def test_small_compares_the_arms(tmp_path: Path, here: None) -> None:
     assert set(verdicts(content).values()) == {"holds"}
 
 
+@pytest.mark.long
 def test_larger_than_memory_reads_once_where_all_is_in_ram(model: Path, tmp_path: Path, here: None) -> None:
     content = run(larger_than_memory, tmp_path, *COMMON, "--pairs", "1", "--shape", "tiny", "--folder", str(model),
                   "--limit", "900MB", "--ram-budget", "2GB", status=None)  # fmt: skip
@@ -272,6 +278,7 @@ def dry_run(here: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--device", "simulated", *COMMON]
 
 
+@pytest.mark.long
 def test_gpu_dry_run_goes_through_every_stage(dry_run: list[str], tmp_path: Path) -> None:
     content = run(gpu, tmp_path, *dry_run, status=None)
     base = tmp_path / f"gpu_simulated-{content['date']}"
@@ -294,6 +301,7 @@ def test_gpu_dry_run_goes_through_every_stage(dry_run: list[str], tmp_path: Path
     assert value(content, labels[1], "trace.compute_seconds") <= value(content, labels[1], "trace.step_seconds")
 
 
+@pytest.mark.long
 def test_gpu_results_survive_a_kill_and_end_in_time(
     dry_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +390,7 @@ def test_rows_separate_what_overlaps_and_are_as_few_as_can_be() -> None:
     assert trace.rows([]) == []
 
 
+@pytest.mark.long
 def test_an_arm_is_a_process_of_its_own_with_its_own_peak(model: Path, tmp_path: Path) -> None:
     arm = processes.Arm("real", "lema", model, {"dtype": "bfloat16", "tokens": 16, "rank": 2, "steps": 2})
     limit = 2 * 10**9

@@ -28,6 +28,7 @@ def _name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language in RUNS for b in blocks(page))], ids=_name)
+@pytest.mark.long
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path)
 

@@ -260,6 +260,7 @@ def undeclared(package: Path, declared: set[str], own: set[str]) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_no_extra_is_imported_before_it_is_needed(described: Message) -> None:
     needed = {canonicalize_name(one.name) for one in requirements(described) if of_extra(one) is None}
     extras = {canonicalize_name(one.name) for one in requirements(described) if of_extra(one)} - needed

@@ -294,6 +294,7 @@ def test_rewording_does_not_give_held_out_questions_away() -> None:
         assert key not in held_out and not any(key.removeprefix(p) in held_out for p in prefixes)
 
 
+@pytest.mark.long
 def test_the_seed_decides_every_byte(built: Built, files: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     code = f"from lema_reply.build import *; write(build(), Path({a!r}), Path({b!r}))"

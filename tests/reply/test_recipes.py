@@ -93,6 +93,7 @@ def test_data_check_shows_the_reply_and_its_end_learned(place: Path, monkeypatch
     assert result.output.count("all rows are good") == 2
 
 
+@pytest.mark.long
 def test_a_recipe_trains_a_model_that_chat_then_asks_in_the_same_words(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

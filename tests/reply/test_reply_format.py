@@ -263,6 +263,7 @@ def test_generate_reads_replies(checkpoint: Path) -> None:
     assert "reply" not in as_text and as_text["text"].startswith(LEFT)
 
 
+@pytest.mark.long
 def test_a_chat_shows_the_parts_and_warns_where_the_format_was_left(checkpoint: Path) -> None:
     terminal = Terminal("chat", str(checkpoint), "--temperature", "0", "--max-new-tokens", "90")
     terminal.until("> ")
@@ -290,6 +291,7 @@ def test_a_chat_shows_the_parts_and_warns_where_the_format_was_left(checkpoint: 
     assert terminal.end() == 0
 
 
+@pytest.mark.long
 def test_the_base_can_be_asked_for_the_format_and_stopped(base: Path) -> None:
     terminal = Terminal(
         "chat", str(base), "--format", "lema-reply", "--max-new-tokens", "600", "--temperature", "9", "--top-p", "1",
