@@ -107,7 +107,7 @@ class Runs(Counter[int]):
         run = StreamedLayer.run
 
         def counting(layer: StreamedLayer, *args: Any) -> Any:
-            if layer.unit >= 0:  # not the head
+            if layer.unit != layer.memory.head_unit:  # not the head
                 self[layer.unit] += 1
             return run(layer, *args)
 
