@@ -54,6 +54,7 @@ def test_what_nobody_foresaw_is_one_message_too(tmp_path: Path, monkeypatch: pyt
     assert isinstance(CliRunner().invoke(app, ["adapter", "check", str(tmp_path)]).exception, KeyError)
 
 
+@pytest.mark.long
 def test_output_that_has_not_all_characters(tmp_path: Path) -> None:
     name = tmp_path / "日本…é.yaml"
     done = process("train", str(name), PYTHONIOENCODING="latin-1")
@@ -79,6 +80,7 @@ def without(*distributions: str) -> str:
     )
 
 
+@pytest.mark.long
 def test_a_verb_of_a_package_that_is_left_out_says_how_to_get_it(tmp_path: Path) -> None:
     def lema(*words: str) -> subprocess.CompletedProcess[str]:
         program = without("lema-lora-reply", "lema-lora-kaggle")

@@ -455,6 +455,7 @@ def test_a_config_json_that_is_not_one(write: Write, text: str) -> None:
 
 
 @pytest.mark.parametrize("tier", ["vram", "ram"])
+@pytest.mark.long
 def test_a_budget_nothing_fits_into_names_one_that_is_enough(write: Write, tier: str) -> None:
     options = [write(), "--hardware", SMALL_MACHINE, f"--{tier}-budget"]
     result = lema(*options, "300MB")

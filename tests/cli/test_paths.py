@@ -84,6 +84,7 @@ def lema(*arguments: Any, status: int = 0) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.long
 def test_the_command_line(home: Path) -> None:
     make_model(home / "model")
     write_rows(home / "rows.jsonl")

@@ -50,6 +50,7 @@ def run_file(parts: tuple[Path, Path], folder: Path, **more: Any) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_from_a_model_and_rows_to_an_adapter(
     parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +83,7 @@ def test_from_a_model_and_rows_to_an_adapter(
     assert "max_steps counts" not in said and "max_steps=3: optimizer steps" in said
 
 
+@pytest.mark.long
 def test_an_interrupted_run_says_how_to_go_on(
     parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +110,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert adapter_bytes(tmp_path / "out" / "final") == adapter_bytes(tmp_path / "whole" / "final")
 
 
+@pytest.mark.long
 def test_a_limit_of_time_is_no_failure(parts: tuple[Path, Path], tmp_path: Path) -> None:
     file = run_file(parts, tmp_path, save_steps=2)
     said = lema("train", file, "--set", "max_train_hours=1e-9").stdout
@@ -133,6 +136,7 @@ def test_a_dry_run_looks_and_touches_nothing(parts: tuple[Path, Path], tmp_path:
     assert "eval_strategy=epoch needs evaluation data" in said
 
 
+@pytest.mark.long
 def test_python_and_the_command_line_do_the_same(parts: tuple[Path, Path], tmp_path: Path) -> None:
     file = run_file(parts, tmp_path)
     lema("train", file, "--set", "ram_budget=none", "--set", "vram_budget=none")

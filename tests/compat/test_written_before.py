@@ -63,6 +63,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["type"] == "train"}
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_gone_on_with(written: Path) -> None:
     """With the losses that the run of then had, but for what rounding is on another processor."""
     then = losses(written / "run")

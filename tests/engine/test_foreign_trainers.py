@@ -81,6 +81,7 @@ def test_transformers_trainer_saves_what_plain_peft_does(
     assert not list((tmp_path / "lema").rglob("model*.safetensors"))
 
 
+@pytest.mark.long
 def test_transformers_trainer_goes_on_from_its_checkpoint(streamed: Callable[[], Any], tmp_path: Path) -> None:
     trainer(streamed(), tmp_path / "whole").train()
     trainer(streamed(), tmp_path / "cut", max_steps=4).train()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lema.prepare.tiny_model import tiny_model
 
 SCRIPTS = Path(__file__).parents[2] / "demonstration"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 
 
 def run(folder: Path, script: str, *words: str | Path, typed: str | None = None) -> str:

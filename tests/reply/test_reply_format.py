@@ -136,6 +136,7 @@ def alone(chat_model: ChatModel) -> list[Reply]:
 
 
 @pytest.mark.parametrize(("batch_size", "strategy"), [(1, "resident"), (3, "streaming"), (16, "resident")])
+@pytest.mark.long
 def test_answers_together_are_those_one_by_one(
     checkpoint: Path, alone: list[Reply], batch_size: int, strategy: str
 ) -> None:
@@ -200,6 +201,7 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.long
 def test_eval_shows_the_three_arms(checkpoint: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "held_out.jsonl", ROWS)
     words = ["eval", str(checkpoint), "--data", str(data), "--format", "lema-reply", "--max-new-tokens", "90"]

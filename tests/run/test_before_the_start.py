@@ -117,6 +117,7 @@ def test_a_dry_run_builds_the_model_and_packs_the_rows(model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("change", [{"lora_rank": 2}, {"max_steps": 1}, {"seed": 7, "data_seed": 9}])
+@pytest.mark.long
 def test_a_dry_run_holds_a_resume_against_its_checkpoint(model: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
     file = run_file(tmp_path, model, rows, max_steps=2)

@@ -111,6 +111,7 @@ def test_a_kernel_that_a_configuration_names_is_not_fetched(caplog: pytest.LogCa
     assert "someone" not in str(model.config._attn_implementation) and "someone/attention" in caplog.text
 
 
+@pytest.mark.long
 def test_a_yes_on_standard_input_runs_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
