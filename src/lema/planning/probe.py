@@ -52,10 +52,10 @@ _QUICK_SECONDS = 0.08
 _LONGEST_CALL = 0.5
 _LINK_SECONDS = 0.2
 _LINK_BYTES = 64 << 20
-# [rows, in, out] of a linear layer: the first says whether a type is too slow here for the second.
+# [rows, in, out] of a linear layer: each says whether a type is too slow here for the next.
 _SHAPES = {
-    "cpu": ((256, 1024, 1024), (512, 2048, 5632)),
-    "accelerator": ((1024, 2048, 2048), (4096, 4096, 11008)),
+    "cpu": ((64, 512, 512), (256, 1024, 1024), (512, 2048, 5632)),
+    "accelerator": ((64, 512, 512), (1024, 2048, 2048), (4096, 4096, 11008)),
 }
 
 
