@@ -222,6 +222,11 @@ class LemaConfig(StepSettings, MemorySettings, AdapterSettings, ModelSettings):
     Names are flat; what takes only a part of them may ask for that part by its type.
     """
 
+    POSITIONAL = (
+        "model_name_or_path", "model_type", "gbi_path", "device", "strategy", "ram_buffer_size", "vram_buffer_size",
+    )  # fmt: skip
+    """Settings that may be given without their names, in the original's order."""
+
     save_steps: Annotated[Whole, SAME_NUMBERS] = 500
     """Optimizer steps between automatic checkpoints; 0 or less: none."""
     output_dir: Annotated[PathText, SAME_NUMBERS] = "output"

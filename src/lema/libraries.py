@@ -35,7 +35,9 @@ def how_to_install(*names: str, bounds: Mapping[str, str] = BOUNDS) -> str:
 
 def how_to_add(name: str) -> str:
     """What to say where one of this project's other packages is missing; they lie in its checkout."""
-    return f"{name} is not installed. Run, in a checkout of LEMA: pip install packages/{name.replace('-lora', '')}"
+    needed = {KAGGLE: (REPLY, KAGGLE)}.get(name, (name,))
+    folders = " ".join(f"packages/{part.replace('-lora', '')}" for part in needed)
+    return f"{name} is not installed. Run, in a checkout of LEMA: pip install {folders}"
 
 
 def distribution() -> metadata.Distribution:

@@ -59,10 +59,17 @@ def settings(cls: C) -> C:
 
     @functools.wraps(validated)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        named = dict(zip(getattr(cls, "POSITIONAL", kinds_of(cls)), args))
+        if len(named) < len(args):
+            raise TypeError(
+                f"{cls.__name__} takes at most {len(named)} values without names, and was given {len(args)}"
+            )
+        if twice := named.keys() & kwargs.keys():
+            raise TypeError(f"{cls.__name__}: {min(twice)} is given twice")
         try:
-            validated(self, *args, **kwargs)
+            validated(self, **named, **kwargs)
         except ValidationError as error:
-            raise _refusal(cls, error, {**dict(zip(kinds_of(cls), args)), **kwargs}) from None
+            raise _refusal(cls, error, {**named, **kwargs}) from None
 
     made.__init__ = __init__
     return typing.cast(C, made)
@@ -75,8 +82,6 @@ def _refusal(cls: type, error: ValidationError, given: Mapping[str, Any]) -> Exc
     if isinstance(cause, LemaError):
         return cause
     name, kinds = found["loc"][0], kinds_of(cls)
-    if isinstance(name, int):  # given by position
-        name = [*kinds, name][min(name, len(kinds))]
     value = found["input"] if len(found["loc"]) == 1 else given.get(name)
     if name not in kinds or found["type"].startswith("missing"):
         return TypeError(f"{cls.__name__}: {name} is {'missing' if name in kinds else 'no setting of it'}")

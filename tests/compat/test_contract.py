@@ -98,6 +98,17 @@ def test_public_names(module: str, names: list[str]) -> None:
         assert loaded.LemaModel is LemaModel
 
 
+def test_settings_without_names_are_the_originals_in_its_order() -> None:
+    config = LemaConfig("m", None, None, "cpu", "resident", 3, 2)
+    assert (config.device, config.strategy, config.ram_buffer_size, config.vram_buffer_size) == (
+        "cpu", MemoryStrategy.RESIDENT, 3, 2
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="at most 7 values without names"):
+        LemaConfig("m", None, None, "cpu", "resident", 3, 2, True)
+    with pytest.raises(TypeError, match="model_name_or_path is given twice"):
+        LemaConfig("m", model_name_or_path="n")
+
+
 def test_parameters_of_the_public_callables() -> None:
     from lema.prepare.single_file import break_shared_weights, prepare_monolithic_safetensors
 

@@ -135,7 +135,8 @@ def test_the_source_archive_can_be_tested(built: tuple[Path, Path]) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for needed in ("src/lema/py.typed", "tests/helpers.py", "examples/demo_lema.py", "tasks/common.py",
                    "packages/lema-reply/pyproject.toml", "demonstration/training/train.py", "benchmarks/arms.py",
-                   "README.md", "LICENSE", "constraints.txt", "Makefile"):  # fmt: skip
+                   "packages/lema-kaggle/benchmarks/arms.py", "recipes/lema_reply.jinja", "README.md", "LICENSE",
+                   "constraints.txt", "Makefile"):  # fmt: skip
         assert needed in names
     caches = ("__pycache__", ".venv", ".mypy_cache", ".pytest_cache", "_build", ".hypothesis")
     assert not [name for name in names if any(part in caches for part in Path(name).parts)]

@@ -5,6 +5,7 @@ They are found by the entry points of a group, whose names are the formats'. No 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError
 from ..libraries import FORMATS, how_to_add
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ..data.render import ChatRenderer
@@ -52,7 +55,13 @@ class ReplyFormat(Protocol):
 @cache
 def installed_formats() -> dict[str, ReplyFormat]:
     """Formats by name."""
-    return {entry.name: entry.load() for entry in entry_points(group=GROUP)}
+    found = {}
+    for entry in entry_points(group=GROUP):
+        try:
+            found[entry.name] = entry.load()
+        except Exception as error:  # other people's code: replies are read without it
+            logger.warning("the format %s of %s cannot be used: %r", entry.name, entry.value, error)
+    return found
 
 
 def known_formats() -> list[str]:

@@ -45,7 +45,7 @@ def add_verbs(groups: Mapping[str, typer.Typer]) -> None:
         group, _, name = entry.name.rpartition(".")
         try:
             _add(groups[group], name, entry.load())
-        except (ImportError, AttributeError, KeyError) as error:
+        except Exception as error:  # other people's code: whatever it raises must not cost every other verb
             typer.echo(f"warning: the verb {entry.name} of {entry.value} cannot be used: {error!r}", err=True)
 
 

@@ -261,11 +261,14 @@ class LemaTrainer:
             steps: how many the loop has counted; None: they are counted here.
         """
         with self._whole_window(self.config.batch_size if self.window.length > 1 else None):
+            before, taken = self._steps, self.trainables.updates
             self._external = steps or (lambda: self._steps)
             try:
                 yield
             finally:
-                self._steps, self._external = self._external(), None
+                loaded = self._steps != before
+                self._steps = self._external() if loaded or self.trainables.updates > taken else before
+                self._external = None
 
     @contextlib.contextmanager
     def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:

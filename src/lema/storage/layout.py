@@ -182,7 +182,9 @@ def _offset(run: Run, places: _Places) -> int:
     """Of a run's first element in the slot; 0 for one without elements."""
     start, end = _bytes(run)
     found = places.get(run.record, ())
-    return next((at + start - segment.start for segment, at in found if segment.start <= start < end <= segment.end), 0)
+    if not run.count:
+        return 0
+    return next(at + start - segment.start for segment, at in found if segment.start <= start < end <= segment.end)
 
 
 def _merge(segments: Sequence[_Segment]) -> tuple[tuple[Extent, ...], _Places]:

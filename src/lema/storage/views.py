@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import BindingError
 from .codecs import Run
 from .index import GlobalBinaryIndex
 from .layout import PAGE, ParameterSource, ScratchView, align_up
@@ -78,7 +79,8 @@ def typed_view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, shape: Seq
         offset: bytes from the buffer's start, divisible by the item size.
     """
     start = buffer.storage_offset() + offset
-    assert start % dtype.itemsize == 0, "a view must start at a multiple of its item size"
+    if start % dtype.itemsize:
+        raise BindingError(f"a view of {dtype} must start at a multiple of {dtype.itemsize} bytes, not at byte {start}")
     strides: list[int] = []
     step = 1
     for size in reversed(shape):

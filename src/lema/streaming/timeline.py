@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import StreamingError
+from ..storage.atomic import write_text
 from .backend import DeviceBackend, Stream, TimingEvent
 
 DISK, COPY, COMPUTE, WAIT = "disk", "copy", "compute", "wait"
@@ -213,10 +215,7 @@ class Timeline:
         """Like `recording`, and writes it as a JSON file, whole or not at all."""
         with self.recording(step) as record:
             yield record
-        aside = f"{os.fspath(path)}.writing"
-        with open(aside, "w", encoding="utf-8") as file:
-            json.dump(record.to_dict(), file)
-        os.replace(aside, path)
+        write_text(Path(path), json.dumps(record.to_dict()))
 
 
 def _as_dict(span: Span) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class TrainingLoop:
                         self._save()
                 except StepAbandoned:
                     self.coordinator.abandon("step")
-                    self._rollback.go_back()
+                    if not self._rollback.go_back():
+                        raise
                 return self._stopped() if self._is_stopping() else self._finish()
             except (CheckpointError, NonFiniteError):
                 raise

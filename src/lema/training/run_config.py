@@ -21,6 +21,7 @@ from ..config import LemaConfig
 from ..data.config import DataConfig
 from ..errors import ConfigError, LemaError
 from ..paths import PATH, expanded
+from ..storage.atomic import write_text
 from ..typed import as_flag, close_to, fields_with, kinds_of, parse_text, role_of, shortened
 from .config import TrainingConfig
 from .yaml_file import read_yaml
@@ -135,9 +136,7 @@ class RunConfig:
         """Write `run.yaml` into a folder, made if missing; returns the file's path."""
         path = Path(folder) / RUN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        aside.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(aside, path)
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
         return path
 
     @property
