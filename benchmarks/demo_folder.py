@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Print the folder."""
-    from lema.utils.demo_model import smollm2_folder
+    from lema.prepare.demo_model import smollm2_folder
 
     print(smollm2_folder())
 

@@ -61,7 +61,7 @@ class Session:
     report: Report
     ends: float
     limits: dict[str, Any] = field(default_factory=dict)
-    """The card as `core/probe` measured it."""
+    """The card as `planning/probe` measured it."""
 
     @property
     def on_card(self) -> bool:

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--folder", type=Path, required=True, help="a model's folder, on the disk to measure")
     options = made.parse_args(arguments)
 
-    from lema.core.probe import profile
+    from lema.planning.probe import profile
 
     found = profile(options.device, options.folder, refresh=True)
     print(json.dumps({**json.loads(found.to_json()), "words": str(found)}), flush=True)

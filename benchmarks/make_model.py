@@ -63,7 +63,7 @@ def make_model(folder: Path, shape: dict[str, Any], dtype: str = "bfloat16", dev
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lema.utils.safetensors_writer import SafetensorsWriter
+    from lema.storage.writer import SafetensorsWriter
 
     kind = getattr(torch, dtype)
     config = LlamaConfig(**shape, dtype=kind, architectures=["LlamaForCausalLM"])

@@ -54,8 +54,8 @@ def parse(made: argparse.ArgumentParser, arguments: Any) -> argparse.Namespace:
 
 def size(text: str) -> int:
     """Bytes of a size as LEMA's budgets take them, as 1300MB or 1240MiB."""
-    from lema.core.budget import parse_bytes
     from lema.errors import ConfigError
+    from lema.machine.memory import parse_bytes
 
     try:
         return parse_bytes(text)

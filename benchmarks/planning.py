@@ -94,9 +94,9 @@ def batches(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 def planned(folder: Path, name: str, machine: str, rows: int = 1) -> Row:
     """Columns of one plan; where nothing fits, what would."""
-    from lema.cli.plan import make
-    from lema.core.budget import format_bytes
     from lema.errors import ConfigError
+    from lema.machine.memory import format_bytes
+    from lema.run.planned import make
 
     path = folder / name / "config.json"
     path.parent.mkdir(exist_ok=True)
@@ -139,8 +139,8 @@ def report(
         f"Made by `.venv/bin/python -m {MODULE}`, which plans every row from a `config.json` alone. bfloat16, LoRA of "
         f"rank 16 on all linear layers, 512 tokens a row. Every machine has {options.ram} of RAM; a plan may take nine "
         "tenths of it, and of the card's memory as much. Cards do the share of their data sheets' rates that "
-        "`src/lema/core/hardware.py` says. Links have 16 lanes, that of the 8 GB card 8; all four cards are made for "
-        f"{OWN_LINK}, the other links are for comparison."
+        "`src/lema/planning/hardware.py` says. Links have 16 lanes, that of the 8 GB card 8; all four cards are "
+        f"made for {OWN_LINK}, the other links are for comparison."
     )
     for name in options.models:
         rows = [[*key[1:], *row] for key, row in plans.items() if key[0] == name]

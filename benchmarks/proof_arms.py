@@ -118,7 +118,7 @@ def ask_lema(options: argparse.Namespace) -> dict[str, Any]:
 
 def ask_peft(options: argparse.Namespace) -> dict[str, Any]:
     """Both adapters in plain transformers, which nothing but their own end token stops, scored the same way."""
-    from lema.proof.evaluate import Arm, evaluate, read_questions
+    from lema_reply.evaluate import Arm, evaluate, read_questions
 
     questions, arms = read_questions(options.work / HELD_OUT, options.questions), []
     for name, adapter in (("PEFT adapter", "peft"), ("LEMA's adapter in PEFT", "lema/final")):
@@ -132,8 +132,8 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
     """`lema merge` in fp32, reloaded by plain transformers, beside base and adapter by PEFT."""
     import torch
 
-    from lema.proof.evaluate import read_questions
-    from lema.proof.grammar import prompt
+    from lema_reply.evaluate import read_questions
+    from lema_reply.grammar import prompt
 
     merged = options.work / "merged"
     lema("merge", str(options.work / "lema" / "final"), str(merged), "--base", str(options.folder))

@@ -25,10 +25,10 @@ def by_reader(file: Path, num_readers: int, slots: int) -> float:
     """Seconds `DiskReader` takes for the file, run after run into a few slots by turns."""
     import torch
 
-    from lema.core.binding import page_aligned
-    from lema.core.gbi import TensorRecord
-    from lema.core.layout import Extent
-    from lema.core.reader import DiskReader, ReadJob
+    from lema.storage.index import TensorRecord
+    from lema.storage.layout import Extent
+    from lema.storage.reader import DiskReader, ReadJob
+    from lema.storage.views import page_aligned
 
     size = file.stat().st_size
     record = TensorRecord("all", file, 0, size, torch.uint8, (size,))
@@ -71,7 +71,7 @@ def by_dd(file: Path) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every repetition's seconds, and the rate at the median one."""
-    from lema.core.reader import direct_alignment
+    from lema.storage.reader import direct_alignment
 
     file = max(options.folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     if options.kind == "reader":

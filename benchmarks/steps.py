@@ -101,10 +101,9 @@ def _lema(options: argparse.Namespace, ids: Any) -> Driver:
 
 
 def _lema_io(options: argparse.Namespace) -> Driver:
-    """A step's visits, with the same slots and readers, and nothing computed in between."""
+    """A step's accesses, with the same slots and readers, and nothing computed in between."""
     import lema
-    from lema.core.memory import HEAD
-    from lema.core.schedule import Schedule
+    from lema.streaming.schedule import Schedule
 
     model = lema.LemaModel(lema_config(options))
     memory = model.memory
@@ -112,15 +111,15 @@ def _lema_io(options: argparse.Namespace) -> Driver:
 
     def step() -> float:
         memory.predict(schedule)
-        for number, visit in enumerate(schedule.visits):
+        for number, access in enumerate(schedule.accesses):
             if number == memory.num_units:  # the turn
                 if (chunks := memory.head_chunks) is not None:
                     for chunk in range(len(chunks.ranges)):
                         with chunks.use(chunk):
                             pass
-                with memory.use(HEAD):
+                with memory.use(memory.head_unit):
                     pass
-            with memory.use(visit.unit, visit.phase):
+            with memory.use(access.unit, access.phase):
                 pass
         return 0.0
 
@@ -158,20 +157,20 @@ def _peft(options: argparse.Namespace, ids: Any) -> Driver:
 
 
 def _lema_summary(model: Any, predict: bool) -> dict[str, Any]:
-    """The plan in force, what it predicted, and the budgets; without a plan, on request what one would predict."""
+    """The plan in force, what it predicted, and the budgets; without a budget, on request what one would predict."""
     config, plan = model.config, model.memory.plan
-    asked = _plan_of_default(model) if plan is None and predict else plan
+    asked = _plan_of_default(model) if predict and not plan.predicted else plan
     return {
         "strategy": config.strategy.value,
         "ram_budget_bytes": config.ram_budget,
         "vram_budget_bytes": config.vram_budget,
-        "planned": plan is not None,
+        "planned": plan.predicted,
         "plan": _plan_summary(asked),
     }
 
 
 def _plan_of_default(model: Any) -> Any:
-    """What a plan says of decisions taken without one: made afterwards, for its prediction alone."""
+    """What a searched plan says of the decisions taken without a budget: made afterwards, for its prediction alone."""
     from lema.config import MemoryStrategy
     from lema.engine.assembly import assemble_plan
 
@@ -183,9 +182,9 @@ def _plan_of_default(model: Any) -> Any:
 
 def _plan_summary(plan: Any) -> dict[str, Any] | None:
     """What a plan decided and predicted, in numbers."""
-    from lema.core.footprint import DEVICE_CONTEXT
+    from lema.planning.footprint import DEVICE_CONTEXT
 
-    if plan is None:
+    if plan is None or not plan.predicted:
         return None
     estimate = plan.estimate
     return {

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lema.core.timeline import COMPUTE, COPY, DISK, LANES, WAIT, rows
+from lema.streaming.timeline import COMPUTE, COPY, DISK, LANES, WAIT
 
 from .counters import Device
 
@@ -79,6 +79,23 @@ def record(step: Callable[[], float], memory: Any, device: Device, path: Path) -
         "step_seconds": round(ended - started, 4),
         **{f"{kind}_seconds": round(busy(found), 4) for kind, found in lanes.items()},
     }
+
+
+def rows(spans: Iterable[tuple[float, float]]) -> list[int]:
+    """Row of every span so that those which overlap lie in different ones, as few rows as can be.
+
+    Args:
+        spans: start and end, in the order of their starts.
+    """
+    free_from: list[float] = []
+    found = []
+    for start, end in spans:
+        row = next((number for number, free in enumerate(free_from) if free <= start), len(free_from))
+        if row == len(free_from):
+            free_from.append(end)
+        free_from[row] = end
+        found.append(row)
+    return found
 
 
 def busy(spans: Iterable[Span]) -> float:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import typing
 from typing import Any
 
 from sphinx.application import Sphinx
 
 import lema
+import lema.config
+import lema.data.config
+import lema.training.config
 
 project = "LEMA"
 author = "LEMA contributors"
@@ -48,7 +54,20 @@ def _show_colons(app: Sphinx, what: str, name: str, thing: Any, options: Any, li
     lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
+def _without_bounds(cls: Any) -> None:
+    """Leave the types in the hints of a class of settings: bounds are in the line under each field."""
+    bare = typing.get_type_hints(cls)
+    cls.__signature__ = inspect.Signature(
+        [p.replace(annotation=inspect.Parameter.empty) for p in inspect.signature(cls).parameters.values()]
+    )
+    cls.__annotations__ = {name: bare[name] for name in vars(cls).get("__annotations__", {})}
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx: napoleon's own turn is at priority 500."""
+    for module in (lema.config, lema.data.config, lema.training.config):
+        for thing in list(vars(module).values()):
+            if dataclasses.is_dataclass(thing) and getattr(thing, "__module__", None) == module.__name__:
+                _without_bounds(thing)
     app.connect("autodoc-process-docstring", _hide_colons, priority=400)
     app.connect("autodoc-process-docstring", _show_colons, priority=600)

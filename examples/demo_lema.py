@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from lema import LemaConfig, LemaModel
+from lema.chat import ChatModel, Sampling
 from lema.data import DataConfig
-from lema.engine.training import load_tokenizer
-from lema.reply import Sampling, Speaker
+from lema.prepare.demo_model import smollm2_folder
+from lema.prepare.tiny_model import tiny_model
+from lema.run.training import load_tokenizer
 from lema.training import TrainingConfig
-from lema.utils.demo_model import smollm2_folder
-from lema.utils.tiny_model import tiny_model
 
 QUESTION = "What is the capital of Norway?"
 
@@ -43,8 +43,8 @@ def main(data: Path, output: Path, passes: int, model: str | None = None) -> tup
         result = made.get_trainer().train(
             str(data), training=training, data=DataConfig(), tokenizer=load_tokenizer(folder), resume="none"
         )
-    with Speaker.open(output / "final", strategy="resident") as speaker:
-        reply = speaker.reply(QUESTION, Sampling(max_new_tokens=32, temperature=0))
+    with ChatModel.open(output / "final", strategy="resident") as chat_model:
+        reply = chat_model.reply(QUESTION, Sampling(max_new_tokens=32, temperature=0))
     print(f"loss {result.metrics['train_loss']:.4f}\n{QUESTION}\n{reply.text.strip()}")
     return result.metrics["train_loss"], reply.text
 

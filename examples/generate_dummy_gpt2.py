@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lema.utils.model_utils import break_shared_weights
+from lema.prepare.single_file import break_shared_weights
 
 SHAPE = {"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 1000, "n_positions": 1024}
 

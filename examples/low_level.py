@@ -12,10 +12,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lema import LemaConfig, LemaTrainer
-from lema.core.gbi import GlobalBinaryIndex
-from lema.core.lora import LoRAManager
 from lema.models.gpt2 import GPT2Adapter
-from lema.utils.model_utils import break_shared_weights, prepare_monolithic_safetensors
+from lema.models.lora import LoRAManager
+from lema.prepare.single_file import break_shared_weights, prepare_monolithic_safetensors
+from lema.storage.index import GlobalBinaryIndex
 
 
 def main(folder: Path) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lema.utils.tiny_model import tiny_model
+from lema.prepare.tiny_model import tiny_model
 
 TINY_LEARNING_RATE = 1e-2
 

@@ -11,7 +11,7 @@ import torch
 from common import batch, options, questions
 
 from lema import LemaConfig, LemaModel, MemoryStrategy
-from lema.engine.training import load_tokenizer
+from lema.run.training import load_tokenizer
 
 ROWS_PER_STEP = 4
 

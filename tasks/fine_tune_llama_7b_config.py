@@ -12,11 +12,11 @@ from common import batch, options, questions
 from transformers import AutoConfig
 
 from lema import LemaConfig, LemaTrainer
-from lema.core.gbi import GlobalBinaryIndex
-from lema.core.lora import LoRAManager
-from lema.engine.training import load_tokenizer
 from lema.models.llama import LlamaAdapter
-from lema.utils.model_utils import prepare_monolithic_safetensors
+from lema.models.lora import LoRAManager
+from lema.prepare.single_file import prepare_monolithic_safetensors
+from lema.run.training import load_tokenizer
+from lema.storage.index import GlobalBinaryIndex
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS_PER_STEP = 4

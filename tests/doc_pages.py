@@ -75,7 +75,7 @@ def stand_ins(folder: Path) -> None:
     save_tiny("llama", folder / "smollm2", vocab_size=VOCABULARY, max_position_embeddings=1024)
     make_tokenizer().save_pretrained(folder / "smollm2")
     write_jsonl(folder / "chat.jsonl", chat_rows.rows(104, seed=1))
-    for name in ("examples", "tasks", "recipes", "src"):
+    for name in ("examples", "packages", "tasks", "recipes", "src"):
         if (ROOT / name).exists():
             (folder / name).symlink_to(ROOT / name)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import lema
 from lema.engine.trainer import LemaTrainer
+from lema.planning.plain import plan_without_budget
+from lema.planning.plan import MemoryPlan
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -218,3 +220,11 @@ class Pair:
     def close(self) -> None:
         """End the streamed model's threads."""
         self.model.close()
+
+
+def with_mapped(gbi: Any, adapter: Any, mapped: Sequence[int], device: str = "cpu", **changes: Any) -> MemoryPlan:
+    """The plan of no budget, two slots a tier, but for some layers that are bound to the mapped files."""
+    plan = plan_without_budget(
+        gbi, adapter, device=device, strategy=lema.MemoryStrategy.STREAMING, host_slots=2, device_slots=2
+    )
+    return replace(plan, from_disk=tuple(unit for unit in plan.from_disk if unit not in mapped), **changes)

@@ -23,7 +23,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from lema.kaggle.patience import Patience
+from lema_kaggle.retry_policy import RetryPolicy
 
 PORT = 7777
 USER, KEY, TOKEN = "alice", "0123456789abcdef", "KGAT_test"
@@ -291,9 +291,9 @@ class Clock:
         if self.waits_for is not None:
             self.waits_for.wait(300)
 
-    def patience(self, **values: Any) -> Patience:
-        """Patience by this clock."""
-        return Patience(**{"sleep": self.sleep, "now": lambda: self.seconds, "say": self.said.append, **values})
+    def retry_policy(self, **values: Any) -> RetryPolicy:
+        """RetryPolicy by this clock."""
+        return RetryPolicy(**{"sleep": self.sleep, "now": lambda: self.seconds, "say": self.said.append, **values})
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import lema
 from families import save_tiny
 from helpers import lema_config
 from lema.data import DataConfig
-from lema.engine.training import open_data
+from lema.run.training import open_data
 from lema.training.config import TrainingConfig
 from lema.training.result import TrainResult
 from lema.training.run_config import RunConfig

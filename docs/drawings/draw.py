@@ -1,10 +1,12 @@
-"""Draws the pictures of ARCHITECTURE.md: `python docs/drawings/draw.py` writes the SVG files beside it.
+"""Draws the pictures of ARCHITECTURE.md and the README: `python docs/drawings/draw.py` writes the SVG files beside it.
 
 Each has a light ground of its own, so it can be read on light and dark pages, and needs no font or network.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 from html import escape
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def slot() -> Drawing:
     d = Drawing("slot", "The states of a slot and what changes them", 860, 250)
     for i, (name, colour) in enumerate([("EMPTY", GREY), ("LOADING", SAND), ("READY", GREEN), ("IN_USE", BLUE)]):
         d.box(30 + i * 220, 96, 120, 52, name, colour)
-    for i, word in enumerate(["a visit is planned", "all pieces are read", "acquire"]):
+    for i, word in enumerate(["an access is planned", "all pieces are read", "acquire"]):
         d.arrow(f"M{150 + i * 220} 116H{248 + i * 220}")
         d.words(199 + i * 220, 88, word, "middle", 12)
     d.arrow("M690 136H592")
@@ -124,7 +126,7 @@ def memory() -> Drawing:
 
 
 def overlap() -> Drawing:
-    """Three lanes of work in time."""
+    """Disk, link and computation in time."""
     d = Drawing("overlap", "Disk, link and computation overlap; the slowest decides", 860, 220)
     for row, (name, colour, start, width) in enumerate(
         [("disk -> RAM", SAND, 120, 96), ("RAM -> device", GREEN, 220, 60), ("compute", BLUE, 320, 104)]
@@ -135,11 +137,33 @@ def overlap() -> Drawing:
             d.box(start + i * 110, y, width, 32, f"layer {i}", colour)
     d.arrow("M120 184H840")
     d.words(838, 204, "time", "end")
-    d.words(120, 204, "a sweep takes max(compute, disk, link); without a device the middle lane is missing", size=12)
+    d.words(120, 204, "a sweep takes max(compute, disk, link); without a device the middle row is missing", size=12)
     return d
 
 
-DRAWINGS = (batch, slot, memory, overlap)
+def beside_peft() -> Drawing:
+    """Memory and time of a step beside PEFT, out of a benchmark's runs."""
+    d = Drawing("beside-peft", "Peak memory and time of a step, LEMA beside PEFT", 860, 176)
+    run = Path(__file__).parents[1] / "benchmarks" / "small-2026-11-29.json"
+    runs = json.loads(run.read_text(encoding="utf-8"))["runs"]
+    arms = [("LEMA", BLUE), ("PEFT+checkpointing", SAND), ("PEFT", SAND)]
+    for x, key, title in (
+        (170, "above_floor_mib", "peak memory, MiB"),
+        (520, "median_step_seconds", "time of a step, s"),
+    ):
+        found = [statistics.median(r["numbers"][key] for r in runs if r["label"] == name) for name, _ in arms]
+        d.words(x, 28, title, size=14)
+        for row, ((name, colour), value) in enumerate(zip(arms, found, strict=True)):
+            y, width = 42 + 36 * row, round(240 * value / max(found))
+            d.box(x, y, width, 26, colour=colour)
+            d.words(x + width + 8, y + 18, f"{value:,.0f}" if value > 100 else f"{value:.1f}")
+            if x == 170:
+                d.words(160, y + 18, name.replace("+", " + "), "end")
+    d.words(170, 166, "SmolLM2-135M, float32, 512 tokens, LoRA rank 16 on all linear layers, two CPU cores", size=12)
+    return d
+
+
+DRAWINGS = (batch, slot, memory, overlap, beside_peft)
 
 if __name__ == "__main__":
     for make in DRAWINGS:

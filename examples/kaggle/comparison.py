@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.processes import Arm, describe, run_arm
 
-from lema.utils.tiny_model import KINDS, tiny_model
+from lema.prepare.tiny_model import KINDS, tiny_model
 
 MODELS = {
     "gpt2": "gpt2",

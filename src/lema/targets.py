@@ -26,8 +26,8 @@ def as_targets(name: str, given: str | Sequence[str]) -> list[str] | str:
     Raises:
         ConfigError: something that is no text, or a pattern that is not one.
     """
-    listed = [given] if isinstance(given, str) else list(given)
-    if not all(isinstance(part, str) for part in listed):
+    listed = [given] if isinstance(given, str) else sorted(given) if isinstance(given, (set, frozenset)) else given
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(part, str) for part in listed):
         raise ConfigError(f"{name}={shortened(given)} must be a list of texts or text")
     parts = [part for text in listed for part in split_names(text)]
     if parts == [ALL_LINEAR]:

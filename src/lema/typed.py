@@ -1,41 +1,201 @@
-"""Fields of settings classes, checked against their types: one place for Python, YAML and the command line.
+"""Classes of settings: typed and bounded by pydantic, refused in words for people, and read from what they write.
 
-It knows type hints and how people write numbers; it knows no setting by name and no bounds.
+It knows type hints and how numbers are written; it knows no setting by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import difflib
+import functools
 import typing
-from collections.abc import Mapping, Sequence
-from enum import Enum
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from .errors import ConfigError
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
+from pydantic.dataclasses import dataclass as typed_dataclass
+from typing_extensions import dataclass_transform
+
+from .errors import ConfigError, LemaError
 from .json_file import parse_object
 
-_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+C = TypeVar("C", bound=type)
+
 LARGEST = 2**63 - 1
 """What generators take as a seed, and files as a count."""
+_TOO_LARGE = "is too large a number: up to 2**63 - 1 is meant"
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts",
     dict: "names with values",
 }  # fmt: skip
+_BOUNDS = {Ge: "{.ge} or more", Gt: "more than {.gt}", Le: "{.le} or less", Lt: "less than {.lt}"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Role:
+    """What a setting is to a run: stands in its type hint."""
+
+    affects_numerics: bool = True
+    """Whether other values give other numbers, beyond the last bits of sums that are cut otherwise."""
+    planner_owned: bool = False
+    """Whether the memory plan decides where nobody else did."""
+
+
+SAME_NUMBERS = Role(affects_numerics=False)
+PLANNED = Role(affects_numerics=False, planner_owned=True)
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field,))
+def settings(cls: C) -> C:
+    """A dataclass whose values are brought to their types where nothing is lost, as 3 to 3.0 and "1e-4" to 0.0001.
+
+    Making one raises `ConfigError` for a value that is refused, and `TypeError` for a name that there is not.
+    """
+    made: Any = typed_dataclass(config=ConfigDict(strict=True, extra="forbid"))(cls)
+    validated = made.__init__
+
+    @functools.wraps(validated)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        named = dict(zip(getattr(cls, "POSITIONAL", kinds_of(cls)), args))
+        if len(named) < len(args):
+            raise TypeError(
+                f"{cls.__name__} takes at most {len(named)} values without names, and was given {len(args)}"
+            )
+        if twice := named.keys() & kwargs.keys():
+            raise TypeError(f"{cls.__name__}: {min(twice)} is given twice")
+        try:
+            validated(self, **named, **kwargs)
+        except ValidationError as error:
+            raise _refusal(cls, error, {**named, **kwargs}) from None
+
+    made.__init__ = __init__
+    return typing.cast(C, made)
+
+
+def _refusal(cls: type, error: ValidationError, given: Mapping[str, Any]) -> Exception:
+    """The first thing wrong with what was given, in words."""
+    found: Any = error.errors(include_url=False)[0]
+    cause = found.get("ctx", {}).get("error")
+    if isinstance(cause, LemaError):
+        return cause
+    name, kinds = found["loc"][0], kinds_of(cls)
+    value = found["input"] if len(found["loc"]) == 1 else given.get(name)
+    if name not in kinds or found["type"].startswith("missing"):
+        return TypeError(f"{cls.__name__}: {name} is {'missing' if name in kinds else 'no setting of it'}")
+    if cause is not None:
+        words, value = (*cause.args, value)[:2]
+    elif found["type"] == "finite_number":
+        words = "must be a finite number"
+    elif found["type"].startswith(("greater_than", "less_than")):
+        words = f"must be {_bounds(cls, name)}"
+    elif value is None:
+        return ConfigError(f"{name} must be {_wanted(kinds[name])}, and is empty")
+    else:
+        words = f"must be {_wanted(kinds[name])}"
+    return ConfigError(f"{name}={shortened(value)} {words}")
+
+
+def _bounds(cls: type, name: str) -> str:
+    bounds = [_BOUNDS[type(said)].format(said) for said in _said(_hints(cls)[name]) if type(said) in _BOUNDS]
+    return " and ".join(bounds) + (", or none" if type(None) in kinds_of(cls)[name] else "")
+
+
+def _wanted(kinds: Sequence[Any]) -> str:
+    words = [_WORDS.get(typing.get_origin(kind) or kind, "") for kind in kinds if kind is not type(None)]
+    found = list(dict.fromkeys(word for word in words if word)) or ["one of its names"]
+    return " or ".join(found) + (", or none" if type(None) in kinds else "")
+
+
+def _number(value: Any) -> Any:
+    """The number that a text says; anything else as it is."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = int(text) if text.removeprefix("-").isdecimal() else float(text)
+        except ValueError:
+            return value
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(_TOO_LARGE)
+    return value
+
+
+def _real(value: Any) -> Any:
+    value = _number(value)
+    return float(value) if type(value) is int else value
+
+
+def whole(value: Any) -> Any:
+    """An int for texts and floats that say a whole number; anything else as it is, or as a number."""
+    value = _number(value)
+    if not isinstance(value, float) or not value.is_integer():
+        return value
+    if abs(value) > LARGEST:
+        raise ValueError(_TOO_LARGE, value)  # as a number, if it was a text
+    return int(value)
+
+
+def as_flag(value: Any) -> Any:
+    """True or False for the words that say so; anything else as it is."""
+    return _BOOLS.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+def _object(value: Any, info: ValidationInfo) -> Any:
+    """Names with values for the JSON of them; anything else as it is."""
+    if isinstance(value, str):
+        return parse_object(value, f"{info.field_name}={shortened(value)}", ConfigError)
+    return value
+
+
+def _texts(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_choice(value: str, choices: Sequence[str], more: str = "") -> None:
+    """`ValueError` for a word that is none of these; names the one that is close to it."""
+    if value not in choices:
+        raise ValueError(f"is unknown: choose one of {', '.join(choices)}{close_to(value, choices)}{more}")
+
+
+def close_to(word: str, known: Iterable[str]) -> str:
+    """Whether a known word was meant, to be said after a refusal; empty where none is like it."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(*choices: str) -> AfterValidator:
+    """For a text that is one of these words."""
+
+    def checked(value: str) -> str:
+        check_choice(value, choices)
+        return value
+
+    return AfterValidator(checked)
+
+
+WHOLE, REAL, _FINITE = BeforeValidator(whole), BeforeValidator(_real), AllowInfNan(False)
+Whole = Annotated[int, WHOLE]
+Amount = Annotated[int, Ge(0), WHOLE]
+Count = Annotated[int, Ge(1), WHOLE]
+Real = Annotated[float, _FINITE, REAL]
+NotNegative = Annotated[float, _FINITE, Ge(0), REAL]
+Positive = Annotated[float, _FINITE, Gt(0), REAL]
+Share = Annotated[float, _FINITE, Ge(0), Lt(1), REAL]
+Flag = Annotated[bool, BeforeValidator(as_flag)]
+OBJECT = BeforeValidator(_object)
+Texts = Annotated[list[str] | str, BeforeValidator(_texts)]
 
 
 def kinds_of(cls: Any) -> Mapping[str, tuple[Any, ...]]:
-    """The alternatives of every field's type hint, by name: `int | None` is `(int, NoneType)`; for a dataclass."""
+    """The alternatives of every field's type, by name: `int | None` is `(int, NoneType)`; for a dataclass."""
     return _kinds_of(cls)
 
 
-@cache
+@functools.cache
 def _kinds_of(cls: Any) -> Mapping[str, tuple[Any, ...]]:
-    assert isinstance(cls, type) and dataclasses.is_dataclass(cls)
-    hints = typing.get_type_hints(cls)
-    return {f.name: _alternatives(hints[f.name]) for f in dataclasses.fields(cls)}
+    return {name: _alternatives(hint) for name, hint in typing.get_type_hints(cls).items()}
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -43,59 +203,36 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if union else (hint,)
 
 
-def check_types(instance: Any) -> None:
-    """Bring the fields of a dataclass to their types where nothing is lost, as 3 to 3.0 and "1e-4" to 0.0001.
-
-    Raises:
-        ConfigError: a field holds what its type cannot; says what it takes.
-    """
-    for name, kinds in kinds_of(type(instance)).items():
-        value = getattr(instance, name)
-        fitting = as_type(name, value, kinds)
-        if fitting is not value:
-            setattr(instance, name, fitting)
+def role_of(cls: type, name: str) -> Role:
+    """What a field is to a run; for a dataclass."""
+    return next((said for said in _said(_hints(cls)[name]) if isinstance(said, Role)), Role())
 
 
-def as_type(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
-    """The value as the first of these types that holds it; `ConfigError` if none does."""
-    if value is None:
-        if type(None) in kinds:
-            return None
-        raise ConfigError(f"{name} must be {_wanted(kinds)}, and is empty")
-    for kind in kinds:
-        if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, (kind, str)):
-            return value  # its owner knows the spellings
-    if isinstance(value, bool):
-        if bool in kinds:
-            return value
-    elif isinstance(value, int) and abs(value) > LARGEST and (int in kinds or float in kinds):
-        raise ConfigError(f"{name}={shortened(value)} is too large a number: {_wanted(kinds)} up to 2**63 - 1 is meant")
-    elif isinstance(value, int) and int in kinds:
-        return value
-    elif isinstance(value, (int, float)) and (float in kinds or int in kinds):
-        return _number(name, value, kinds)
-    elif isinstance(value, str):
-        if str in kinds:
-            return value
-        if any(kind in kinds for kind in (int, float, bool)):
-            return _from_text(name, value, kinds)
-        if dict[str, Any] in kinds:
-            return parse_object(value, f"{name}={shortened(value)}", ConfigError)
-    elif isinstance(value, Mapping) and dict[str, Any] in kinds and all(isinstance(key, str) for key in value):
-        return dict(value)
-    elif isinstance(value, (list, tuple)) and list[str] in kinds and all(isinstance(part, str) for part in value):
-        return list(value)
-    raise ConfigError(f"{name}={shortened(value)} must be {_wanted(kinds)}")
+def fields_with(cls: type, said: Any) -> tuple[str, ...]:
+    """Names of the fields in whose type hint this stands; for a dataclass."""
+    return tuple(name for name, hint in _hints(cls).items() if said in _said(hint))
 
 
-def parse_text(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
-    """What someone typed for a setting: "none", numbers, yes and no, names with commas between where several may be."""
+@functools.cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _said(hint: Any) -> list[Any]:
+    """All that a hint says beside its types, and what the alternatives say."""
+    inner = [said for part in typing.get_args(hint) for said in _said(part)]
+    return [*inner, *getattr(hint, "__metadata__", ())]
+
+
+def parse_text(text: str, kinds: tuple[Any, ...]) -> Any:
+    """What someone typed for a setting: "none", yes and no, whole numbers where text may be too, names with commas
+    between them where several may be; other texts are left to the setting's type."""
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
-    if bool in kinds or (float in kinds and str not in kinds):
-        return _from_text(name, text, kinds)
-    if int in kinds and text.removeprefix("-").isdecimal():
-        return _whole(name, text)
+    if bool in kinds:
+        return as_flag(text)
+    if int in kinds and str in kinds and text.removeprefix("-").isdecimal():
+        return int(text[:4000])  # Python reads no numbers of more than 4,300 digits
     if list[str] in kinds:
         parts = split_names(text)
         return parts if len(parts) > 1 or str not in kinds else text
@@ -114,40 +251,6 @@ def split_names(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _whole(name: str, text: str) -> int:
-    if len(text) > 20 or abs(int(text)) > LARGEST:
-        raise ConfigError(f"{name}={shortened(text)} is too large a number")
-    return int(text)
-
-
-def _from_text(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
-    stripped = text.strip()
-    if bool in kinds:
-        if stripped.lower() in _BOOLS:
-            return _BOOLS[stripped.lower()]
-    elif int in kinds and stripped.removeprefix("-").isdecimal():
-        return _whole(name, stripped)
-    else:
-        try:
-            return _number(name, float(stripped), kinds)
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-    raise ConfigError(f"{name}={shortened(text)} must be {_wanted(kinds)}")
-
-
-def _number(name: str, value: float, kinds: tuple[Any, ...]) -> int | float:
-    if not math.isfinite(value):
-        raise ConfigError(f"{name}={value} must be a finite number")
-    if float in kinds:
-        return float(value)
-    if value != int(value):
-        raise ConfigError(f"{name}={value} must be a whole number")
-    if abs(value) > LARGEST:
-        raise ConfigError(f"{name}={value} is too large a number")
-    return int(value)
-
-
 def shortened(value: Any) -> str:
     """A value for a message, never a page of it."""
     try:
@@ -155,9 +258,3 @@ def shortened(value: Any) -> str:
     except ValueError:  # Python writes no numbers of more than 4,300 digits
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a list with such a number"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _wanted(kinds: Sequence[Any]) -> str:
-    words = [_WORDS.get(typing.get_origin(kind) or kind, "") for kind in kinds if kind is not type(None)]
-    found = list(dict.fromkeys(word for word in words if word)) or ["one of its names"]
-    return " or ".join(found) + (", or none" if type(None) in kinds else "")

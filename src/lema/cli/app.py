@@ -1,30 +1,28 @@
 """The command `lema`: its verbs, and how errors leave it.
 
-It knows the verbs' names and exit statuses. Nothing in this room imports torch, directly or through
-another room, until a verb runs: `lema --help` must be quick.
+Nothing in this room imports torch, directly or through another room, until a verb runs: `lema --help` must be quick.
 """
 
 from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import LemaError
 from .adapter import adapter
 from .chat import chat
 from .data import data
-from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
 from .export import export
+from .extensions import Extensible, add_verbs
 from .generate import generate
 from .init import init
-from .kaggle import kaggle
 from .merge import merge
 from .paths import expands_paths
 from .plan import plan
@@ -34,7 +32,7 @@ from .streams import replace_what_does_not_fit
 from .train import train
 
 
-class Verbs(TyperGroup):
+class Verbs(Extensible):
     """The verbs. Whatever happens ends in a message and status 1; `LEMA_DEBUG=1` shows the traceback as well.
 
     Usage errors end with status 2 and Ctrl-C with 130, which is typer's doing.
@@ -74,11 +72,10 @@ app.command("merge")(expands_paths(merge))
 app.command("export")(expands_paths(export))
 app.add_typer(adapter, name="adapter")
 app.add_typer(data, name="data")
-app.add_typer(kaggle, name="kaggle")
 app.command("report")(expands_paths(report))
-app.command("demo")(expands_paths(demo))
 app.command("prepare")(expands_paths(prepare))
 app.command("doctor")(expands_paths(doctor))
+add_verbs({"": app, "data": data})
 
 
 def _show_version(wanted: bool) -> None:
@@ -100,7 +97,7 @@ def _debugging() -> bool:
     return os.environ.get("LEMA_DEBUG", "") not in ("", "0")
 
 
-def main() -> None:
-    """Run the command line and end the process with its status."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line, the process's own unless words are given, and end the process with its status."""
     replace_what_does_not_fit()
-    app()
+    app(words)

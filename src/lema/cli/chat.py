@@ -1,6 +1,6 @@
 """`lema chat`: a conversation in the terminal.
 
-It knows lines that are typed, commands and how an answer is shown; turns and windows are the conversation's business.
+Lines that are typed, commands and how an answer is shown; turns and windows are the conversation's business.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .reply_view import show_reading
-from .speaking import (
+from .chat_options import (
     Base,
     Format,
     NoAdapter,
@@ -26,12 +25,13 @@ from .speaking import (
     Variables,
     Where,
     in_chosen_format,
-    open_speaker,
+    open_chat_model,
     seed_all,
 )
 
 if TYPE_CHECKING:
-    from ..reply import Conversation, Reply, Sampling
+    from ..chat import Conversation, Reply, Sampling
+    from ..chat.formats import ReplyFormat
 
 _COMMANDS = "quit or exit ends, clear forgets the conversation, debug shows what the model sees and writes"
 
@@ -57,26 +57,25 @@ def chat(
 
     Example: lema chat output/final --temperature 0.7 --top-p 0.9
     """
-    from ..reply import Conversation, Sampling
-    from ..reply.lema_format import to_closing_tag
+    from ..chat import Conversation, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    with open_speaker(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
-        speaker, in_format = in_chosen_format(opened, reply_format, chat_template is not None)
-        if in_format:
-            sampling = to_closing_tag(sampling)
+    with open_chat_model(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
+        chat_model, read_as = in_chosen_format(opened, reply_format, chat_template is not None)
+        if read_as is not None:
+            sampling = read_as.end(sampling)
         seed_all(seed)
-        config = speaker.model.config
-        adapter = "with its adapter" if speaker.model.lora_manager is not None else "without adapter"
+        config = chat_model.model.config
+        adapter = "with its adapter" if chat_model.model.lora_manager is not None else "without adapter"
         typer.echo(f"{config.model_name_or_path} {adapter}, {config.dtype} on {config.device}. {_COMMANDS}.")
-        if not speaker.renderer.has_template:
+        if not chat_model.renderer.has_template:
             typer.echo(
                 "The tokenizer has no chat template: each line is continued as it is, and nothing is remembered."
             )
-        _talk(Conversation(speaker, system), sampling, in_format)
+        _talk(Conversation(chat_model, system), sampling, read_as)
 
 
-def _talk(conversation: Conversation, sampling: Sampling, in_format: bool) -> None:
+def _talk(conversation: Conversation, sampling: Sampling, read_as: ReplyFormat | None) -> None:
     debug = False
     while (line := _read_line()) is not None:
         question = line.strip()
@@ -90,10 +89,12 @@ def _talk(conversation: Conversation, sampling: Sampling, in_format: bool) -> No
             debug = not debug
             typer.echo(f"debug is {'on' if debug else 'off'}")
         elif question:
-            _answer(conversation, question, sampling, in_format, debug)
+            _answer(conversation, question, sampling, read_as, debug)
 
 
-def _answer(conversation: Conversation, question: str, sampling: Sampling, in_format: bool, debug: bool) -> None:
+def _answer(
+    conversation: Conversation, question: str, sampling: Sampling, read_as: ReplyFormat | None, debug: bool
+) -> None:
     try:
         if debug:
             typer.secho(repr(conversation.prompt(question, conversation.room(sampling))), dim=True)
@@ -105,8 +106,8 @@ def _answer(conversation: Conversation, question: str, sampling: Sampling, in_fo
         typer.echo("\n(stopped; this turn is forgotten)")
         return
     typer.echo()
-    if in_format:
-        show_reading(reply.text)
+    if read_as is not None:
+        read_as.show(reply.text)
     if reply.ended_by == "length":
         typer.secho(f"(cut after {reply.num_tokens} tokens: --max-new-tokens)", dim=True)
     if conversation.dropped:

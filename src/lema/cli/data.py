@@ -15,9 +15,8 @@ import typer
 
 from ..data.config import DataConfig
 from ..errors import ConfigError
-from .data_build import build, validate
+from .extensions import Extensible
 from .paths import expands_paths
-from .plan import _adapter
 from .settings import split_settings
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Checked:
         return self.survey.bad == 0 and self.survey.kept > 0 and self.dropped_share <= self.max_dropped
 
 
-data = typer.Typer(help="Data files.", no_args_is_help=True)
+data = typer.Typer(cls=Extensible, help="Data files.", no_args_is_help=True)
 
 
 @data.callback()
@@ -58,10 +57,6 @@ def _data() -> None:
 
     Example: lema data check run.yaml
     """
-
-
-data.command("build")(expands_paths(build))
-data.command("validate")(expands_paths(validate))
 
 
 @data.command()
@@ -126,7 +121,7 @@ def look(
     from ..data.load import dataset_of, held_out_rows, rows_of
     from ..data.render import ChatRenderer
     from ..data.survey import survey
-    from ..engine.training import load_tokenizer
+    from ..run.training import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     renderer = ChatRenderer.from_file(tokenizer, config.chat_template, config.chat_template_kwargs)
@@ -156,14 +151,15 @@ def as_dict(one: Checked) -> dict[str, Any]:
 def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[DataConfig, str, int, ModelLimits | None]:
     """Settings of the data, the model, the length and what the model takes: of a run's file, whose other settings are
     held against it as `lema train` does, or of the command line alone."""
-    from ..engine.training import check_run, limits_of
+    from ..run.planned import adapter_of
+    from ..run.training import check_run, limits_of
     from ..training.run_config import RunConfig, parse_overrides
 
     if Path(file).suffix.lower() in _YAML:
         run = RunConfig.from_yaml(file, {**given, **({"model_name_or_path": model} if model is not None else {})})
         if run.data.train_file is None:
             raise ConfigError(f"{file} names no train_file")
-        lm = _adapter(run.lema).causal_lm()
+        lm = adapter_of(run.lema).causal_lm()
         check_run(run, lm, bool(run.data.eval_file or run.data.eval_size))
         return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, limits_of(lm)
     if model is None:
@@ -173,7 +169,7 @@ def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[Data
 
     run = RunConfig.from_dict({**parse_overrides(given), "train_file": file, "model_name_or_path": model})
     folder = Path(model).parent if Path(model).suffix == ".safetensors" else Path(model)
-    limits = limits_of(_adapter(run.lema).causal_lm()) if (folder / "config.json").is_file() else None
+    limits = limits_of(adapter_of(run.lema).causal_lm()) if (folder / "config.json").is_file() else None
     length = run.lema.max_seq_length
     if limits is not None:
         if "max_seq_length" not in given:  # the default is no wish

@@ -1,7 +1,7 @@
 """`lema eval`: how well a checkpoint predicts held-out data, beside the model it began from.
 
-It knows options and the table; sums are the training room's, batches the data room's. Replies in a format are judged
-elsewhere (`eval_reply`).
+Options and the table are here; sums are the training room's, batches the data room's. Replies in a format are judged
+by the package that brings the format.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .eval_reply import STDOUT, evaluate_replies
-from .speaking import LEMA_REPLY, Base, Settings, Template, Variables, Where, open_speaker
+from .chat_options import Base, Settings, Template, Variables, Where, open_chat_model
 
 if TYPE_CHECKING:
+    from ..chat import ChatModel
     from ..data.config import DataConfig
     from ..data.stream import BatchStream
-    from ..reply import Speaker
     from ..training.run_config import RunConfig
 
+STDOUT = "-"
 _LOSS_CHUNK = 256
 _ROWS = (("eval_loss", "loss", ".4f"), ("eval_perplexity", "perplexity", ".3f"),
          ("eval_token_accuracy", "token accuracy", ".2%"), ("seconds", "seconds", ".1f"))  # fmt: skip
@@ -64,29 +64,33 @@ def evaluate(
 
     Example: lema eval output/final --data held_out.jsonl
     """
+    from ..chat.formats import format_named, known_formats
+
     run = _run_of(Path(checkpoint))
-    if data_format == LEMA_REPLY:
+    if data_format in known_formats():
         means_nothing = {
             "--max-seq-length": max_seq_length, "--chat-template": chat_template,
             "--chat-template-kwargs": chat_template_kwargs,
         }  # fmt: skip
-        _refuse(means_nothing, f"--format {LEMA_REPLY}")
-        evaluate_replies(
-            checkpoint, data or _held_out(run), base=base, settings=settings, alone=alone, limit=limit,
+        _refuse(means_nothing, f"--format {data_format}")
+        format_named(str(data_format)).evaluate(
+            lambda: open_chat_model(checkpoint, base, False, None, settings), data or _held_out(run),
+            checkpoint=checkpoint, alone=alone, limit=limit,
             max_new_tokens=128 if max_new_tokens is None else max_new_tokens,
             batch_size=16 if batch_size is None else batch_size, as_json=as_json, plot_file=plot,
         )  # fmt: skip
         return
-    _refuse({"--limit": limit, "--max-new-tokens": max_new_tokens, "--plot": plot}, f"no --format {LEMA_REPLY}")
+    reply_only = {"--limit": limit, "--max-new-tokens": max_new_tokens, "--plot": plot}
+    _refuse(reply_only, f"no --format {' or '.join(known_formats())}")
     chosen = _data_config(run, data, data_format)
     batch_size = 4 if batch_size is None else batch_size
     asked = [f"batch_size={batch_size}", *(settings or ())]
     if not any(pair.partition("=")[0].strip() == "loss_chunk_size" for pair in asked):
         asked.append(f"loss_chunk_size={_LOSS_CHUNK}")
-    with open_speaker(checkpoint, base, False, chat_template, asked, chat_template_kwargs) as speaker:
-        length = max_seq_length or speaker.model.config.max_seq_length
-        rows = _rows(chosen, speaker, length, batch_size, run)
-        results = _results(speaker, rows, alone)
+    with open_chat_model(checkpoint, base, False, chat_template, asked, chat_template_kwargs) as chat_model:
+        length = max_seq_length or chat_model.model.config.max_seq_length
+        rows = _rows(chosen, chat_model, length, batch_size, run)
+        results = _results(chat_model, rows, alone)
     text = json.dumps(results, indent=2)
     if as_json == STDOUT:
         typer.echo(text)
@@ -135,33 +139,34 @@ def _data_config(run: RunConfig | None, file: Path | None, data_format: str | No
     )
 
 
-def _rows(chosen: DataConfig, speaker: Speaker, length: int, batch_size: int, run: RunConfig | None) -> BatchStream:
+def _rows(
+    chosen: DataConfig, chat_model: ChatModel, length: int, batch_size: int, run: RunConfig | None
+) -> BatchStream:
     import dataclasses
 
     from ..data import load_data
 
     if chosen.eval_file is not None:  # the data trained on need not be there any more
         chosen = dataclasses.replace(chosen, train_file=chosen.eval_file, eval_size=0)
-    seed = run.lema.seed if run is not None else speaker.model.config.seed
-    loaded = load_data(chosen, speaker.tokenizer, max_seq_length=length, rows_per_step=batch_size, seed=seed)
+    seed = run.lema.seed if run is not None else chat_model.model.config.seed
+    loaded = load_data(chosen, chat_model.tokenizer, max_seq_length=length, rows_per_step=batch_size, seed=seed)
     assert loaded.eval is not None
     return loaded.eval
 
 
-def _results(speaker: Speaker, rows: BatchStream, alone: bool) -> dict[str, dict[str, Any]]:
-    from ..engine.machine import evaluate_batch
-    from ..training.evaluation import evaluate_with
+def _results(chat_model: ChatModel, rows: BatchStream, alone: bool) -> dict[str, dict[str, Any]]:
+    from ..training.evaluation import evaluate
 
-    trainer = speaker.model.get_trainer()
-    adapted = speaker.model.lora_manager is not None
+    trainer = chat_model.model.get_trainer()
+    adapted = chat_model.model.lora_manager is not None
     arms = (
         [("model", False)] if not adapted else [("adapter", False)] if alone else [("base", True), ("adapter", False)]
     )
     results = {}
     for name, bare in arms:
-        model: Any = speaker.model.hf_model
+        model: Any = chat_model.model.hf_model
         with model.disable_adapter() if bare else nullcontext():
-            results[name] = evaluate_with(lambda inputs: evaluate_batch(trainer, inputs), rows)
+            results[name] = evaluate(trainer, rows)
     return results
 
 

@@ -57,7 +57,7 @@ def export(
 
     Example: lema export runs/mine/final adapter --to peft --base HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    from ..utils.model_utils import parse_dtype
+    from ..prepare.single_file import parse_dtype
 
     with usage_of("--dtype"):
         target = None if dtype is None else parse_dtype(dtype)

@@ -1,6 +1,6 @@
 """`lema generate`: answers to prompts, one after the other.
 
-It knows options, where prompts come from and how answers are written out.
+Prompts come from options, a file or standard input; answers go out as text or JSON.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .reply_view import reading_as_json, show_reading
-from .speaking import (
-    TEXT,
+from .chat_options import (
     Base,
     Format,
     NoAdapter,
@@ -30,7 +28,7 @@ from .speaking import (
     Variables,
     Where,
     in_chosen_format,
-    open_speaker,
+    open_chat_model,
     seed_all,
 )
 from .streams import as_json as written
@@ -63,32 +61,32 @@ def generate(
 
     Example: lema generate output/final -p "What is the capital of Norway?"
     """
-    from ..reply import Sampling
-    from ..reply.lema_format import to_closing_tag
+    from ..chat import Sampling
+    from ..chat.formats import TEXT
 
     prompts = [*(prompt or ()), *(_prompts_in(file) if file is not None else ())]
     if not prompts:
         raise typer.BadParameter("give --prompt or --file", param_hint="--prompt")
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    with open_speaker(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
+    with open_chat_model(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
         chosen = TEXT if plain and reply_format is None else reply_format
-        speaker, in_format = in_chosen_format(opened, chosen, chat_template is not None)
-        if in_format:
-            sampling = to_closing_tag(sampling)
+        chat_model, read_as = in_chosen_format(opened, chosen, chat_template is not None)
+        if read_as is not None:
+            sampling = read_as.end(sampling)
         seed_all(seed)
         for text in prompts:
             if as_json:
-                reply = speaker.reply(text, sampling, plain=plain)
+                reply = chat_model.reply(text, sampling, plain=plain)
                 line = {"prompt": text, "text": reply.text, "ended_by": reply.ended_by, "tokens": reply.num_tokens}
-                parts = reading_as_json(reply.text) if in_format else {}
+                parts = {} if read_as is None else read_as.as_json(reply.text)
                 typer.echo(written({**line, **parts}))
                 continue
             if len(prompts) > 1:
                 typer.secho(f"> {text}", bold=True)
-            reply = speaker.reply(text, sampling, lambda piece: typer.echo(piece, nl=False), plain=plain)
+            reply = chat_model.reply(text, sampling, lambda piece: typer.echo(piece, nl=False), plain=plain)
             typer.echo()
-            if in_format:
-                show_reading(reply.text)
+            if read_as is not None:
+                read_as.show(reply.text)
 
 
 def _prompts_in(file: Path) -> Iterator[str]:

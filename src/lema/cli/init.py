@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..storage.atomic import replaced_file
 
 _TEMPLATE = """\
 # Written by `lema init`. Every setting may also be given as --set name=value.
@@ -97,14 +98,9 @@ def init(
     )  # fmt: skip
     text = _aligned(text)
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    try:
+    with replaced_file(out) as aside:
+        aside.write_text(text, encoding="utf-8")
         RunConfig.from_yaml(aside)
-    except ConfigError:
-        aside.unlink()
-        raise
-    aside.replace(out)
     typer.echo(f"{out}: {len(rows):,} rows of the form {kind}, {dtype} on {device}")
     if len(rows) < 100:
         typer.echo("fewer than 100 rows: none is held out to evaluate on; eval_size or eval_file changes that")
@@ -113,7 +109,7 @@ def init(
 
 def _device() -> tuple[str, str, str]:
     """Device, type and why that type."""
-    from ..core.device import default_device, device_name, supports_bfloat16
+    from ..machine.device import default_device, device_name, supports_bfloat16
 
     device = default_device()
     if device == "cpu":
@@ -127,9 +123,9 @@ def _positions(model: str) -> int | None:
     """Tokens the model takes; None where its configuration does not say, or there is none."""
     from transformers import PreTrainedConfig
 
-    from ..model import _local
+    from ..models.locate import local_path
 
-    path = _local(model, "config.json")
+    path = local_path(model, "config.json")
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: give a model's directory, its .safetensors file or a hub id")

@@ -63,9 +63,9 @@ def merge(
 
     Example: lema merge runs/mine/final merged --max-shard-size 2GB
     """
-    from ..core.budget import parse_bytes
     from ..export.merge import merge as run
-    from ..utils.model_utils import parse_dtype
+    from ..machine.memory import parse_bytes
+    from ..prepare.single_file import parse_dtype
 
     if overwrite and upload is None:
         raise typer.BadParameter("is about a repository: give --upload too", param_hint="--overwrite")
@@ -97,14 +97,14 @@ def merge(
 
 
 def _tell(shard: Shard, number: int, total: int, state: str) -> None:
-    from ..core.budget import format_bytes
+    from ..machine.memory import format_bytes
 
     typer.echo(f"{number}/{total}  {shard.name}  {format_bytes(shard.data_bytes)}  {state}")
 
 
 def show(result: MergeResult) -> None:
     """What was made, and how far it is from base and adapter."""
-    from ..core.budget import format_bytes
+    from ..machine.memory import format_bytes
 
     found = result.comparison
     _warn(result)

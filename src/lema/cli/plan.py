@@ -1,47 +1,20 @@
 """`lema plan`: what a run would keep where, the memory it would take and how fast it would be.
 
-It knows options and which machine is meant; plans are made by the engine, from a configuration and no weights.
+It knows options and what is printed; the plan is made where runs are put together.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import LemaConfig
-from ..errors import ConfigError, LemaError, WeightsNotFoundError
 from .settings import parse_settings
 
 if TYPE_CHECKING:
-    from ..core.gbi import GlobalBinaryIndex
-    from ..core.hardware import Hardware
-    from ..core.plan import MemoryPlan
-    from ..models.base import LemaModelAdapter
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan with all it was made from."""
-
-    config: LemaConfig
-    """Its budgets are as they were asked for."""
-    plan: MemoryPlan
-    hardware: Hardware
-    stated: bool
-    """The hardware was given, and is not this machine as measured."""
-    ram_budget: int | None
-    """Bytes; None: no limit."""
-    vram_budget: int | None
-    weights: bool
-    """Sizes are those of the weight files; False: they follow from the model's configuration."""
-    adapter: LemaModelAdapter
-    """The model without its weights."""
+    from ..run.planned import Planned
 
 
 def plan(
@@ -119,6 +92,8 @@ def plan(
             n for n in values if (source := ctx.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"
         }
         values = {**_of_run(Path(model), hardware), **{name: values[name] for name in given}}
+    from ..run.planned import make
+
     planned = make({**values, **others}, hardware, probe)
     if as_json:
         typer.echo(json.dumps(as_dict(planned), indent=2))
@@ -130,7 +105,7 @@ def plan(
 
 def _of_run(file: Path, hardware: str | None) -> dict[str, Any]:
     """What a run's engine is built with, `auto` budgets where the file says none."""
-    from ..core.device import default_device
+    from ..machine.device import default_device
     from ..training.run_config import RunConfig
 
     run = RunConfig.from_yaml(file, defaults={"vram_budget": "auto", "ram_budget": "auto", "device": default_device()})
@@ -140,40 +115,9 @@ def _of_run(file: Path, hardware: str | None) -> dict[str, Any]:
     return values
 
 
-def make(values: dict[str, Any], spec: str | None, probe: bool = False) -> Planned:
-    """Plan for settings by name, on the machine a specification describes or on this one.
-
-    Raises:
-        LemaError: settings, model, machine or budgets are not good, or nothing fits.
-    """
-    if str(values.get("device")).lower() == "auto":  # that of the machine meant
-        values = {name: value for name, value in values.items() if name != "device"}
-    config = LemaConfig.from_dict(values)
-    from ..core.device import default_device
-    from ..core.hardware import Hardware
-    from ..engine.assembly import assemble_plan, resolve_budgets
-
-    machine = Hardware.parse(spec) if spec is not None else None
-    if "device" not in values:
-        config = config.replace(device=machine.device if machine is not None else default_device())
-    elif machine is not None and config.device.partition(":")[0] != machine.device:
-        raise ConfigError(f"device={config.device!r} is not what {machine.name} computes on: {machine.device}")
-    with _opened(config) as (adapter, gbi):
-        # Before anything is measured: what measuring takes is given back, but not at once.
-        ram, vram = resolve_budgets(config, machine)
-        if machine is None:
-            from ..core.probe import profile
-
-            machine = profile(config.device, gbi.path if gbi is not None else None, refresh=probe)
-        _check_budget("ram_budget", ram, machine.ram_bytes, machine.name)
-        _check_budget("vram_budget", vram, machine.vram_bytes, machine.name)
-        made = assemble_plan(config.replace(ram_budget=ram, vram_budget=vram), adapter, gbi, machine)
-    return Planned(config, made, machine, spec is not None, ram, vram, gbi is not None, adapter)
-
-
 def as_dict(planned: Planned) -> dict[str, Any]:
     """JSON-ready: bytes, seconds and tokens a second."""
-    from ..core.plan import describe
+    from ..planning.plan import describe
 
     return {
         "model": planned.config.model_name_or_path,
@@ -185,55 +129,3 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "peaks": {"host": planned.plan.host_peak, "device": planned.plan.device_peak},
         "plan": describe(planned.plan),
     }
-
-
-def _check_budget(name: str, budget: int | None, there: int, machine: str) -> None:
-    from ..core.budget import format_bytes
-
-    if budget is not None and budget > there:
-        raise ConfigError(f"{name} of {format_bytes(budget)} is more than the {format_bytes(there)} that {machine} has")
-
-
-@contextlib.contextmanager
-def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinaryIndex | None]]:
-    """The model's adapter, and the index of its weights where they are on this machine."""
-    from ..core.gbi import GlobalBinaryIndex
-
-    given = Path(config.model_name_or_path)
-    if given.suffix == ".json" and not given.exists():
-        raise WeightsNotFoundError(f"{given} does not exist: give a model's directory, its config.json or a hub id")
-    if given.is_file() and given.name != "config.json" and given.suffix != ".safetensors":
-        raise ConfigError(f"{given} is neither a directory, a .safetensors file nor a config.json")
-    adapter = _adapter(config)
-    where = Path(config.gbi_path) if config.gbi_path is not None else given
-    if config.gbi_path is None and not (where.suffix == ".safetensors" or any(where.glob("*.safetensors"))):
-        yield adapter, None
-        return
-    gbi = GlobalBinaryIndex(where)
-    try:
-        yield adapter, gbi
-    finally:
-        gbi.close()
-
-
-def _adapter(config: LemaConfig) -> LemaModelAdapter:
-    """The model of a configuration, built once so that what is wrong with the configuration shows here."""
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-
-    from ..model import _adapter_for, _local
-    from ..models.transformers_adapter import TransformersAdapter
-
-    path = _local(config.model_name_or_path, "config.json")
-    try:
-        adapter = _adapter_for(config, path)
-        adapter.configure(getattr(torch, config.dtype), config.attn_implementation)
-        if isinstance(adapter, TransformersAdapter):
-            adapter.causal_lm()
-    except (StrictDataclassError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, LemaError):
-            raise
-        raise ConfigError(
-            f"the config.json of {config.model_name_or_path} describes no model: {type(error).__name__}: {error}"
-        ) from error
-    return adapter

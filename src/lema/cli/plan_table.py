@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..core.budget import format_bytes
-from ..core.plan import MemoryPlan
-from .plan import Planned
+from ..machine.memory import format_bytes
+from ..planning.plan import MemoryPlan
+from ..run.planned import Planned
 
 Section = list[tuple[str, str]]
 
@@ -93,7 +93,8 @@ def _peak(peak: int, budget: int | None, parts: Mapping[str, int]) -> str:
 
 def _time(planned: Planned) -> Section:
     plan, estimate = planned.plan, planned.plan.estimate
-    assert estimate is not None
+    if estimate is None:
+        return []
     busy = {"compute": estimate.compute_seconds, "disk": estimate.disk_seconds}
     if plan.device != "cpu":
         busy["link"] = estimate.link_seconds

@@ -66,9 +66,9 @@ def prepare(
 
     Example: lema prepare mistral-7b.Q8_0.gguf mistral-7b --dtype bfloat16
     """
-    from ..core.budget import parse_bytes
+    from ..machine.memory import parse_bytes
     from ..prepare import prepare as make
-    from ..utils.model_utils import parse_dtype
+    from ..prepare.single_file import parse_dtype
 
     with usage_of("--dtype"):
         target = None if dtype is None else parse_dtype(dtype)
@@ -103,7 +103,7 @@ def _as_dict(prepared: Prepared) -> dict[str, object]:
 
 
 def _show(prepared: Prepared) -> None:
-    from ..core.budget import format_bytes
+    from ..machine.memory import format_bytes
 
     size = (
         f"{prepared.tensors} tensors, {format_bytes(prepared.nbytes)} of {' and '.join(prepared.dtypes)}, in "

@@ -57,4 +57,4 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 def parse_value(name: str, text: str) -> Any:
     """The value of one setting: "none", numbers, yes and no, names with commas between them where several may be."""
-    return parse_text(name, text, kinds_of(LemaConfig).get(name, (str,)))
+    return parse_text(text, kinds_of(LemaConfig).get(name, (str,)))

@@ -1,4 +1,4 @@
-"""The original's module path of `LemaModel`, kept for its users."""
+"""The original's path of `LemaModel`; see `lema.model`."""
 
 from ..model import LemaModel
 

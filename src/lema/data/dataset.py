@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import cache_folder, digest, write_whole
 from ..errors import ConfigError, InputError
+from ..storage.cache import cache_folder, digest, write_whole
 from .config import ON_BAD_ROW, TOO_LONG
 from .render import EncodedRow
 from .rows import FileChangedError, Rows

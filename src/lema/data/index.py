@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import cache_folder, digest, write_whole
 from ..errors import InputError
+from ..storage.cache import cache_folder, digest, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..cache import digest
 from ..errors import ConfigError, InputError
+from ..storage.cache import digest
 from .render import EncodedRow
 
 

@@ -15,6 +15,8 @@ conversations, whose context is then what the model sees when it answers. Only a
 end of the whole text: of the turns before it what both have in common is learned. A prompt that opens a model's
 thinking, which the template leaves out once it is answered, is gone on from as the model does. A template with
 `{% generation %}` marks its turns itself and is believed.
+
+One file, because what is trained on and what chat sends must come out of the same few functions.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..cache import cache_folder
 from ..errors import ConfigError, InputError
 from ..libraries import how_to_install
+from ..storage.cache import cache_folder
 from .rows import Fingerprint, ListRows, Rows
 
 

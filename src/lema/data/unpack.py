@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from ..cache import cache_folder, digest
 from ..errors import ConfigError, InputError
 from ..libraries import how_to_install
+from ..storage.atomic import replaced_file
+from ..storage.cache import cache_folder, digest
 
 _CHUNK = 8 << 20
 _MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
@@ -66,11 +67,8 @@ def unpacked(path: Path) -> Path:
         copy = folder / "unpacked" / digest(path.resolve()) / f"{made_of}{Path(path.stem).suffix.lower()}"
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            aside = copy.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                os.replace(_written(path, aside, path.suffix.lower()), copy)
-            finally:
-                aside.unlink(missing_ok=True)
+            with replaced_file(copy) as aside:
+                _written(path, aside, path.suffix.lower())
             for old in copy.parent.iterdir():  # what it was before it changed; others may be writing theirs
                 if old != copy and old.suffix != ".tmp":
                     old.unlink(missing_ok=True)

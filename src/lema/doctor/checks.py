@@ -1,6 +1,6 @@
 """What gathered facts mean, one small pure function a subject: Python, libraries, torch and the devices it computes on.
 
-It knows what LEMA needs and does well with; it looks at nothing but the facts it is given.
+What LEMA needs and does well with stands here; the facts are all that is looked at.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from ..core.budget import format_bytes
+from ..machine.memory import format_bytes
 from .facts import Device, Facts
 from .finding import Finding, Level, advice, ok, problem
 from .resources import GB, check_hub, check_memory, check_pinning, check_places, check_rates, check_swap

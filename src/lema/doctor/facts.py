@@ -1,4 +1,4 @@
-"""What the doctor looks at, as plain values. It knows what there is to know of a machine, not how to find it out."""
+"""What the doctor looks at, as plain values; `machine` finds them out."""
 
 from __future__ import annotations
 

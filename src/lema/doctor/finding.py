@@ -1,4 +1,4 @@
-"""One thing the doctor has to say. It knows levels and words, and nothing of machines."""
+"""One thing the doctor has to say: a level, words, and what to do."""
 
 from __future__ import annotations
 

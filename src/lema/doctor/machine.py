@@ -1,6 +1,6 @@
 """Gathering facts from this machine: the kernel's files, the package's metadata, torch, and the hub's settings.
 
-It knows where a fact is to be found; what it means, `checks` and `resources` say.
+What a fact means, `checks` and `resources` say.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def gather(model: str | None = None, output_dir: str = "output", measure: bool =
     found = torch_facts()
     rates, error = None, ""
     if measure:
-        from ..core.device import default_device
-        from ..core.probe import profile
+        from ..machine.device import default_device
+        from ..planning.probe import profile
 
         try:
             machine = profile(default_device() if found.devices else "cpu", model)
@@ -94,9 +94,9 @@ def torch_facts() -> Torch:
     """torch's build and devices. Pins 64 MiB for a moment where there is a device."""
     import torch
 
-    from ..core import cuda
-    from ..core.device import default_device, device_memory, device_name
     from ..errors import DeviceError
+    from ..machine import cuda
+    from ..machine.device import default_device, device_memory, device_name
 
     found = Torch(torch.__version__, torch.version.cuda, getattr(torch.version, "hip", None))
     kind, devices = default_device(), []
@@ -121,10 +121,10 @@ def torch_facts() -> Torch:
 
 def memory_facts(root: Path = Path("/")) -> Memory:
     """Host memory as the kernel's files have it."""
-    from ..core.budget import _groups, _pairs, free_ram, total_ram
+    from ..machine.memory import free_ram, memory_groups, sizes_in, total_ram
 
-    info = _pairs(root / "proc/meminfo")
-    limits = [limit for limit, *_ in _groups(root)]
+    info = sizes_in(root / "proc/meminfo")
+    limits = [limit for limit, *_ in memory_groups(root)]
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return Memory(
         installed=info.get("MemTotal", 0) * 1024 or total_ram(root),
@@ -162,8 +162,8 @@ def nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
 def _places(model: str | None, output_dir: str) -> Iterator[Place]:
     from huggingface_hub import constants
 
-    from ..cache import cache_folder
-    from ..core.reader import direct_alignment
+    from ..storage.cache import cache_folder
+    from ..storage.reader import direct_alignment
 
     if model is not None:
         path = Path(model)
@@ -185,7 +185,7 @@ def place(role: str, path: Path, direct: int | None = None) -> Place:
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
     """Type of the mount a path is on; empty where the system does not say."""
-    from ..core.budget import _unescape
+    from ..machine.memory import unescaped
 
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -194,7 +194,7 @@ def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
     where, found, depth = path.resolve(), "", -1
     for line in lines:
         left, _, right = line.partition(" - ")
-        point = Path(_unescape(left.split()[4]))
+        point = Path(unescaped(left.split()[4]))
         if where.is_relative_to(point) and len(point.parts) >= depth:  # of mounts on each other the last one shows
             found, depth = right.split()[0], len(point.parts)
     return found

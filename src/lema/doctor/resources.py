@@ -1,6 +1,6 @@
 """What gathered facts mean, one small pure function a subject: memory, rates, disks and the hub.
 
-It knows what LEMA needs and does well with; it looks at nothing but the facts it is given.
+Nothing but the facts given is looked at.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..core.budget import format_bytes
+from ..machine.memory import format_bytes
 from .facts import Facts, Place
 from .finding import Finding, advice, ok, problem
 

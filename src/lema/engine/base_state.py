@@ -6,33 +6,32 @@ It knows which file tensors make a parameter; it knows nothing of slots or of wh
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.binding import materialize
-from ..core.gbi import GlobalBinaryIndex
-from ..core.layout import ParameterSource
-from ..core.memory import TripleBufferManager
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.index import GlobalBinaryIndex
+from ..storage.layout import ParameterSource
+from ..storage.views import materialize
+from ..streaming.memory import TripleBufferManager
 
 
-def state_from_files(memory: TripleBufferManager) -> bool:
-    """Let every module of the model save its base weights as the files have them; False for an adapter of one's own,
-    whose sources are not known by module.
+def state_from_files(memory: TripleBufferManager) -> dict[nn.Module, Callable[..., None]]:
+    """For each module of the model a `_save_to_state_dict` that has its base weights as the files have them; none for
+    an adapter of one's own, whose sources are not known by module.
 
     A weight is a view of the mapped file, in the file's type, and takes no memory until it is read. One that is made of
     several tensors (separate experts) is put together when it is asked for, and takes its size.
     """
     if not isinstance(memory.adapter, TransformersAdapter):
-        return False
+        return {}
     by_module: dict[nn.Module, dict[str, ParameterSource]] = {}
     for module, leaf, source in memory.adapter.placed_sources(memory.gbi):
         by_module.setdefault(module, {})[leaf] = source
-    for module, sources in by_module.items():
-        module.__dict__["_save_to_state_dict"] = functools.partial(_save, module, memory.gbi, sources)
-    return True
+    return {module: functools.partial(_save, module, memory.gbi, sources) for module, sources in by_module.items()}
 
 
 def _save(

@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..complete import problem_of
 from ..config import LemaConfig
-from ..core.lora import LoRAManager
 from ..errors import CheckpointError
 from ..json_file import read_object
+from ..storage.atomic import replaced_directory
+from ..storage.complete import problem_of
+from ..streaming.randomness import random_states, restore_random_states
 from .base_config import check_config
-from .files import replaced_directory
-from .randomness import random_states, restore_random_states
+from .trainables import Trainables
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 OPTIMIZER_STATE = "optimizer.json"
@@ -35,19 +35,17 @@ _FORMAT = 2
 def save_checkpoint(
     directory: Path,
     config: LemaConfig,
-    lora: LoRAManager,
-    optimizer: torch.optim.Optimizer,
+    trainables: Trainables,
     trainer_state: Mapping[str, Any],
     engine_state: Mapping[str, Any],
-    holders: Mapping[str, torch.nn.Parameter],
     more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint, replacing one of the same name in one step.
 
     Args:
+        trainables: with the gradients accumulated so far.
         trainer_state: JSON-ready; under Hugging Face's names.
         engine_state: JSON-ready counters, `scaler` and `base_weights` among them.
-        holders: parameters with the gradients accumulated so far, by the adapter's names.
         more: writes further files into the directory it is given.
 
     Raises:
@@ -55,13 +53,13 @@ def save_checkpoint(
     """
     with replaced_directory(directory) as folder:
         config.save_pretrained(folder)
-        tensors, state = _flatten(optimizer.state_dict())
-        for name, parameter in holders.items():
+        tensors, state = _flatten(trainables.optimizer.state_dict())
+        for name, parameter in trainables.held_by_name().items():
             if parameter.grad is not None:
                 tensors[f"gradient.{name}"] = parameter.grad.detach().contiguous()
         random_tensors, random_rest = random_states(torch.device(config.device))
         try:
-            lora.save_pretrained(folder)
+            trainables.owner.save_pretrained(folder)
             save_file(tensors, folder / OPTIMIZER_TENSORS)
             _write_json(folder / OPTIMIZER_STATE, state)
             _write_json(folder / SCALER_STATE, engine_state["scaler"])
@@ -77,15 +75,13 @@ def save_checkpoint(
 
 def load_checkpoint(
     directory: Path,
-    lora: LoRAManager,
-    optimizer: torch.optim.Optimizer,
+    trainables: Trainables,
     base_weights: Mapping[str, Any],
     base_config: Mapping[str, Any],
-    holders: Mapping[str, torch.nn.Parameter],
-    device: torch.device,
+    device: str,
 ) -> dict[str, Any]:
-    """Put a saved state back; returns the trainer's state. Gradients go to `holders`, see `save_checkpoint`, and the
-    random state to the host's generators and those of `device`.
+    """Put a saved state back; returns the trainer's state. The random state goes to the host's generators and those
+    of `device`; the model's values are there, and not yet where else they are held.
 
     Everything is read and compared before anything is changed.
 
@@ -110,12 +106,12 @@ def load_checkpoint(
         raise CheckpointError(f"{folder} has format {own.get('format')!r}; this version reads {_FORMAT}")
     check_base(folder, own["base_weights"], base_weights)
     check_config(folder, own.get("base_config", {}), base_config)
-    lora.load_pretrained(folder)
-    for name, parameter in holders.items():
+    trainables.owner.load_pretrained(folder)
+    for name, parameter in trainables.held_by_name().items():
         gradient = tensors.pop(f"gradient.{name}", None)
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
-    _restore_optimizer(folder, optimizer, tensors, state)
-    restore_random_states(random_tensors, random_rest, device)
+    _restore_optimizer(folder, trainables.optimizer, tensors, state)
+    restore_random_states(random_tensors, random_rest, torch.device(device))
     own["scaler"] = scaler
     return dict(trainer_state)
 

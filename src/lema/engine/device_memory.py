@@ -11,19 +11,19 @@ from collections.abc import Iterator
 
 import torch
 
-from ..core.budget import format_bytes
-from ..core.device import context_bytes, device_memory
-from ..core.footprint import DEVICE_CONTEXT
-from ..core.plan import MemoryPlan
 from ..errors import DeviceError, DeviceMemoryError
+from ..machine.device import context_bytes, device_memory
+from ..machine.memory import format_bytes
+from ..planning.footprint import DEVICE_CONTEXT
+from ..planning.plan import MemoryPlan
 
 
 @contextlib.contextmanager
-def explained(device: str, plan: MemoryPlan | None) -> Iterator[None]:
+def explained(device: str, plan: MemoryPlan) -> Iterator[None]:
     """Inside the block torch's OutOfMemoryError becomes a `DeviceMemoryError`; what the failed work held is let go.
 
     Args:
-        plan: what is allocated by; None: no budget was given.
+        plan: what is allocated by.
     """
     try:
         yield
@@ -34,10 +34,10 @@ def explained(device: str, plan: MemoryPlan | None) -> Iterator[None]:
         raise DeviceMemoryError(f"{device} is out of memory: {said}. {taken}. {_advice(plan)}") from error
 
 
-def _taken(device: str, plan: MemoryPlan | None) -> str:
+def _taken(device: str, plan: MemoryPlan) -> str:
     """What was planned beside what there is."""
     planned = "Nothing was planned, as no budget was given"
-    if plan is not None:
+    if plan.predicted:
         parts = sorted(plan.device_bytes.items(), key=lambda part: -part[1])
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
         planned = f"Planned were {format_bytes(plan.device_peak)} ({listed})"
@@ -53,9 +53,9 @@ def _taken(device: str, plan: MemoryPlan | None) -> str:
     )
 
 
-def _advice(plan: MemoryPlan | None) -> str:
+def _advice(plan: MemoryPlan) -> str:
     """The setting that lowers the plan's largest part."""
-    if plan is None:
+    if not plan.predicted:
         return "Set vram_budget ('auto', or a size as in '6GB'), and what fits is planned"
     parts = {name: size for name, size in plan.device_bytes.items() if name not in (DEVICE_CONTEXT, "overhead")}
     largest = max(parts, key=lambda name: parts[name])

@@ -11,10 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import NonFiniteError
 from ..models.causal_lm import CausalLM
+from ..streaming.randomness import RandomState
+from ..streaming.recompute import StreamedLayer
 from .inputs import Batch
-from .randomness import RandomState
-from .streamed_layer import StreamedLayer
+
+
+def bad_loss(loss: float, step: int, lm: CausalLM, batch: Batch, random_state: RandomState) -> NonFiniteError:
+    """What is said of a step's loss; the forward is run again to see where it came from."""
+    place = first_bad_activation(lm, batch, random_state)
+    return NonFiniteError(
+        f"the loss is {loss} at step {step}, first seen in the output of {place}; the "
+        "optimizer was not stepped. Lower the learning rate, or use bfloat16 or float32 if this is float16"
+    )
+
+
+def bad_gradient(norm: float, step: int, layers: Sequence[StreamedLayer]) -> NonFiniteError:
+    """What is said of a step's gradients, which are still there."""
+    return NonFiniteError(
+        f"the gradient norm is {norm} at step {step}, first seen in the backward at {first_bad_gradient(layers)}; "
+        "the optimizer was not stepped. Lower the learning rate or look at the data of this step"
+    )
 
 
 def first_bad_activation(lm: CausalLM, batch: Batch, random_state: RandomState) -> str:
@@ -47,7 +65,7 @@ def first_bad_activation(lm: CausalLM, batch: Batch, random_state: RandomState) 
 def first_bad_gradient(layers: Sequence[StreamedLayer]) -> str | None:
     """The layer whose adapter gradient was the first in the backward to be not finite; None if all are finite."""
     for layer in reversed(layers):
-        for name, parameter in layer._layer.named_parameters():
+        for name, parameter in layer.module.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 return f"layer {layer.unit}, {name}"
     return None

@@ -21,18 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.lora import LoRAManager
-from ..core.plan import LayerCost, LossCost, ModelSizes, Workload
 from ..errors import LemaError, UnsupportedError
 from ..models.causal_lm import TransformersCausalLM
-from ..models.sizes import model_sizes
-from ..models.skeleton import replaced_forwards
+from ..models.lora import LoRAManager
 from ..models.stages import layer_arguments
 from ..models.transformers_adapter import TransformersAdapter
-from .arguments import Arguments
-from .loss import _piece
-from .streamed_layer import _take_apart, _take_hidden
+from ..planning.plan import LayerCost, LossCost, ModelSizes, Workload
+from ..planning.sizes import model_sizes
+from ..storage.index import GlobalBinaryIndex
+from ..streaming.arguments import Arguments
+from ..streaming.recompute import take_apart, take_hidden
+from .loss.positions import loss_of_piece
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class DryRun:
         self.parameters = _with_lora(adapter, lora)
         self._lora = lora
         self._real: TransformersAdapter | None = None
-        self.lm.pass_on(torch.empty(0))
+        _ = self.lm.returns_several  # found out by a forward, for which tensors have to be real
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             _without_memory(self.lm.module, self._fake)
@@ -157,6 +156,7 @@ class DryRun:
             loss=functools.cache(lambda positions: self.loss(positions)),
         )
 
+    @torch.enable_grad()  # whoever plans may be in a block without
     def layer(self, rows: int, seq: int) -> LayerCost:
         """The most that any kind of layer takes for a micro-batch of `[rows, seq]`."""
         costs = [self._layer(unit, rows, seq) for unit in self._kinds]
@@ -197,6 +197,7 @@ class DryRun:
             for module, name, parameter in hollow:
                 module._parameters[name] = parameter
 
+    @torch.enable_grad()  # whoever plans may be in a block without
     def loss(self, positions: int) -> LossCost:
         """Head and loss with their gradient for a chunk of target positions."""
         try:
@@ -215,9 +216,8 @@ class DryRun:
 
 def _around(lm: TransformersCausalLM) -> torch.Tensor:
     """What comes out of a model of one token without its layers."""
-    lm.pass_on(torch.empty(0))  # learned before the layers are replaced
     bare = [lambda hidden, *_, **__: lm.pass_on(hidden)] * len(lm.layers)
-    with replaced_forwards(lm.layers, bare), torch.no_grad():
+    with lm.replaced_layers(bare), torch.no_grad():
         return lm.hidden_states(input_ids=torch.zeros((1, 1), dtype=torch.long))
 
 
@@ -225,7 +225,7 @@ def _loss_cost(lm: TransformersCausalLM, like: torch.Tensor, positions: int) -> 
     hidden = like.new_zeros(1, positions, like.shape[-1])
     targets = torch.zeros(1, positions, dtype=torch.long)
     with Counting() as live:
-        _piece(lm, hidden, targets, 1.0, 1.0, True)
+        loss_of_piece(lm, hidden, targets, 1.0, 1.0, True)
     return LossCost(peak=live.peak, flops=live.flops)
 
 
@@ -233,14 +233,14 @@ class _LayerRun:
     """A layer run forward without a graph, then with one and backward."""
 
     def __init__(self, layer: nn.Module, arguments: Arguments) -> None:
-        like, rest = _take_hidden(*arguments)
+        like, rest = take_hidden(*arguments)
         with torch.no_grad(), Counting() as self.forward:
-            _take_apart(layer(like, *rest[0], **rest[1]))
+            take_apart(layer(like, *rest[0], **rest[1]))
         hidden = torch.empty_like(like).requires_grad_()
         gradient = torch.empty_like(like)
         wanted = [p for p in layer.parameters() if p.requires_grad]
         with Counting() as self.both:
-            _, outputs = _take_apart(layer(hidden, *rest[0], **rest[1]))
+            _, outputs = take_apart(layer(hidden, *rest[0], **rest[1]))
             self.graph = self.both.now
             self.turn = len(self.both.order)
             found = torch.autograd.grad(outputs[0], [hidden, *wanted], gradient, allow_unused=True)

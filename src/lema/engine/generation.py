@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..core.memory import TripleBufferManager
 from ..errors import LemaError, UnsupportedError
 from ..json_file import read_object
 from ..models.causal_lm import CausalLM
+from ..streaming.memory import TripleBufferManager
 from .device_memory import explained
+from .turns import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +78,10 @@ def generate(
     given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     given = {name: value.to(memory.device) for name, value in given.items()}
     kwargs.setdefault("use_cache", True)
-    with memory.turn.taken("generate"):
-        training = model.training
-        model.eval()
+    with memory.turn.taken("generate"), evaluating(model):
         try:
-            with torch.no_grad(), explained(memory.device, memory.plan):
+            with explained(memory.device, memory.plan):
                 return module.generate(**given, **kwargs)
         except BaseException:
             memory.abort()
             raise
-        finally:
-            model.train(training)

@@ -16,9 +16,10 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..core.memory import TripleBufferManager
 from ..errors import BindingError
 from ..models.causal_lm import CausalLM
+from ..models.interceptor import Interceptor
+from ..streaming.memory import TripleBufferManager
 from .base_state import state_from_files
 
 logger = logging.getLogger(__name__)
@@ -26,22 +27,25 @@ logger = logging.getLogger(__name__)
 
 def guard(lm: CausalLM, memory: TripleBufferManager) -> None:
     """Put the refusals on a model whose layers are streamed; a fully resident one only ignores checkpointing."""
-    lm.module.__dict__["gradient_checkpointing_enable"] = _checkpointing_is_built_in
+    put = functools.partial(lm.interceptor.replace, "guards")
+    put(lm.module, "gradient_checkpointing_enable", _checkpointing_is_built_in)
     if not memory.streamed:
         return
     owners = [module for unit in memory.streamed for module in lm.layers[unit].modules()]
-    known = state_from_files(memory)
+    saves = state_from_files(memory)
+    for module, save in saves.items():
+        put(module, "_save_to_state_dict", save)
     for module in (lm.module, *owners):
-        module.__dict__["_apply"] = functools.partial(_apply, module)
+        put(module, "_apply", functools.partial(_apply, module))
     for module in owners:
-        if isinstance(module, BaseTunerLayer):
-            module.__dict__["merge"] = _refuse_merge
-        if not known and any(True for _ in module.parameters(recurse=False)) and not _holds_adapter(module):
-            module.register_state_dict_pre_hook(_refuse_state_dict)
-    lm.module.__dict__["save_pretrained"] = _refuse_save
+        if issubclass(type(module), BaseTunerLayer):
+            put(module, "merge", _refuse_merge)
+        if not saves and any(True for _ in module.parameters(recurse=False)) and not _holds_adapter(module):
+            lm.interceptor.hook("guards", module.register_state_dict_pre_hook(_refuse_state_dict))
+    put(lm.module, "save_pretrained", _refuse_save)
 
 
-def guard_peft(model: nn.Module) -> None:
+def guard_peft(interceptor: Interceptor, model: nn.Module) -> None:
     """Make PEFT's own `save_pretrained` take the adapters' tensors, all there are, without asking for the base's.
 
     It is what trainers call to save: with `state_dict=None`, or with the state of the whole model.
@@ -54,8 +58,8 @@ def guard_peft(model: nn.Module) -> None:
         kwargs.setdefault("save_embedding_layers", False)
         save(model, os.fspath(directory), *args, **kwargs)
 
-    model.__dict__["save_pretrained"] = save_adapters
-    model.__dict__["_apply"] = functools.partial(_apply, model)
+    interceptor.replace("adapters", model, "save_pretrained", save_adapters)
+    interceptor.replace("adapters", model, "_apply", functools.partial(_apply, model))
 
 
 def _holds_adapter(module: nn.Module) -> bool:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..core.binding import page_aligned, typed_view
-from ..core.transport import DeviceBackend
+from ..storage.views import page_aligned, typed_view
+from ..streaming.backend import DeviceBackend
 
 
 class HostMasters:
@@ -24,7 +24,7 @@ class HostMasters:
     Mechanics: as soon as the backward has accumulated a parameter's gradient it is added to the master's
     and given up, so that the device holds gradients of one layer at a time. After every step of the
     optimizer the masters are copied into the parameters. Both ways go through the stream that computes and
-    do not block the host; `arrive` waits for all of them at once, before the host looks.
+    do not block the host; `synchronize` waits for all of them at once, before the host looks.
 
     Args:
         parameters: those computed with; they stay the same objects.
@@ -62,7 +62,7 @@ class HostMasters:
                     key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()
                 }
                 del optimizer.state[held]
-        optimizer.register_step_post_hook(lambda *_: self.publish())
+        optimizer.register_step_post_hook(lambda *_: self.copy_to_model())
         for index, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._take(index, p))
 
@@ -76,7 +76,7 @@ class HostMasters:
         master.grad = view
         parameter.grad = None
 
-    def arrive(self) -> None:
+    def synchronize(self) -> None:
         """Wait until gradients and values lie where they were copied to; before masters or gradients are touched."""
         if self._backend is not None and self._arrived is not None:
             self._backend.compute_stream().record_event(self._arrived)
@@ -84,7 +84,7 @@ class HostMasters:
 
     def hand_back_gradients(self) -> None:
         """Give the parameters their gradients again, to be looked at."""
-        self.arrive()
+        self.synchronize()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = None if master.grad is None else master.grad.to(parameter)
 
@@ -95,14 +95,14 @@ class HostMasters:
             parameter.grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def copy_to_model(self) -> None:
         """Copy the masters' values into the parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.copy_(master, non_blocking=True)
 
     @torch.no_grad()
-    def adopt(self) -> None:
+    def copy_from_model(self) -> None:
         """Take the parameters' values over, after they were loaded."""
-        self.arrive()
+        self.synchronize()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.copy_(parameter)

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from ..errors import InputError
+from ..machine.host_copies import to_device
 from ..models.causal_lm import CausalLM
-from ..models.embedding import with_host_twin
-from .loss import IGNORE_INDEX, shift_left
+from .loss.positions import IGNORE_INDEX, shift_left
 from .packing import check_packing, is_packed
 
 
@@ -24,22 +24,25 @@ from .packing import check_packing, is_packed
 class Batch:
     """Token ids `[batch, seq]`, and targets of the same shape already shifted (-100: none)."""
 
-    model_inputs: dict[str, torch.Tensor]
+    model_inputs: dict[str, Any]
+    """As `CausalLM.hidden_states` takes them."""
     targets: torch.Tensor | None
     num_targets: int
     num_tokens: int
 
     def on(self, device: torch.device) -> Batch:
-        """The batch where it is computed; ids remember their values on the host, targets are there too.
+        """The batch where it is computed; its inputs stay on the host as well, and targets are there alone.
 
         On a device a batch without a mask gets one of ones, unless it is packed: without any, transformers reads the
         positions of the device to find out whether it is.
         """
+        if device.type == "cpu":
+            return self
         inputs = dict(self.model_inputs)
-        if device.type != "cpu" and "attention_mask" not in inputs and not is_packed(None, inputs.get("position_ids")):
+        if "attention_mask" not in inputs and not is_packed(None, inputs.get("position_ids")):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-        moved = {name: with_host_twin(value, device) for name, value in inputs.items()}
-        return dataclasses.replace(self, model_inputs=moved)
+        moved = {name: to_device(value, device) for name, value in inputs.items()}
+        return dataclasses.replace(self, model_inputs={**moved, "on_host": inputs})
 
 
 def make_batch(

@@ -10,18 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..core.binding import keep_apart
-from ..core.heap import give_back_idle_heap
-from ..core.lora import LoRAManager
 from ..errors import ConfigError
+from ..machine.heap import give_back_idle_heap
+from ..storage.views import copy_to_own_pages
 
 _MOVED_BYTES = 16 << 20
 
 
-def default_optimizer(lora: LoRAManager | None, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW over the adapters; over nothing where there are none."""
-    parameters = [nn.Parameter(torch.empty(0))] if lora is None else lora.get_trainable_parameters()
-    return torch.optim.AdamW(parameters, lr=learning_rate)
+def default_optimizer(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW over the parameters; over an empty one where there are none."""
+    return torch.optim.AdamW(list(parameters) or [nn.Parameter(torch.empty(0))], lr=learning_rate)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, own: Sequence[nn.Parameter]) -> None:
@@ -45,7 +43,7 @@ def keep_state_apart(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.is_contiguous():
-                state[key] = keep_apart(value)
+                state[key] = copy_to_own_pages(value)
                 moved += value.nbytes if state[key] is not value else 0
                 del value
             if moved >= _MOVED_BYTES:

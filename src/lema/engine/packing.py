@@ -24,9 +24,8 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
-from ..models.skeleton import replaced_forwards
-from .arguments import Arguments, named_leaves
-from .streamed_layer import _take_apart, _take_hidden
+from ..streaming.arguments import Arguments, named_leaves
+from ..streaming.recompute import take_apart, take_hidden
 
 _CUTS = ((5, 6), (4, 7))
 """Tokens of the rows of each pack."""
@@ -100,11 +99,10 @@ def _fault(lm: CausalLM) -> str:
 def _calls(lm: CausalLM, positions: list[torch.Tensor]) -> list[_Call]:
     """What each layer is called with for a batch of these positions, the layers themselves left out."""
     calls: dict[int, _Call] = {}
-    lm.pass_on(torch.empty(0))  # learned before the layers are replaced
 
     def note(number: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            calls[number] = _Call(*_take_hidden(args, kwargs))
+            calls[number] = _Call(*take_hidden(args, kwargs))
             if number == len(lm.layers) - 1:
                 raise _Enough
             return lm.pass_on(calls[number].hidden)
@@ -115,7 +113,7 @@ def _calls(lm: CausalLM, positions: list[torch.Tensor]) -> list[_Call]:
     training = lm.module.training
     lm.module.eval()  # dropout on the embeddings would differ from one run to the next
     try:
-        with replaced_forwards(lm.layers, [note(i) for i in range(len(lm.layers))]), torch.no_grad():
+        with lm.replaced_layers([note(i) for i in range(len(lm.layers))]), torch.no_grad():
             lm.module.forward(input_ids=rows, position_ids=rows, use_cache=False)
     except _Enough:
         pass
@@ -198,7 +196,7 @@ def _run(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.
     args, kwargs = arguments
     run = type(layer).forward
     output = run(layer, hidden, *map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
-    return _take_apart(output)[1][0]
+    return take_apart(output)[1][0]
 
 
 @contextmanager

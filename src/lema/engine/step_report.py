@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..core.device import peak_memory
-from ..core.heap import resident_bytes
-from ..core.memory import MemoryStats
+from ..machine.device import peak_memory
+from ..machine.heap import resident_bytes
+from ..streaming.memory import MemoryStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,38 +8,39 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..config import LemaConfig
-from ..core.gbi import GlobalBinaryIndex
-from ..core.heap import give_back_idle_heap
-from ..core.lora import LoRAManager
-from ..core.memory import TripleBufferManager
-from ..core.timeline import COMPUTE
-from ..errors import ConfigError, NonFiniteError
+from ..coordinator import Coordinator
+from ..errors import ConfigError
+from ..machine.heap import give_back_idle_heap
 from ..models.base import LemaModelAdapter
+from ..models.lora import LoRAManager
+from ..models.trained import Trained
+from ..storage.index import GlobalBinaryIndex
+from ..streaming.memory import TripleBufferManager
+from ..streaming.randomness import RandomState
+from ..streaming.timeline import COMPUTE, Recording
+from . import runner
 from .assembly import assemble_memory
+from .attach import Attachment, attach, check_router_loss
 from .device_memory import explained
-from .diagnosis import first_bad_activation, first_bad_gradient
-from .guards import guard_peft
-from .head_loss import HeadLoss
-from .host_optimizer import HostMasters
+from .diagnosis import bad_gradient, bad_loss
+from .generation import generate
 from .inputs import Batch, join_batches, make_batch
-from .loss import LossResult
-from .loss_scale import LossScale
-from .optimizer import check_optimizer, default_optimizer
-from .randomness import RandomState
-from .resumable import Resumable
+from .loss.head_loss import HeadLoss
+from .loss.positions import LossResult
+from .numerics import numerics
+from .resume_state import ResumeState
 from .step_report import StepReport, report_of
-from .streamer import LayerStreamer, check_router_loss
-from .turns import check_gradients_on, in_turn
-from .update import GradientBuffer, step_optimizer
+from .trainables import Trainables
+from .turns import check_gradients_on, evaluating, in_turn
 from .window import Window
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ __all__ = ["LemaTrainer", "StepReport"]
 logger = logging.getLogger(__name__)
 
 
-class LemaTrainer(Resumable):
+class LemaTrainer:
     """Trains LoRA adapters of a model whose layers are streamed.
 
     Args:
@@ -61,73 +62,52 @@ class LemaTrainer(Resumable):
         optimizer: over the adapters' parameters; None: AdamW with the config's learning rate.
         memory_manager: owner of the slots; None: made from the config.
         streamer: layers already installed on this memory; None: installed here.
+        coordinator: the run's other processes; None: there are none.
 
     Raises:
         ConfigError: an optimizer that holds none of the adapters' parameters.
     """
 
     def __init__(
-        self,
-        config: LemaConfig,
-        model_adapter: LemaModelAdapter,
-        gbi: GlobalBinaryIndex,
-        lora_manager: LoRAManager | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        memory_manager: TripleBufferManager | None = None,
-        *,
-        streamer: LayerStreamer | None = None,
-    ) -> None:
+        self, config: LemaConfig, model_adapter: LemaModelAdapter, gbi: GlobalBinaryIndex,
+        lora_manager: LoRAManager | None = None, optimizer: torch.optim.Optimizer | None = None,
+        memory_manager: TripleBufferManager | None = None, *, streamer: Attachment | None = None,
+        coordinator: Coordinator | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.adapter = model_adapter
         self.gbi = gbi
         self.device = torch.device(config.device)
         self.memory = memory_manager or assemble_memory(config, model_adapter, gbi)
+        self.coordinator = coordinator or Coordinator()
         self.lm = model_adapter.causal_lm()
         self.lora_manager = lora_manager
         if lora_manager is not None:
             check_router_loss(self.lm, config.leave_out_router_loss)
-            lora_manager.attach(model_adapter)
-        self.streamer = streamer or LayerStreamer(self.lm, self.memory, config.micro_batch_size)
-        if lora_manager is not None and streamer is None:
-            guard_peft(lora_manager.peft_model)
+        trained = lora_manager or Trained()
+        self.model = trained.attach(model_adapter)
+        """The model whose mode is switched: PEFT's around transformers', or the bare one."""
+        peft_model = None if lora_manager is None else self.model
+        self.streamer = streamer or attach(self.lm, self.memory, config.micro_batch_size, peft_model)
         self.layers = model_adapter.get_layer_metadata()
-        self.owns_optimizer = optimizer is None
-        """Whether the optimizer was made here, so that its settings are the config's."""
-        self.optimizer = optimizer or default_optimizer(lora_manager, config.learning_rate)
-        self.global_step = 0
-        self.last_step: StepReport | None = None
-        self.driven = False
-        """Whether a training loop decides when to save."""
-        self.updating = False
-        """Whether parameters are being changed, and are not of any step."""
-        self.updates = 0
-        """Times the optimizer has been asked to step."""
+        self.trainables = Trainables(trained, optimizer, config, self.memory)
+        self.optimizer = self.trainables.optimizer
+        self.window = Window(config.gradient_accumulation_steps)
         self.loss = HeadLoss(self.lm, self.memory, config)
-        self._gradients = GradientBuffer(self.device)
-        self._base_weights: dict[str, Any] | None = None
-        self._state_settled = False
+        self.last_step: StepReport | None = None
+        self._resume_state = ResumeState(config, self.lm, gbi, self.trainables, self.window)
+        self._steps = 0
+        self._external: Callable[[], int] | None = None
         self._warned = False
-        self._window = Window(config.gradient_accumulation_steps)
-        hosted = lora_manager is not None and self.memory.plan is not None and self.memory.plan.optimizer == "host"
-        self._loss_scale = LossScale(enabled=config.dtype == "float16" and lora_manager is not None)
-        if lora_manager is not None:
-            check_optimizer(self.optimizer, lora_manager.get_trainable_parameters())
-        self._masters: HostMasters | None = None
-        if hosted and lora_manager is not None:
-            trained = lora_manager.get_trainable_parameters()
-            self._masters = HostMasters(trained, self.optimizer, self.memory.backend)
 
     # -- one step --------------------------------------------------------------------------------
 
     @in_turn
     def train_step(
-        self,
-        inputs: torch.Tensor | Mapping[str, Any],
-        labels: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        self, inputs: torch.Tensor | Mapping[str, Any], labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         return_logits: bool = False,
-    ) -> tuple[torch.Tensor | None, float | None]:
+    ) -> tuple[torch.Tensor | None, float | None]:  # fmt: skip
         """Forward, backward and, at the end of an accumulation window, one optimizer step.
 
         Args:
@@ -148,28 +128,29 @@ class LemaTrainer(Resumable):
         batch = self.batch(inputs, labels, attention_mask, position_ids)
         if batch.targets is None:
             return self._forward(batch), None
-        parameters = self._parameters()
+        parameters = self.trainables.require("labels were given but nothing can be trained", "; use eval_step")
         check_gradients_on(parameters)
-        denominator = self._window.expect(batch.num_targets)
-        self._place_gradients(parameters)
+        targets = self.coordinator.total("targets", batch.num_targets)
+        denominator = self.window.expect(targets)
+        self.trainables.place_gradients(parameters)
         with self._accounted(batch) as outcome:
             self.model.train()
             random_state = RandomState.now(self.device)
             hidden = self.lm.hidden_states(**batch.model_inputs)
-            self._turn()
+            self._trim()
             result = self.loss(hidden, batch.targets, denominator, scale=self.loss_scale, with_logits=return_logits)
-            self._turn()
+            self._trim()
             hidden.backward(result.gradient)
             del hidden
             loss = self._checked_loss(result, batch, random_state)
-            self._window.add(batch.num_targets)
-            if self._window.full:
-                self._turn()
+            self.window.add(targets)
+            if self.window.full:
+                self._trim()
                 with self.memory.timeline.span(COMPUTE, "optimizer"):
                     outcome.update(self._update())
-                self._turn()
+                self._trim()
         self._save_if_due(outcome)
-        return result.logits, loss * denominator / batch.num_targets
+        return result.logits, loss * denominator / targets
 
     @in_turn
     def train_window(self, batches: Sequence[Mapping[str, Any]]) -> float:
@@ -184,30 +165,35 @@ class LemaTrainer(Resumable):
         """
         joined, most_rows = join_batches(batches)
         with self._whole_window(most_rows):
-            _, loss = self.train_step(joined)
-        assert loss is not None
-        return loss
+            return float(self.train_step(joined)[1] or 0.0)
 
     @in_turn
     def eval_step(
-        self,
-        inputs: torch.Tensor | Mapping[str, Any],
-        labels: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        self, inputs: torch.Tensor | Mapping[str, Any], labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         return_logits: bool = False,
-    ) -> tuple[torch.Tensor | None, float | None]:
+    ) -> tuple[torch.Tensor | None, float | None]:  # fmt: skip
         """Like `train_step` without dropout, gradients or updates."""
         batch = self.batch(inputs, labels, attention_mask, position_ids)
         if batch.targets is None:
             return self._forward(batch), None
-        result = self.evaluate(batch, batch.num_targets, with_logits=return_logits)
+        result = self._evaluated(batch, batch.targets, batch.num_targets, with_logits=return_logits)
         return result.logits, result.loss
+
+    @in_turn
+    def evaluate(self, inputs: Mapping[str, Any]) -> tuple[float, int, int]:
+        """Loss summed over a batch's targets, how many there are, and how many of them the model has right: where the
+        logit is the largest; of equal ones the first in the vocabulary counts. `ConfigError` without labels."""
+        batch = self.batch(inputs)
+        if batch.targets is None:
+            raise ConfigError("the batch has no labels, so there is nothing to evaluate")
+        result = self._evaluated(batch, batch.targets, 1.0, with_accuracy=True)
+        return result.loss, batch.num_targets, result.correct or 0
 
     @in_turn
     def finish(self) -> bool:
         """Step the optimizer on a window that is not full yet; False if there is nothing to step on."""
-        if self._window.calls == 0:
+        if self.window.calls == 0:
             return False
         with self._accounted(None) as outcome:
             outcome.update(self._update())
@@ -219,7 +205,7 @@ class LemaTrainer(Resumable):
         """A batch checked, where it is computed, in a form the layers can cut."""
         batch = make_batch(self.lm, inputs, *rest).on(self.device)
         plan = self.memory.plan
-        if plan is not None and batch.num_tokens > plan.batch * plan.seq and not self._warned:
+        if plan.predicted and batch.num_tokens > plan.batch * plan.seq and not self._warned:
             self._warned = True
             logger.warning(
                 "a batch of %d tokens is larger than the %d x %d that the memory plan is for: it may not stay within "
@@ -231,66 +217,34 @@ class LemaTrainer(Resumable):
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Logits of a batch without targets."""
-        with self._evaluating(batch):
+        with self._accounted(batch, training=False), evaluating(self.model):
             return self.lm.logits(self.lm.hidden_states(**batch.model_inputs))
 
-    @in_turn
-    def evaluate(self, batch: Batch, denominator: float, **wanted: bool) -> LossResult:
-        """Loss summed over a batch's targets and divided by `denominator`; see `HeadLoss` for what may be wanted."""
-        assert batch.targets is not None
-        with self._evaluating(batch):
+    def _evaluated(self, batch: Batch, targets: torch.Tensor, denominator: float, **wanted: bool) -> LossResult:
+        """Loss summed over the targets and divided by `denominator`; see `HeadLoss` for what may be wanted."""
+        with self._accounted(batch, training=False), evaluating(self.model):
             hidden = self.lm.hidden_states(**batch.model_inputs)
-            return self.loss(hidden, batch.targets, denominator, with_gradient=False, **wanted)
-
-    @contextlib.contextmanager
-    def _evaluating(self, batch: Batch) -> Iterator[None]:
-        training = self.model.training
-        with self._accounted(batch, training=False), torch.no_grad():
-            self.model.eval()
-            try:
-                yield
-            finally:
-                self.model.train(training)
+            return self.loss(hidden, targets, denominator, with_gradient=False, **wanted)
 
     def _update(self) -> dict[str, Any]:
-        """Settle, check and clip the gradients, then step the optimizer and empty them."""
-        if self._masters is not None:
-            self._masters.arrive()
-        parameters = self._parameters() if self._masters is None else self._masters.masters
-        self._window.settle(parameters)
-        self.updating = True
-        self.updates += 1
-        norm = step_optimizer(self.optimizer, self._loss_scale, parameters, self.config.max_grad_norm)
+        """Step the optimizer on the window's gradients and empty them, or say where they are not finite."""
+        norm = self.trainables.update(self.window, self.config.max_grad_norm, self.coordinator)
         overflow = not math.isfinite(norm)
-        if overflow and not self._loss_scale.enabled:
-            self.updating = False
-            self.updates -= 1
-            self._refuse_gradients(norm)
-        self._settle_state()
+        if overflow and not self.trainables.loss_scale.enabled:
+            error = bad_gradient(norm, self.global_step + 1, self.streamer.layers)
+            self.discard_window()
+            raise error
         self.discard_window()
         if overflow:
             logger.warning("fp16 overflow: update skipped, loss scale now %g", self.loss_scale)
         else:
-            self.global_step += 1
-        self.updating = False
+            self._steps += 1
         return {"grad_norm": norm, "skipped": overflow}
-
-    def _refuse_gradients(self, norm: float) -> NoReturn:
-        if self._masters is not None:
-            self._masters.hand_back_gradients()
-        place = first_bad_gradient(self.streamer.layers)
-        self.discard_window()
-        raise NonFiniteError(
-            f"the gradient norm is {norm} at step {self.global_step + 1}, first seen in the backward at {place}; "
-            "the optimizer was not stepped. Lower the learning rate or look at the data of this step"
-        )
 
     def discard_window(self) -> None:
         """Forget the gradients accumulated since the last optimizer step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._masters is not None:
-            self._masters.drop_gradients()
-        self._window.reset()
+        self.trainables.drop_gradients()
+        self.window.reset()
 
     def drop_step(self) -> None:
         """Stop every reader and forget the gradients of a step that cannot be gone on with."""
@@ -298,35 +252,96 @@ class LemaTrainer(Resumable):
         self.discard_window()
 
     @contextlib.contextmanager
-    def whole_windows(self) -> Iterator[None]:
-        """Inside the block each `train_step` is one optimizer step, and when to save is somebody else's decision.
+    def external_loop(self, steps: Callable[[], int] | None = None) -> Iterator[None]:
+        """Inside the block each `train_step` is one optimizer step, and a loop decides when to save.
 
         Layers then run `batch_size` rows at once, where neither the plan nor a setting cuts finer.
+
+        Args:
+            steps: how many the loop has counted; None: they are counted here.
         """
-        with self._whole_window(self.config.batch_size if self._window.length > 1 else None):
-            self.driven = True
-            yield
+        with self._whole_window(self.config.batch_size if self.window.length > 1 else None):
+            before, taken = self._steps, self.trainables.updates
+            self._external = steps or (lambda: self._steps)
+            try:
+                yield
+            finally:
+                loaded = self._steps != before
+                self._steps = self._external() if loaded or self.trainables.updates > taken else before
+                self._external = None
 
     @contextlib.contextmanager
     def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:
         """Inside the block one call is a window, and layers run so many rows at once unless something cuts finer."""
-        if self._window.calls:
-            raise ConfigError(f"{self._window.calls} calls of train_step are waiting for their step: call finish()")
         batching = self.streamer.batching
-        before = batching.micro_batch_size, self._window.length, self.driven
-        batching.micro_batch_size = min(filter(None, (rows_at_once, before[0])), default=None)
-        self._window.length = 1
-        try:
-            yield
-        finally:
-            batching.micro_batch_size, self._window.length, self.driven = before
+        before = batching.micro_batch_size
+        with self.window.whole():
+            batching.micro_batch_size = min(filter(None, (rows_at_once, before)), default=None)
+            try:
+                yield
+            finally:
+                batching.micro_batch_size = before
+
+    # -- state -------------------------------------------------------------------------------------
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps so far; in an external loop, as many as that has counted."""
+        return self._steps if self._external is None else self._external()
 
     @property
     def loss_scale(self) -> float:
         """What fp16 multiplies the loss with; 1 elsewhere."""
-        return self._loss_scale.factor
+        return self.trainables.loss_scale.factor
 
-    # -- training --------------------------------------------------------------------------------
+    @property
+    def label_smoothing(self) -> float:
+        """Share of a target's weight that training spreads over the vocabulary."""
+        return self.loss.smoothing
+
+    @label_smoothing.setter
+    def label_smoothing(self, factor: float) -> None:
+        self.loss.smoothing = factor
+
+    def random_state(self) -> RandomState:
+        """Where the generators are now."""
+        return RandomState.now(self.device)
+
+    def numerics(self) -> dict[str, Any]:
+        """What the last bits of numbers depend on, beyond settings."""
+        return numerics(self.config, self.memory.plan, self.streamer.batching.micro_batch_size)
+
+    def record_step(self, path: str | os.PathLike[str], number: int) -> contextlib.AbstractContextManager[Recording]:
+        """Write a timeline of what happens in the block."""
+        return self.memory.timeline.recorded_to(path, number)
+
+    @in_turn
+    def save_checkpoint(
+        self, directory: str | os.PathLike[str], trainer_state: Mapping[str, Any] | None = None,
+        more: Callable[[Path], None] | None = None,
+    ) -> Path:  # fmt: skip
+        """Write adapter, config, optimizer, counters and random state, replacing the directory in one step.
+
+        Args:
+            trainer_state: of a training loop, JSON-ready.
+            more: writes further files into the directory it is given.
+        """
+        return self._resume_state.save(directory, self.global_step, trainer_state, more)
+
+    @in_turn
+    def load_checkpoint(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """Go on from a checkpoint as if never stopped; returns the `trainer_state` it was saved with.
+
+        Raises:
+            CheckpointError: incomplete, damaged, or of another base, adapter or optimizer.
+        """
+        trainer_state = self._resume_state.load(directory)
+        self._steps = trainer_state["lema"]["global_step"]
+        return trainer_state
+
+    def load_adapter(self, directory: str | os.PathLike[str]) -> None:
+        """Take the adapter of a checkpoint and nothing else."""
+        self.trainables.load_parameters(directory)
 
     def train(self, dataset: Any, eval_dataset: Any = None, **options: Any) -> TrainResult:
         """Train as `lema train` does: schedule, evaluation, samples, checkpoints, metrics, exact resume.
@@ -335,50 +350,36 @@ class LemaTrainer(Resumable):
             dataset: a path (see `DataConfig.train_file`), what `lema.data.load_data` returns, or any iterable of
                 batches that has `steps_per_epoch`, `state_dict()` and `load_state_dict()`.
             eval_dataset: batches to evaluate on, where `dataset` has none of its own.
-            **options: those of `lema.engine.training.train_with`: training, data, tokenizer, callbacks, resume, plain.
+            **options: those of `lema.run.training.train_with`: training, data, tokenizer, callbacks, resume, plain.
         """
-        from .training import train_with
+        return runner.train(self, dataset, eval_dataset, **options)
 
-        return train_with(self, dataset, eval_dataset, **options)
+    def generate(self, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Ids `[batch, seq + new]`; see `lema.engine.generation.generate`."""
+        return generate(self.lm, self.model, self.memory, inputs, **kwargs)
 
     # -- parts of a step ---------------------------------------------------------------------------
 
-    @property
-    def model(self) -> nn.Module:
-        """The model whose mode is switched: PEFT's around transformers', or the bare one."""
-        return self.lora_manager.peft_model if self.lora_manager is not None else self.lm.module
-
-    def _turn(self) -> None:
+    def _trim(self) -> None:
         """Between two phases of a step, memory of the last one goes back to the system where memory is short."""
-        if self.memory.plan is not None:
+        if self.memory.plan.predicted:
             self.streamer.heap.relieve()
         elif self.memory.streamed:
             give_back_idle_heap()
 
-    def _place_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Let gradients of a new window gather in one buffer of their own, off the heap that layers use."""
-        if self._masters is not None or self._window.calls or any(p.grad is not None for p in parameters):
-            return
-        self._gradients.place(parameters)
-
     def _save_if_due(self, outcome: dict[str, Any]) -> None:
-        if self.driven:
-            return
-        stepped = "grad_norm" in outcome and not outcome["skipped"]
+        stepped = "grad_norm" in outcome and not outcome["skipped"] and self._external is None
         if stepped and self.config.save_steps > 0 and self.global_step % self.config.save_steps == 0:
             self.save_checkpoint(Path(self.config.output_dir) / f"checkpoint-{self.global_step}")
 
     def _checked_loss(self, result: LossResult, batch: Batch, random_state: RandomState) -> float:
         """The loss, read only now that the backward is enqueued, before anything of it can reach the optimizer."""
-        loss = result.loss
+        loss = self.coordinator.total("loss", result.loss)
         if math.isfinite(loss):
             return loss
-        place = first_bad_activation(self.lm, batch, random_state)
+        error = bad_loss(loss, self.global_step + 1, self.lm, batch, random_state)
         self.discard_window()
-        raise NonFiniteError(
-            f"the loss is {loss} at step {self.global_step + 1}, first seen in the output of {place}; the "
-            "optimizer was not stepped. Lower the learning rate, or use bfloat16 or float32 if this is float16"
-        )
+        raise error
 
     @contextlib.contextmanager
     def _accounted(self, batch: Batch | None, training: bool = True) -> Iterator[dict[str, Any]]:
@@ -395,8 +396,3 @@ class LemaTrainer(Resumable):
         targets = batch.num_targets if batch is not None else 0
         used = self.memory.stats - before
         self.last_step = report_of(used, time.perf_counter() - started, self.config.device, targets, outcome)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        if self.lora_manager is None:
-            raise ConfigError("labels were given but nothing can be trained: use_lora is off; use eval_step")
-        return self.lora_manager.get_trainable_parameters()

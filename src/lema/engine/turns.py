@@ -1,15 +1,17 @@
-"""What a step asks of its surroundings: that no other thread is in one, and that gradients can be made.
+"""What a step asks of its surroundings: that no other thread is in one, that gradients can be made, or are not.
 
 It knows threads' and autograd's states; it knows nothing of what a step does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ..errors import UnsupportedError
 
@@ -25,6 +27,18 @@ def in_turn(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
 
     return taken  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model has no dropout and makes no graph; its mode is as before afterwards."""
+    training = model.training
+    with torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
 
 
 def check_gradients_on(parameters: Iterable[torch.Tensor]) -> None:

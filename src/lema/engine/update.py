@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..core.binding import page_aligned, typed_view
+from ..coordinator import Coordinator
+from ..storage.views import page_aligned, typed_view
 from .loss_scale import LossScale
 
 
@@ -20,15 +21,16 @@ def step_optimizer(
     loss_scale: LossScale,
     parameters: Sequence[nn.Parameter],
     max_grad_norm: float | None,
+    coordinator: Coordinator | None = None,
 ) -> float:
     """Unscale, clip and step; returns the global norm before clipping, the one number the host waits for.
 
     Where the norm is not finite nothing is stepped, and a loss scale is lowered. That is also so where only the sum
-    of squares overflowed: what no gradient shows is no reason to step.
+    of squares overflowed: what no gradient shows is no reason to step. All ranks go by the first one's norm.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     loss_scale.unscale(gradients)
-    norm = float(nn.utils.get_total_norm(gradients))
+    norm = (coordinator or Coordinator()).broadcast("norm", float(nn.utils.get_total_norm(gradients)))
     finite = math.isfinite(norm)
     if finite:
         if max_grad_norm is not None:

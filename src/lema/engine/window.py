@@ -5,11 +5,14 @@ It knows counts and gradients' common factor; it knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ..errors import ConfigError
 
 
 @dataclass(slots=True)
@@ -43,11 +46,22 @@ class Window:
         """Whether the optimizer is to step now."""
         return self.calls >= self.length
 
-    def settle(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def normalize_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Bring gradients from the denominator expected to the targets there were."""
         factor = self.denominator / self.targets
         if factor != 1.0:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside the block one call is a window; `ConfigError` if calls of another one wait for its end."""
+        if self.calls:
+            raise ConfigError(f"{self.calls} calls of train_step are waiting for their step: call finish()")
+        before, self.length = self.length, 1
+        try:
+            yield
+        finally:
+            self.length = before
 
     def reset(self) -> None:
         """Begin the next window."""

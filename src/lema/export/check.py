@@ -1,6 +1,6 @@
 """What PEFT, vLLM and llama.cpp would say of an adapter, before they are asked.
 
-It knows their rules and an adapter's two files; it needs neither the base nor those programs. The rules are
+An adapter's two files are all it takes, neither the base nor those programs. The rules are
 those of PEFT's loader, vLLM's `PEFTHelper` and llama.cpp's `convert_lora_to_gguf.py`.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..errors import CheckpointError, WeightsError
+from ..models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..storage.index import GlobalBinaryIndex
 from .checkpoint import read_settings
 from .gguf_adapter import ARCHITECTURES
 from .lora_layers import PREFIX, SAFE_STARTS, copies_of_base

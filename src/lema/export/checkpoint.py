@@ -1,7 +1,6 @@
 """An adapter's directory and the base model it belongs to.
 
-It knows where things are: the adapter's settings and tensors, the base's configuration and weights. It
-knows nothing of what is done with them.
+Both are only found and held against each other here: settings, tensors, configuration, weights.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from peft import LoraConfig
 from transformers import PreTrainedConfig
 
 from ..config import CONFIG_NAME, LemaConfig
-from ..core.gbi import GlobalBinaryIndex
-from ..core.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..engine.checkpoint import check_base
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..json_file import read_object
-from ..model import _local
+from ..models.locate import local_path
+from ..models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.registry import get_adapter
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.index import GlobalBinaryIndex
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class Checkpoint:
         Raises:
             WeightsNotFoundError: neither here nor on the hub.
         """
-        path = _local(self.base, *_AROUND_WEIGHTS, *(["*.safetensors"] if weights and self.weights is None else []))
+        path = local_path(self.base, *_AROUND_WEIGHTS, *(["*.safetensors"] if weights and self.weights is None else []))
         return path if path.is_dir() else path.parent
 
     def base_weights(self) -> GlobalBinaryIndex:

@@ -1,6 +1,6 @@
 """`export --to gguf-adapter`: a LoRA adapter as one GGUF file, for llama.cpp's `--lora`.
 
-It knows llama.cpp's names, the order of its rows, and how it scales; it knows nothing of the base's weights.
+The base's weights are not needed: llama.cpp's names, its order of rows and its scaling follow from the settings.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; tensors and metadata as llama.cpp's
 convert_lora_to_gguf.py writes them: `NAME.lora_a` `[r, in]`, `NAME.lora_b` `[out, r]`, and a scale of
 `adapter.lora.alpha / r`.
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.gbi import GlobalBinaryIndex
 from ..errors import ConfigError, UnsupportedError, WeightsError
 from ..libraries import how_to_install
-from ..utils.safetensors_writer import sync_directory
+from ..storage.atomic import replaced_file
+from ..storage.index import GlobalBinaryIndex
 from .checkpoint import Checkpoint
 from .lora_layers import Target, copies_of_base, find_targets
 
@@ -131,24 +131,18 @@ def _permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def _write(path: Path, architecture: str, tensors: dict[str, torch.Tensor], alpha: float, kind: Any) -> None:
     from gguf import GGUFType, GGUFWriter, Keys, LlamaFileType
 
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        writer = GGUFWriter(aside, architecture)
-        writer.add_type(GGUFType.ADAPTER)
-        writer.add_string(Keys.Adapter.TYPE, "lora")
-        writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_file_type(LlamaFileType.ALL_F32 if kind is np.float32 else LlamaFileType.MOSTLY_F16)
-        for name, tensor in tensors.items():
-            writer.add_tensor(name, tensor.contiguous().numpy().astype(kind))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with open(aside, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(aside, path)
-        sync_directory(path.absolute().parent)
+        with replaced_file(path, durable=True) as aside:
+            writer = GGUFWriter(aside, architecture)
+            writer.add_type(GGUFType.ADAPTER)
+            writer.add_string(Keys.Adapter.TYPE, "lora")
+            writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+            writer.add_file_type(LlamaFileType.ALL_F32 if kind is np.float32 else LlamaFileType.MOSTLY_F16)
+            for name, tensor in tensors.items():
+                writer.add_tensor(name, tensor.contiguous().numpy().astype(kind))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
     except OSError as error:
         raise WeightsError(f"{path}: writing failed: {error.strerror}. Check the disk and its permissions.") from error
-    finally:
-        aside.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Files sent to a repository on the hub one at a time, each confirmed before it may go here.
 
-It knows the hub's interface and files; it knows nothing of what is in them.
+To the hub they are names, sizes and hashes.
 """
 
 from __future__ import annotations

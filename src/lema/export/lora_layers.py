@@ -1,6 +1,6 @@
 """PEFT's own layers, given real weights a block at a time to merge.
 
-It knows PEFT and how its layers may be cut; it knows nothing of files' names, shards or types.
+How a layer may be cut is known here; where its weights lie, `weights` says.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from peft.tuners.lora.layer import Linear, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.lora import peft_of_this_transformers, stored_transposed
 from ..errors import CheckpointError, UnsupportedError
+from ..models.lora import peft_of_this_transformers, stored_transposed
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.index import GlobalBinaryIndex
 from .checkpoint import Checkpoint
 from .elements import RUN
 

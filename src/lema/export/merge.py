@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from huggingface_hub.utils.sha import sha_fileobj
 
-from ..core.budget import format_bytes
-from ..core.gbi import GlobalBinaryIndex
-from ..core.heap import apart_from_heap
-from ..core.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..errors import ConfigError, WeightsError
-from ..utils.model_utils import parse_dtype
-from ..utils.safetensors_writer import SafetensorsWriter
+from ..machine.heap import apart_from_heap
+from ..machine.memory import format_bytes
+from ..models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..prepare.single_file import parse_dtype
+from ..storage.index import GlobalBinaryIndex
+from ..storage.writer import SafetensorsWriter
 from .checkpoint import Checkpoint
 from .hub import HubUpload
 from .shards import INDEX, Shard, index_of, plan_shards

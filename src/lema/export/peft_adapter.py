@@ -1,6 +1,6 @@
 """`export --to peft`: a clean adapter directory, with PEFT's two files, tokenizer and card, and nothing else.
 
-It knows PEFT's files; it knows nothing of weights of the base.
+Nothing of the base's weights is read.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..core.lora import ADAPTER_WEIGHTS
-from ..utils.model_utils import parse_dtype
+from ..models.lora import ADAPTER_WEIGHTS
+from ..prepare.single_file import parse_dtype
 from .check import refuse_problems
 from .checkpoint import Checkpoint
 from .staging import staged

@@ -1,6 +1,6 @@
 """Which tensors go into which file of the merged model.
 
-It knows names, types and sizes; it reads and writes nothing.
+Names, types and sizes suffice; nothing is read or written.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
-from ..core.layout import PAGE, align_up
+from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.layout import PAGE, align_up
 
 INDEX = "model.safetensors.index.json"
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -1,7 +1,4 @@
-"""A directory in the making: beside its target, kept after a failure, continued by the next run for the same thing.
-
-It knows names, a fingerprint and a lock; it knows nothing of what is in the files.
-"""
+"""A directory in the making: beside its target, kept after a failure, continued by the next run for the same thing."""
 
 from __future__ import annotations
 
@@ -9,14 +6,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeightsError
-from ..utils.safetensors_writer import sync_directory
+from ..storage.atomic import flush, put_in_place, write_text
 
 _STATE = ".state.json"
 _LOCK = ".lock"
@@ -41,12 +37,12 @@ class Staging:
     def note(self, name: str, value: Any) -> None:
         """Remember that a file is finished and elsewhere; on disk before this returns."""
         self.elsewhere[name] = value
-        self._write()
+        self.save()
 
     def mark(self, word: str) -> None:
         """Remember that something was done; on disk before this returns."""
         self._state["marks"] = [*self._state.get("marks", []), word]
-        self._write()
+        self.save()
 
     def marked(self, word: str) -> bool:
         """Whether this or an earlier run marked it."""
@@ -58,28 +54,20 @@ class Staging:
 
     def publish(self) -> Path:
         """Make the directory the target. It is complete; everything in it is on disk."""
-        for path in self.folder.iterdir():
-            if path.name not in (_STATE, _LOCK):
-                _flush(path)
-        sync_directory(self.folder)
         try:
-            os.rename(self.folder, self.target)  # over an empty directory at most
+            put_in_place(self.folder, self.target)
         except OSError as error:
             raise WeightsError(
                 f"{self.target}: cannot be put in place: {error.strerror}. See {self.folder}."
             ) from error
         for name in (_STATE, _LOCK):  # only now: until the rename they are what a later run goes on from
             (self.target / name).unlink(missing_ok=True)
-        sync_directory(self.target)
-        sync_directory(self.target.parent)
+        flush(self.target)
         return self.target
 
-    def _write(self) -> None:
-        aside = self.folder / f"{_STATE}.tmp"
-        aside.write_text(json.dumps(self._state, indent=2), encoding="utf-8")
-        _flush(aside)
-        os.replace(aside, self.folder / _STATE)
-        sync_directory(self.folder)
+    def save(self) -> None:
+        """Bring the state to the disk."""
+        write_text(self.folder / _STATE, json.dumps(self._state, indent=2), durable=True)
 
 
 @contextlib.contextmanager
@@ -111,7 +99,7 @@ def staged(target: Path, made_from: Mapping[str, Any]) -> Iterator[Staging]:
         for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
             leftover.unlink()
         staging = Staging(target, folder, state)
-        staging._write()
+        staging.save()
         yield staging
 
 
@@ -130,11 +118,3 @@ def _clear(folder: Path, keep: str) -> None:
             shutil.rmtree(path)
         elif path.name != keep:
             path.unlink()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

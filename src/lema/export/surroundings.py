@@ -1,6 +1,6 @@
 """What stands beside the weights in a model's directory: configuration, tokenizer, chat template, card.
 
-It knows the names of these files; it knows nothing of weights.
+Each is known by its name and copied or written anew.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether a merged model says what base and adapter say together, by their logits on a few tokens.
 
 Both are streamed by our own engine and computed in float32, so that what differs is the cast of the merged
-weights alone. It knows two models; it knows nothing of how one was made from the other.
+weights alone. How one was made from the other plays no part.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 
 from ..config import LemaConfig
-from ..core.lora import peft_of_this_transformers
 from ..errors import WeightsError
 from ..model import LemaModel
+from ..models.lora import peft_of_this_transformers
 from .checkpoint import Checkpoint
 
 _ROWS, _LENGTH, _SEED = 2, 16, 0

@@ -1,6 +1,6 @@
 """The merged model's tensors, made a run at a time from the base's and the adapter's.
 
-It knows which stored tensors the adapter changes, and where in them; it knows nothing of folders or hubs.
+Which stored tensors the adapter changes, and where in them, is worked out once; then each is a stream of runs.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import torch
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
-from ..core.layout import ParameterSource, Piece
 from ..errors import NonFiniteError, UnsupportedError
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.codecs import Piece
+from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.layout import ParameterSource
 from .checkpoint import Checkpoint
 from .elements import read_parameter, runs
 from .lora_layers import Target, copies_of_base, find_targets

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.layout import ParameterSource, whole_tensor
-from ..core.lora import LoRAManager
 from ..errors import MissingTensorError, UnsupportedError
+from ..storage.index import GlobalBinaryIndex
+from ..storage.layout import ParameterSource, whole_tensor
 from .causal_lm import CausalLM, ComposedCausalLM
+from .lora import LoRAManager
 
 
 class LemaModelAdapter(ABC):
@@ -164,7 +164,7 @@ def bind_flat_buffer(tensors: Sequence[tuple[nn.Module, str]], flat_buffer: torc
     Raises:
         ValueError: the buffer is too short, or an offset does not fit a parameter's type.
     """
-    from ..core.binding import typed_view
+    from ..storage.views import typed_view
 
     buffer = flat_buffer.detach().view(torch.uint8) if flat_buffer.dtype != torch.uint8 else flat_buffer
     offset = 0

@@ -6,8 +6,9 @@ It knows how to run the model's own forward in two halves; it knows nothing of w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,11 +17,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 
 from ..errors import UnsupportedError
+from .host_values import HostValues
+from .interceptor import Forward, Interceptor, replaced_forwards
 from .masks import padding_known
-from .skeleton import replaced_forwards, stand_in_ids
-
-if TYPE_CHECKING:
-    from .base import LemaModelAdapter
+from .skeleton import stand_in_ids
 
 
 class CausalLM(Protocol):
@@ -28,6 +28,8 @@ class CausalLM(Protocol):
 
     layers: Any
     """The decoder layers, in order of depth."""
+    interceptor: Interceptor
+    """Owner of what is put in place of the model's own."""
     router_loss: str | None
     """Entries of the configuration that ask for the routers' auxiliary loss, which is not computed."""
 
@@ -50,8 +52,16 @@ class CausalLM(Protocol):
     def pass_on(self, hidden: torch.Tensor) -> Any:
         """Hidden states in the form the model expects a layer to return them."""
 
+    def replaced_layers(self, forwards: Sequence[Forward]) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the layers' forwards are these, which may `pass_on` what they get."""
+
     def hidden_states(self, **inputs: Any) -> torch.Tensor:
-        """Output of the decoder after its final norm, `[batch, seq, hidden]`."""
+        """Output of the decoder after its final norm, `[batch, seq, hidden]`.
+
+        Args:
+            **inputs: `input_ids` and any of `attention_mask` and `position_ids`, each `[batch, seq]`; and `on_host`,
+                a mapping with the same of them as tensors of the host, where they are on a device.
+        """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Head of the model with all it does to logits: `[.., n, hidden]` -> `[.., n, vocab]`."""
@@ -71,8 +81,8 @@ def _output(hidden: torch.Tensor, items: int) -> Any:
 class TransformersCausalLM:
     """A transformers model driven in two halves by its own `forward`.
 
-    The decoder's forward is replaced for one call: for the first half it runs and hands on no rows, so
-    the head does nothing; for the second half it returns the rows it is given. So whatever a family does
+    There is a gate before the decoder's forward: for the first half it runs and hands on no rows, so the
+    head does nothing; for the second half the rows it is given stand in for it. So whatever a family does
     between decoder and logits (soft caps, scales, slices) is done by the family's code.
     """
 
@@ -80,11 +90,13 @@ class TransformersCausalLM:
         self._model = model
         self.layers: Any = layers
         self.router_loss = router_loss
+        self.interceptor = Interceptor()
+        self.host_values = HostValues()
+        """What of a running forward's inputs is on the host."""
         base = getattr(model, model.base_model_prefix)
         # OPT's causal model calls its decoder directly
         self._decoder: nn.Module = base.decoder if isinstance(getattr(base, "decoder", None), nn.Module) else base
         self._output: type[ModelOutput] = BaseModelOutputWithPast
-        self._items: int | None = None
 
     @property
     def module(self) -> PreTrainedModel:
@@ -105,14 +117,23 @@ class TransformersCausalLM:
         return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     def pass_on(self, hidden: torch.Tensor) -> Any:
-        if self._items is None:
-            self._items = next((items for items in range(_MOST_ITEMS + 1) if self._takes(items)), 1)
         return _output(hidden, self._items)
+
+    @contextlib.contextmanager
+    def replaced_layers(self, forwards: Sequence[Forward]) -> Iterator[None]:
+        _ = self._items  # found out by the model's own forward, which is not to run inside of another
+        with replaced_forwards(self.layers, forwards):
+            yield
 
     @property
     def returns_several(self) -> bool:
         """Whether layers return more than their hidden states, so that a layer may be given another's."""
-        return self._items is not None and self._items > 1
+        return self._items > 1
+
+    @functools.cached_property
+    def _items(self) -> int:
+        """Items that a layer returns; 0: a bare tensor."""
+        return next((items for items in range(_MOST_ITEMS + 1) if self._takes(items)), 1)
 
     def _takes(self, items: int) -> bool:
         """Whether layers return so many items; with one too few a dimension gets lost on the way, or it cannot be
@@ -126,19 +147,23 @@ class TransformersCausalLM:
                 return False
         return tuple(hidden.shape[:2]) == (2, 3)
 
-    def hidden_states(self, **inputs: Any) -> torch.Tensor:
-        return self._first_half(self._model, **inputs)
+    def hidden_states(self, on_host: Mapping[str, torch.Tensor] | None = None, **inputs: Any) -> torch.Tensor:
+        known = on_host or {}
+        with self.host_values.known({name: (inputs[name], value) for name, value in known.items()}):
+            return self._first_half(self._model, known.get("attention_mask"), **inputs)
 
-    def _first_half(self, forward: Callable[..., Any], **inputs: Any) -> torch.Tensor:
-        run = self._decoder.forward
+    def _first_half(
+        self, forward: Callable[..., Any], host_mask: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        gate = self.interceptor.gate("decoder", self._decoder)
         captured: list[Any] = []
 
         def first_half(*args: Any, **kwargs: Any) -> ModelOutput:
-            output = run(*args, **kwargs)
+            output = gate.own(*args, **kwargs)
             captured.append(output)
             return type(output)(last_hidden_state=output.last_hidden_state.detach()[:, :0])
 
-        with self._decoder_forward(first_half), padding_known(inputs.get("attention_mask")):
+        with gate.taken_by(first_half), padding_known(host_mask):
             forward(**inputs, use_cache=False)
         if not captured:
             raise UnsupportedError(f"{type(self._model).__name__} does not call its decoder the way LEMA expects")
@@ -147,7 +172,8 @@ class TransformersCausalLM:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        with self._decoder_forward(lambda *args, **kwargs: self._output(last_hidden_state=hidden)):
+        rows = self._output(last_hidden_state=hidden)
+        with self.interceptor.gate("decoder", self._decoder).taken_by(lambda *_, **__: rows):
             logits: torch.Tensor = self._model.forward(use_cache=False).logits
         return logits
 
@@ -161,13 +187,18 @@ class TransformersCausalLM:
         )
         return loss
 
-    @contextlib.contextmanager
-    def _decoder_forward(self, forward: Callable[..., ModelOutput]) -> Iterator[None]:
-        self._decoder.__dict__["forward"] = forward
-        try:
-            yield
-        finally:
-            del self._decoder.__dict__["forward"]
+
+class RunsLayers(Protocol):
+    """What a composed model asks of its adapter."""
+
+    dtype: torch.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+
+    def forward_layer(self, module: nn.Module, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run one layer, as `LemaModelAdapter` says."""
 
 
 class ComposedBlock(nn.Module):
@@ -175,9 +206,9 @@ class ComposedBlock(nn.Module):
 
     module: nn.Module
 
-    def __init__(self, adapter: LemaModelAdapter) -> None:
+    def __init__(self, adapter: RunsLayers) -> None:
         super().__init__()
-        self._adapter: LemaModelAdapter
+        self._adapter: RunsLayers
         self.__dict__["_adapter"] = adapter  # not a submodule
 
     def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -191,11 +222,12 @@ class ComposedCausalLM(nn.Module):
     embedding: nn.Module
     head: Any
 
-    def __init__(self, adapter: LemaModelAdapter, num_blocks: int) -> None:
+    def __init__(self, adapter: RunsLayers, num_blocks: int) -> None:
         super().__init__()
-        self._adapter: LemaModelAdapter
+        self._adapter: RunsLayers
         self.__dict__["_adapter"] = adapter  # not a submodule
         self.router_loss: str | None = None
+        self.interceptor = Interceptor()
         self.layers: Any = nn.ModuleList(ComposedBlock(adapter) for _ in range(num_blocks))
         self._vocab_size: int | None = None
 
@@ -217,7 +249,10 @@ class ComposedCausalLM(nn.Module):
     def pass_on(self, hidden: torch.Tensor) -> Any:
         return hidden
 
-    def hidden_states(self, **inputs: Any) -> torch.Tensor:
+    def replaced_layers(self, forwards: Sequence[Forward]) -> contextlib.AbstractContextManager[None]:
+        return replaced_forwards(self.layers, forwards)
+
+    def hidden_states(self, on_host: Mapping[str, torch.Tensor] | None = None, **inputs: Any) -> torch.Tensor:
         """Runs through `__call__`, so that hooks of the whole model see it."""
         hidden: torch.Tensor = self(**inputs, _head=False)
         return hidden

@@ -24,10 +24,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
-from ..core.layout import ParameterSource
-from ..core.placement import PlacedTensor, chunk, concatenate, stack
 from ..errors import MissingTensorError, ShapeMismatchError, UnsupportedError
+from ..storage.codecs import Placement
+from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.layout import ParameterSource
+from ..storage.placement import PlacedTensor, chunk, concatenate, stack
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def map_checkpoint(
         ShapeMismatchError: stored shapes differ from the configuration's; all are listed.
         UnsupportedError: a conversion is more than placement.
     """
-    placed, unused = _place(model, expected, gbi)
+    placed, unused = place_parameters(model, expected, gbi)
     tied = _ties(model, placed, gbi)
     for name, partner in tied.items():
         placed.setdefault(name, placed[partner])
@@ -73,7 +74,7 @@ def map_checkpoint(
         logger.info("%s: %d tensors are not used by %s: %s", gbi.path, len(unused), type(model).__name__, unused[:8])
     types = _DtypePlan(model, dtype)
     sources = {
-        name: ParameterSource(name, tuple(empty.shape), types.of(name, empty), placed[name].pieces)
+        name: ParameterSource(name, tuple(empty.shape), types.of(name, empty), Placement(placed[name].pieces))
         for name, empty in expected.items()
     }
     return CheckpointMap(sources, tied)
@@ -93,7 +94,7 @@ class _DtypePlan:
         return empty.dtype if empty.dtype != self._dtype else self._dtype
 
 
-def _place(
+def place_parameters(
     model: PreTrainedModel, expected: Mapping[str, torch.Tensor], gbi: GlobalBinaryIndex
 ) -> tuple[dict[str, PlacedTensor], list[str]]:
     transforms = get_model_conversion_mapping(model)

@@ -10,31 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.host_copies import to_device
+from ..machine.host_copies import to_device
+from .host_values import HostValues
+from .interceptor import Forward
 
 
-def with_host_twin(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Token ids on a device that remember their values on the host, so that looking them up waits for nothing."""
-    if ids.device == device:
-        return ids
-    there: Any = to_device(ids, device)
-    there.lema_host_ids = ids
-    moved: torch.Tensor = there
-    return moved
-
-
-def host_twin(values: torch.Tensor | None) -> torch.Tensor | None:
-    """The same values on the host, where `with_host_twin` moved them; GPT-2 looks up a view of them, which will do."""
-    if values is None:
-        return None
-    moved = values if values._base is None else values._base
-    twin: torch.Tensor | None = getattr(moved, "lema_host_ids", None)
-    whole = twin is not None and values.numel() == twin.numel() and values.is_contiguous()
-    return twin.view(values.shape) if twin is not None and whole else None
-
-
-def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Let an embedding take its rows from a table of another type or on the host; only the rows travel.
+def gathered_rows(
+    module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device, host_values: HostValues
+) -> Forward:
+    """A forward that takes its rows from a table of another type or on the host; only the rows travel.
 
     The module's own forward runs, on a small table of just the rows it needs, so families that scale
     their embeddings do so as always.
@@ -44,11 +28,12 @@ def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, d
         table: `[vocab, hidden]`, in the file's type.
         dtype: type of the rows handed on.
         device: where they are wanted.
+        host_values: knows ids of a device that need not be read from there.
     """
     forward = type(module).forward
 
     def gathered(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        ids = host_twin(input_ids)
+        ids = host_values.of(input_ids)
         ids = input_ids.to(table.device) if ids is None else ids
         rows, places = torch.unique(ids, return_inverse=True)
         places = to_device(places, device)
@@ -62,4 +47,4 @@ def gather_rows(module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, d
         finally:
             module._parameters["weight"], module.padding_idx = weight, padding
 
-    module.__dict__["forward"] = gathered
+    return gathered

@@ -12,24 +12,21 @@ from typing import Any
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .embedding import host_twin
-
 
 @contextlib.contextmanager
-def padding_known(attention_mask: torch.Tensor | None) -> Iterator[None]:
+def padding_known(host_mask: torch.Tensor | None) -> Iterator[None]:
     """Inside the block sdpa's masks of a device are made without reading the device.
 
     transformers reads the padding mask to find out whether it can be left out. Where its values are on the host as well
     the same is decided there. The masks are the same.
 
     Args:
-        attention_mask: `[batch, seq]` by `with_host_twin`; of another kind: nothing is changed.
+        host_mask: the values `[batch, seq]` of the mask that the model is given; None: nothing is changed.
     """
-    known = host_twin(attention_mask)
-    if known is None:
+    if host_mask is None:
         yield
         return
-    padded = not bool(known.all())
+    padded = not bool(host_mask.all())
     registered = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
     def sdpa_mask(*args: Any, attention_mask: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.layout import ParameterSource
 from ..errors import UnsupportedError
+from ..storage.index import GlobalBinaryIndex
+from ..storage.layout import ParameterSource
 
 _DEQUANTISE = (
     "or load it once with transformers, call model.dequantize() and then save_pretrained(), where there is memory for "

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..errors import UnsupportedError
-from ..strangers import code_of
+from ..storage.strangers import code_of
 from .base import LemaModelAdapter
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter

@@ -1,14 +1,11 @@
 """A transformers model with all its code and none of its weights.
 
-It knows how to build the model, where its layers are, and how to run it with the layers replaced. It
-knows nothing of files.
+It knows how to build the model and where its layers are; it knows nothing of files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +14,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..core.heap import apart_from_heap
 from ..errors import UnsupportedError
+from ..machine.heap import apart_from_heap
 from .outputs import take_out_outputs
 
 logger = logging.getLogger(__name__)
@@ -91,20 +88,3 @@ def stand_in_ids(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor
     """Token ids `[rows, length]` for a forward that depends on no token; none is padding, of which models warn."""
     token = int(getattr(model.config, "pad_token_id", None) == 0)
     return torch.full((rows, length), token, dtype=torch.long, device=model.device)
-
-
-@contextlib.contextmanager
-def replaced_forwards(layers: Iterable[Any], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Each layer's `forward` is another one inside the block."""
-    layers = list(layers)
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer, forward in zip(layers, forwards, strict=True):
-        layer.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for layer, earlier in zip(layers, before, strict=True):
-            if earlier is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = earlier

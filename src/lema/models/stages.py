@@ -5,14 +5,15 @@ It knows what surrounds the layers; it knows nothing of weights' places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .causal_lm import TransformersCausalLM
-from .skeleton import replaced_forwards, stand_in_ids
+from .interceptor import Forward, replaced_forwards
+from .skeleton import stand_in_ids
 
 
 class _Reached(BaseException):
@@ -35,11 +36,10 @@ def layer_arguments(
     Args:
         fed: run the layers before it, and hand on what they return beside their hidden states.
     """
-    lm.pass_on(torch.empty(0))  # learned before the layers are replaced
     before = _feeding if fed else _passing
     forwards = [_reach if i == unit else before(lm, i) for i in range(len(lm.layers))]
     ids = stand_in_ids(lm.module, *shape)
-    with replaced_forwards(lm.layers, forwards), torch.no_grad():
+    with lm.replaced_layers(forwards), torch.no_grad():
         try:
             lm.module.forward(input_ids=ids, use_cache=False, **inputs)  # no hook may see a forward that does not end
         except _Reached as reached:
@@ -47,11 +47,11 @@ def layer_arguments(
     raise AssertionError(f"layer {unit} was not reached")
 
 
-def _passing(lm: TransformersCausalLM, number: int) -> Callable[..., Any]:
+def _passing(lm: TransformersCausalLM, number: int) -> Forward:
     return lambda hidden, *_, **__: lm.pass_on(hidden)
 
 
-def _feeding(lm: TransformersCausalLM, number: int) -> Callable[..., Any]:
+def _feeding(lm: TransformersCausalLM, number: int) -> Forward:
     layer = lm.layers[number]
 
     def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,6 @@ def split_rest(
     places: Mapping[str, tuple[nn.Module, str]],
 ) -> tuple[list[str], list[str]]:
     """Names outside the layers, split into those used before the first layer and those used after the last."""
-    lm.pass_on(torch.empty(0))  # learned before the layers are replaced
     passed = False
     after: set[int] = set()
 
@@ -122,7 +121,7 @@ def split_rest(
     handles = [module.register_forward_pre_hook(note) for module in {places[name][0] for name in names}]
     forwards = [_passing(lm, i) for i in range(len(lm.layers) - 1)] + [last]
     try:
-        with replaced_forwards(lm.layers, forwards), torch.no_grad():
+        with lm.replaced_layers(forwards), torch.no_grad():
             lm.module(input_ids=stand_in_ids(lm.module, 1, 1), use_cache=False)
     finally:
         for handle in handles:

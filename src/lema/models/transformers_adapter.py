@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..core.gbi import GlobalBinaryIndex
-from ..core.layout import ParameterSource
-from ..core.lora import LoRAManager
 from ..errors import UnsupportedError
+from ..storage.index import GlobalBinaryIndex
+from ..storage.layout import ParameterSource
 from .base import LemaModelAdapter, bind_flat_buffer
 from .causal_lm import TransformersCausalLM
 from .checkpoint import CheckpointMap, map_checkpoint
-from .embedding import gather_rows
+from .embedding import gathered_rows
+from .interceptor import Gate
+from .lora import LoRAManager
 from .outputs import router_loss_of
 from .quantised import refuse_codes, refuse_packed, refuse_quantised
 from .skeleton import build_skeleton, find_layers
@@ -206,6 +207,7 @@ class TransformersAdapter(LemaModelAdapter):
     def bind_rest(self, views: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Make everything that stays of these tensors; tied names get the same parameter."""
         assert self._map is not None
+        self._lm.interceptor.take_off("embedding")
         for part in self.model.modules():
             for name, buffer in part._buffers.items():
                 part._buffers[name] = None if buffer is None else buffer.to(device)
@@ -215,7 +217,8 @@ class TransformersAdapter(LemaModelAdapter):
             if name in self.gathered_by_rows() and (view.dtype, view.device) != (source.dtype, device):
                 assert isinstance(module, nn.Embedding)
                 self._bind(name, torch.zeros((), dtype=source.dtype, device=device).expand(source.shape))
-                gather_rows(module, view, source.dtype, device)
+                rows = gathered_rows(module, view, source.dtype, device, self._lm.host_values)
+                self._lm.interceptor.replace("embedding", module, "forward", rows)
             else:
                 self._bind(name, view)
         for name, partner in self._ties().items():
@@ -325,6 +328,7 @@ class TransformersAdapter(LemaModelAdapter):
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy without the engine's replaced forwards, whose closures must not be copied."""
     for part in module.modules():
-        if "forward" in part.__dict__:
+        forward = part.__dict__.get("forward")
+        if forward is not None and not isinstance(forward, Gate):
             raise UnsupportedError("construct layers alone before the model is driven by a trainer, not after")
     return copy.deepcopy(module, memo)

@@ -1,6 +1,6 @@
 """Preparing: any checkpoint of a causal language model into a transformers folder that streams well.
 
-This room stands on core, models and utils; it knows nothing of training, adapters or devices.
+Stands on `storage` and `models`. Adapters, devices and training have no part in it.
 """
 
 from .job import prepare

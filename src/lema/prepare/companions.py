@@ -1,6 +1,6 @@
 """What stands beside the weights in a transformers folder: configuration, generation settings, tokenizer, templates.
 
-It knows these files by name; it knows nothing of weights but their type.
+Of the weights only their type matters here, for the configuration.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
-from ..core.safetensors_header import read_json_object
 from ..errors import ConfigError, WeightsError
+from ..storage.header import read_json_object
 from .gguf_source import GgufSource
 from .locate import COMPANIONS, fetch_companions
 

@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
 from ..errors import ConfigError, LemaError
-from ..models.checkpoint import _place, map_checkpoint
+from ..models.checkpoint import map_checkpoint, place_parameters
 from ..models.quantised import refuse_codes, refuse_quantised
 from ..models.registry import get_adapter
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.index import GlobalBinaryIndex, TensorRecord
 from .source import Source
 
 
@@ -83,7 +83,7 @@ def check_fit(values: Mapping[str, Any], source: Source, dtype: torch.dtype) -> 
         ) from error
     expected = dict(model.state_dict())
     index = cast(GlobalBinaryIndex, _Names(source.path, source.tensors))
-    placed, _ = _place(model, expected, index)
+    placed, _ = place_parameters(model, expected, index)
     copies: list[str] = []
     contradicted: list[str] = []
     for name, partner in model.all_tied_weights_keys.items():

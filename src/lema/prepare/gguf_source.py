@@ -1,6 +1,6 @@
 """A GGUF file as a source: dequantised tensor by tensor, with configuration and tokenizer out of the same file.
 
-It knows which type keeps a file's values; what GGUF is, `lema.utils.gguf` knows.
+Which type keeps a file's values is decided here; what GGUF is, `gguf_file` knows.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from ..core.gbi import TensorRecord
 from ..errors import WeightsFormatError
-from ..utils.gguf import GgufTensors, _check_source, _open, _read_config
-from .source import PIECE_BYTES
+from ..storage.index import TensorRecord
+from ..storage.pieces import PIECE_BYTES
+from .gguf_file import GgufTensors, check_source, config_in, open_gguf
 
 
 class GgufSource:
@@ -34,12 +34,12 @@ class GgufSource:
     """
 
     def __init__(self, path: Path, config: Path | None = None) -> None:
-        _check_source(path)
+        check_source(path)
         self.path, self.files = path, [path]
         self.metadata: dict[str, str] = {}
-        reader = _open(path)
+        reader = open_gguf(path)
         self.config: PretrainedConfig = (
-            AutoConfig.from_pretrained(config, trust_remote_code=False) if config else _read_config(path)
+            AutoConfig.from_pretrained(config, trust_remote_code=False) if config else config_in(path)
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)

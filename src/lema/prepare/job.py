@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from ..core.budget import format_bytes, parse_bytes
-from ..core.gbi import GlobalBinaryIndex
 from ..errors import ConfigError, WeightsError
-from ..utils.model_utils import converted, parse_dtype, target_type
+from ..machine.memory import format_bytes, parse_bytes
+from ..storage.index import GlobalBinaryIndex
 from .companions import find_companions, read_config, write_companions
 from .fit import Fit, check_fit, untied
 from .gguf_source import GgufSource
 from .locate import free_space, locate, open_source
 from .output import FileWriter, OutputFile, plan_output, stored_digest, write_index
 from .result import Prepared, as_it_is, described, notes
+from .single_file import converted, parse_dtype, target_type
 from .source import FileWatch, Source
 from .work import WorkFolder, Written, check_target
 
@@ -147,7 +147,8 @@ class _Job:
             write_index(work.output, files)
             finish(work.output)
             with GlobalBinaryIndex(work.output) as index:  # its headers are checked in full
-                assert set(index.keys) == set(self._types)
+                if wrong := set(index.keys) ^ set(self._types):
+                    raise WeightsError(f"{work.output}: {sorted(wrong)[:3]} were not written as planned. Start again.")
             work.publish()
         return replace(
             described(self._target, self._types, self._source, len(files)),

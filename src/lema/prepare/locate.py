@@ -1,6 +1,6 @@
 """Which weight files a path or hub id means, and the source that reads them.
 
-It knows names of files and the hub's API; it knows nothing of tensors.
+Names of files and the hub's API decide; no tensor is read.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
-from ..core.budget import format_bytes
-from ..core.weight_files import named_by_config
 from ..errors import ConfigError, WeightsError, WeightsNotFoundError
+from ..machine.memory import format_bytes
+from ..storage.weight_files import named_by_config
 from .gguf_source import GgufSource
 from .source import SafetensorsSource, Source
 from .torch_files import TorchSource

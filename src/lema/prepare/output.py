@@ -1,7 +1,4 @@
-"""The weight files of an output folder: which tensor goes where, and writing and reading back at those places.
-
-It knows names, sizes and offsets; it knows nothing of sources, models or journals.
-"""
+"""The weight files of an output folder: which tensor goes where, and writing and reading back at those places."""
 
 from __future__ import annotations
 
@@ -15,11 +12,12 @@ from pathlib import Path
 import torch
 from transformers.core_model_loading import dot_natural_key
 
-from ..core.gbi import TensorRecord
-from ..core.safetensors_header import show
 from ..errors import WeightsError
-from ..utils.safetensors_writer import plan_file
-from .source import read_pieces
+from ..storage.atomic import flush
+from ..storage.header import show
+from ..storage.index import TensorRecord
+from ..storage.pieces import read_pieces
+from ..storage.writer import plan_file
 
 INDEX = "model.safetensors.index.json"
 Declared = tuple[str, torch.dtype, tuple[int, ...]]
@@ -117,18 +115,21 @@ class FileWriter:
         record = self.file.records[name]
         digest, cursor = new_digest(), record.offset
         for piece in pieces:
-            assert piece.dtype == record.dtype
+            if piece.dtype != record.dtype:
+                raise WeightsError(f"{self.file.path}: {show(name)} comes as {piece.dtype}, announced {record.dtype}.")
             raw = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             digest.update(raw)
             self._put(raw, cursor)
             cursor += len(raw)
-        assert cursor == record.end, f"{name}: {cursor - record.offset} bytes where {record.nbytes} were announced"
+        if cursor != record.end:
+            written = cursor - record.offset
+            raise WeightsError(f"{self.file.path}: {show(name)} has {written} bytes, announced {record.nbytes}.")
         return digest.hexdigest()
 
     def sync(self) -> None:
         """Everything written is on the disk when this returns, and no longer takes room in the page cache."""
         try:
-            os.fsync(self._descriptor)
+            flush(self.file.path)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:

@@ -1,6 +1,6 @@
 """What `prepare` found or made, in numbers and notes for whoever asked.
 
-It knows sources and what was said of them; it writes nothing.
+Only said, never written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.budget import format_bytes
+from ..machine.memory import format_bytes
 from .fit import Fit
 from .source import Source
 

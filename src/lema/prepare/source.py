@@ -1,23 +1,20 @@
 """What a checkpoint offers to be copied: tensors by name, given in small pieces; and safetensors as one.
 
-It knows files and tensors; it knows nothing of models, output files or journals.
+What becomes of the pieces is up to `job`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from ..core.gbi import GlobalBinaryIndex, TensorRecord
-from ..core.safetensors_header import show
-from ..errors import ReadError, WeightsError
-
-PIECE_BYTES = 4 << 20
-"""Of a tensor's stored bytes held at a time."""
+from ..errors import WeightsError
+from ..storage.header import show
+from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.pieces import read_pieces
 
 
 class Source(Protocol):
@@ -91,41 +88,3 @@ class SafetensorsSource:
     def close(self) -> None:
         """Let go of the files."""
         self._index.close()
-
-
-def read_pieces(file: Path, offset: int, nbytes: int, dtype: torch.dtype, where: str) -> Iterator[torch.Tensor]:
-    """A run of a file's bytes as one-dimensional tensors of at most `PIECE_BYTES`; each is valid until the next.
-
-    Raises:
-        ReadError: the file ends early or the disk refuses; names `where`.
-    """
-    size = min(nbytes, PIECE_BYTES)
-    buffer = torch.empty(size // dtype.itemsize, dtype=dtype)
-    view = memoryview(buffer.view(torch.uint8).numpy().data).cast("B") if size else memoryview(b"")
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise ReadError(f"{where}: cannot be opened: {error.strerror}.") from error
-    try:
-        done = 0
-        while done < nbytes:
-            wanted = min(size, nbytes - done)
-            _read_fully(descriptor, view[:wanted], offset + done, where)
-            yield buffer[: wanted // dtype.itemsize]
-            done += wanted
-    finally:
-        os.close(descriptor)
-
-
-def _read_fully(descriptor: int, target: memoryview, offset: int, where: str) -> None:
-    done = 0
-    while done < len(target):
-        try:
-            count = os.preadv(descriptor, [target[done:]], offset + done)
-        except OSError as error:
-            raise ReadError(f"{where}: reading at byte {offset + done} failed: {error.strerror}.") from error
-        if count == 0:
-            raise ReadError(
-                f"{where}: the file ends at byte {offset + done}, {len(target) - done} bytes short. Download it again."
-            )
-        done += count

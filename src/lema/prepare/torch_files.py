@@ -1,6 +1,6 @@
 """PyTorch checkpoints (`.bin`, `.pt`, sharded ones with their index) as a source, without running what is in them.
 
-It knows torch's zip archives: which names they hold and where in the file each tensor's bytes are.
+torch's zip archives are read for which names they hold and where in the file each tensor's bytes are.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ..core.budget import format_bytes, free_ram
-from ..core.gbi import TensorRecord
-from ..core.safetensors_header import DTYPES, show
-from ..core.weight_files import check_promises, read_shard_index
 from ..errors import UnsupportedError, WeightsError, WeightsFormatError
-from .source import PIECE_BYTES, read_pieces
+from ..machine.memory import format_bytes, free_ram
+from ..storage.header import DTYPES, show
+from ..storage.index import TensorRecord
+from ..storage.pieces import PIECE_BYTES, read_pieces
+from ..storage.weight_files import check_promises, read_shard_index
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts put the weights."""

@@ -1,7 +1,4 @@
-"""The folder in which an output grows beside its target: locked, with a journal, renamed into place at the end.
-
-It knows files, digests and what a job is called; it knows nothing of tensors' contents.
-"""
+"""The folder in which an output grows beside its target: locked, with a journal, renamed into place at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, WeightsError
-from ..utils.safetensors_writer import sync_directory
+from ..storage.atomic import flush, put_in_place, write_text
 
 _JOB, _JOURNAL, _LOCK, _OUTPUT = "job.json", "done.jsonl", "lock", "output"
 
@@ -71,7 +68,7 @@ class WorkFolder:
         self.output.mkdir(exist_ok=True)
         self.done = _read_journal(self.path / _JOURNAL)
         """What is on the disk, by tensor."""
-        self._rewrite()
+        write_text(self.path / _JOURNAL, _lines(self.done))  # without a line that was cut short
         self._journal = open(self.path / _JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
 
     def drop(self, name: str) -> None:
@@ -83,7 +80,7 @@ class WorkFolder:
         try:
             self._journal.write(_lines(written))
             self._journal.flush()
-            os.fsync(self._journal.fileno())
+            flush(self.path / _JOURNAL)
         except OSError as error:
             raise WeightsError(f"{self.path}: writing the journal failed: {error.strerror}.") from error
         self.done |= written
@@ -96,11 +93,7 @@ class WorkFolder:
             WeightsError: the disk refuses.
         """
         try:
-            for file in sorted(self.output.rglob("*")):
-                _sync(file)
-            sync_directory(self.output)
-            os.rename(self.output, self.target)
-            sync_directory(self.target.parent)
+            put_in_place(self.output, self.target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise ConfigError(f"{self.target}: something was put there meanwhile.") from error
@@ -115,12 +108,6 @@ class WorkFolder:
     ) -> None:
         self._journal.close()
         os.close(self._lock)
-
-    def _rewrite(self) -> None:
-        """The journal without a line that was cut short."""
-        fresh = self.path / f"{_JOURNAL}.tmp"
-        fresh.write_text(_lines(self.done), encoding="utf-8")
-        os.replace(fresh, self.path / _JOURNAL)
 
 
 def check_target(target: Path) -> None:
@@ -144,11 +131,3 @@ def _read_journal(path: Path) -> dict[str, Written]:
         except (ValueError, TypeError):  # cut short by a crash: the tensor is written again
             continue
     return done
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

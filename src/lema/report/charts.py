@@ -1,6 +1,6 @@
 """Curves of a run as shapes in a box of 1000 by 1000, with numbers beside their axes.
 
-It knows which curves a run has and their geometry; it knows nothing of files or of HTML.
+Which curves a run has, and their geometry; reading before and HTML after are others' work.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 
 from .. import __version__
+from ..storage.atomic import write_text
 from .charts import averaged, charts_of, dots
 from .run_folder import Run, read_run, text_of
 from .samples import samples_of
@@ -52,9 +53,7 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | N
     run = read_run(Path(folder))
     path = Path(out) if out is not None else run.folder / "report.html"
     html, notes = render(run)
-    aside = path.with_name(f"{path.name}.writing")
-    aside.write_bytes(html.encode("utf-8"))
-    os.replace(aside, path)
+    write_text(path, html)
     return Written(path, notes)
 
 

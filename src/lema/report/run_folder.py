@@ -1,6 +1,6 @@
 """The files of a run folder, as far as they are there and whole.
 
-It knows their names and forms; it knows nothing of drawing. What is missing or damaged becomes a note, never an error.
+What is missing or damaged becomes a note, never an error.
 """
 
 from __future__ import annotations

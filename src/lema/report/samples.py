@@ -1,7 +1,4 @@
-"""Answers to the same prompts at several steps, side by side.
-
-It knows samples; it knows nothing of how they were generated.
-"""
+"""Answers to the same prompts at several steps, side by side."""
 
 from __future__ import annotations
 

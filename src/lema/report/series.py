@@ -1,6 +1,6 @@
 """Long columns made short enough to draw, and the numbers beside axes.
 
-It knows numbers; it knows nothing of what they mean or of pages.
+What the numbers mean makes no difference.
 """
 
 from __future__ import annotations

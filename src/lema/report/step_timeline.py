@@ -1,6 +1,6 @@
 """The timeline of one step as rectangles in rows, and how busy each lane was.
 
-It knows the form of `timeline.json`; it knows nothing of who wrote it or of HTML.
+The form of `timeline.json` is all there is to go by, whoever wrote it.
 """
 
 from __future__ import annotations

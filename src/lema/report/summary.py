@@ -1,6 +1,6 @@
 """Any JSON summary as groups of names and values, with histograms where it has them.
 
-It knows JSON; it knows nothing of data sets.
+So what data sets say of themselves tomorrow is shown as well.
 """
 
 from __future__ import annotations

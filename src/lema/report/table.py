@@ -1,6 +1,6 @@
 """Columns of numbers that grow line by line, ordered by step when all are there.
 
-It knows numbers and steps; it knows nothing of files or of what a column means.
+Columns may appear late and have gaps.
 """
 
 from __future__ import annotations

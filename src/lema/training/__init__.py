@@ -1,6 +1,6 @@
 """The loop around steps: schedule, evaluation, checkpoints' folder, metrics, what one sees, how it stops.
 
-This room knows an engine only by what it asks of one (`machine.Machine`); it knows nothing of weights or models.
+This room knows an engine only by what it asks of one (`engine.TrainingEngine`); it knows nothing of weights or models.
 """
 
 from .callbacks import TrainerCallback

@@ -101,8 +101,8 @@ class Callbacks:
         self._args = args
         self._always = always
 
-    def tell(self, event: str, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """Tell all of an event; what they ask for is in `control` afterwards.
+    def fire(self, event: str, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Tell all callbacks of an event; what they ask for is in `control` afterwards.
 
         Raises:
             CallbackError: one of them raised; those after it are not told.

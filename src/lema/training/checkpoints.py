@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..complete import problem_of
 from ..errors import CheckpointError, ConfigError
 from ..json_file import read_object
+from ..storage.complete import problem_of
 
 FINAL = "final"
 _LOCK = ".lock"

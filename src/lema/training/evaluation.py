@@ -7,27 +7,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import ConfigError
-from .machine import Machine
+from .engine import TrainingEngine
 
 
-def evaluate(machine: Machine, batches: Iterable[Any], between: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """`evaluate_with` what a machine answers."""
-    return evaluate_with(machine.evaluate, batches, between)
-
-
-def evaluate_with(
-    sums_of: Callable[[Mapping[str, Any]], tuple[float, int, int]],
-    batches: Iterable[Any],
-    between: Callable[[], None] = lambda: None,
+def evaluate(
+    engine: TrainingEngine, batches: Iterable[Any], between: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """`eval_loss`, `eval_perplexity`, `eval_token_accuracy`, `eval_targets` and `seconds`; dropout is off.
 
     Args:
-        sums_of: a batch's loss summed over its targets, their number, and how many of them are right.
         batches: with `inputs`; one pass is made over them.
         between: called after every batch.
 
@@ -40,14 +32,16 @@ def evaluate_with(
     for batch in batches:
         if getattr(batch, "targets", 1) == 0:
             continue
-        loss, some, of_them = sums_of(batch.inputs)
+        loss, some, of_them = engine.evaluate(batch.inputs)
         losses.append(loss)
         targets += some
         right += of_them
         between()
+    ranks = engine.coordinator
+    targets, right = ranks.total("evaluated targets", targets), ranks.total("right targets", right)
     if targets == 0:
         raise ConfigError("the evaluation data has no target, so there is nothing to evaluate; look at eval_file")
-    mean = math.fsum(losses) / targets
+    mean = ranks.total("evaluation loss", math.fsum(losses)) / targets
     return {
         "eval_loss": mean,
         "eval_perplexity": math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean,

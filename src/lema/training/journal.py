@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..storage.atomic import write_text
 from .metrics import METRICS_FILE, SAMPLES_FILE, JsonLines
 from .panel import View
 
@@ -27,7 +27,7 @@ class Journal:
         self._metrics = JsonLines(folder / METRICS_FILE)
         self._samples = JsonLines(folder / SAMPLES_FILE)
         self._failing = False
-        self.goes_on = self._metrics.goes_on
+        self.resumed = self._metrics.resumed
         """Whether a run before wrote here."""
 
     def step(self, line: dict[str, Any]) -> None:
@@ -76,6 +76,4 @@ def _finite(value: Any) -> Any:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

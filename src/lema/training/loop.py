@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, LemaError, NonFiniteError
-from .attempt import Attempts
 from .callbacks import Callbacks, arguments
+from .engine import Batch, Stream, TrainingEngine
 from .evaluation import evaluate
 from .journal import Journal
-from .last_good import LastGood
-from .machine import Batch, Machine, Stream
 from .metrics import TIMELINE_FILE, train_line
 from .progress import Progress
 from .result import FINISHED, INTERRUPTED, STOPPED, TrainResult
+from .rollback import Rollback
 from .run_config import RunConfig
 from .sampling import Sampler
 from .saving import Saver
 from .start import Start
 from .state import TrainerControl
+from .step_runner import StepRunner
 from .stop import StepAbandoned, StopSignals
 from .time_limit import TimeLimit
 
@@ -35,7 +35,7 @@ class TrainingLoop:
     """Steps until all are done, somebody stops them or something stops them.
 
     Args:
-        machine: makes the steps.
+        engine: makes the steps; what its ranks do not all see, its coordinator settles.
         stream: their batches.
         limit: of the time the run may take.
         eval_stream: batches to evaluate on.
@@ -45,37 +45,38 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, machine: Machine, stream: Stream, config: RunConfig, progress: Progress, saver: Saver, journal: Journal,
-        *, limit: TimeLimit, eval_stream: Any = None, sampler: Sampler | None = None, callbacks: Sequence[Any] = (),
-        always: Mapping[str, Any] | None = None,
+        self, engine: TrainingEngine, stream: Stream, config: RunConfig, progress: Progress, saver: Saver,
+        journal: Journal, *, limit: TimeLimit, eval_stream: Any = None, sampler: Sampler | None = None,
+        callbacks: Sequence[Any] = (), always: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.machine, self.stream, self.config = machine, stream, config
+        self.engine, self.stream, self.config = engine, stream, config
+        self.coordinator = engine.coordinator
         self.progress, self.state, self.schedule = progress, progress.state, progress.schedule
         self.saver, self.journal = saver, journal
         self.eval_stream, self.sampler = eval_stream, sampler
         self.control = TrainerControl()
         strategies = {"eval_strategy": progress.eval_strategy}
         self.callbacks = Callbacks(
-            callbacks, arguments(config.to_dict(), strategies), model=machine.model, optimizer=machine.optimizer,
+            callbacks, arguments(config.to_dict(), strategies), model=engine.model, optimizer=engine.optimizer,
             **(always or {}),
         )  # fmt: skip
-        self.signals = StopSignals(self._may_leave)
+        self.signals = StopSignals()
         self.limit = limit
+        self._signal: str | None = None
         self._out_of_time = False
-        self._good = LastGood(machine, stream, self.state)
-        self._leavable = False
+        self._rollback = Rollback(engine, stream, self.state)
         timeline = saver.folder.folder / TIMELINE_FILE
-        self._attempts = Attempts(machine, self.state, journal, timeline, self._may_be_left)
+        self._steps = StepRunner(engine, self.state, journal, timeline, self._abandonable)
         self._learning_rate = 0.0
         self._grad_norm: float | None = None
         self._data_seconds = 0.0
         self._saved_step = -1
-        self._tell("on_init_end")
+        self._fire("on_init_end")
 
     # -- the loop --------------------------------------------------------------------------------
 
     def run(self, start: Start) -> TrainResult:
-        """Go through all steps from `start`, whose checkpoint the machine and the stream have taken already."""
+        """Go through all steps from `start`, whose checkpoint the engine and the stream have taken already."""
         with self.signals:
             try:
                 try:
@@ -86,8 +87,10 @@ class TrainingLoop:
                         self._evaluate()
                         self._save()
                 except StepAbandoned:
-                    self._good.go_back()
-                return self._stopped() if self._is_stopping else self._finish()
+                    self.coordinator.abandon("step")
+                    if not self._rollback.go_back():
+                        raise
+                return self._stopped() if self._is_stopping() else self._finish()
             except (CheckpointError, NonFiniteError):
                 raise
             except Exception:
@@ -96,20 +99,20 @@ class TrainingLoop:
 
     def _begin(self, start: Start) -> None:
         step = self.state.global_step
-        self._attempts.recorded = min(step + 3, self.schedule.max_steps)
-        self.journal.view.begin(step, self.schedule.max_steps, self.machine.device)
+        self._steps.recorded = min(step + 3, self.schedule.max_steps)
+        self.journal.view.begin(step, self.schedule.max_steps, str(self.engine.device))
         for message in start.messages:
             self.journal.event(step, "found", message)
-        self._tell("on_train_begin")
-        self._good.remember()
+        self._fire("on_train_begin")
+        self._rollback.remember()
         if start.checkpoint is None:
-            if self.journal.goes_on:
+            if self.journal.resumed:
                 self.journal.event(step, "resumed", "the run before left no checkpoint: begun anew")
             self._sample()
             return
         own = self.saver.folder.path(step).absolute(), self.saver.folder.final.absolute()
         self._saved_step = step if start.checkpoint.absolute() in own else -1
-        self._learning_rate = self.machine.set_learning_rate(self.schedule.factor(max(step, 1)))
+        self._learning_rate = self.engine.trainables.set_learning_rate(self.schedule.factor(max(step, 1)))
         self.journal.event(step, "resumed", f"resumed from {start.checkpoint} after step {step}")
         evaluated = self.state.evaluated_step
         self._log()  # what the run before would have done next
@@ -122,12 +125,12 @@ class TrainingLoop:
 
     def _batches(self) -> Iterator[Batch]:
         batches = iter(self.stream)
-        while not (self.progress.at_end or self._is_stopping or self.control.should_training_stop):
+        while not (self.progress.at_end or self._is_stopping() or self._wanted("training_stop")):
             if not self._in_time("step"):
                 return
             self.control.new_step()
             if self.state.global_step % self.schedule.steps_per_epoch == 0:
-                self._tell("on_epoch_begin")
+                self._fire("on_epoch_begin")
             started = time.perf_counter()
             batch = next(batches)
             self._data_seconds = time.perf_counter() - started
@@ -136,11 +139,11 @@ class TrainingLoop:
     def _step(self, batch: Batch) -> None:
         """One optimizer step, or one skipped because its numbers are not finite or its rows were all dropped."""
         number = self.state.global_step + 1
-        self._tell("on_step_begin")
-        self._learning_rate = self.machine.set_learning_rate(self.schedule.factor(number))
+        self._fire("on_step_begin")
+        self._learning_rate = self.engine.trainables.set_learning_rate(self.schedule.factor(number))
         started = time.perf_counter()
         with self.limit.timed("step"):
-            outcome = self._attempts.make(batch, number)
+            outcome = self._steps.make(batch, number)
         self._grad_norm = outcome.grad_norm
         seconds = time.perf_counter() - started
         state = self.state
@@ -159,61 +162,67 @@ class TrainingLoop:
         ))  # fmt: skip
         if state.nonfinite_in_a_row >= self.config.training.max_nonfinite_steps:
             self._give_up(outcome.skipped or "")
-        self._good.remember()
-        self._tell("on_step_end")
+        self._rollback.remember()
+        self._fire("on_step_end")
         if self.schedule.ends_epoch(number):
-            self._tell("on_epoch_end")
+            self._fire("on_epoch_end")
 
     def _log(self) -> None:
-        if self.progress.log_due or self.control.should_log:
+        if self._wanted("log", self.progress.log_due):
             logs = self.progress.entry(self._learning_rate, self._grad_norm)
             self.journal.view.log(logs)
-            self._tell("on_log", logs=logs)
-            self._good.remember()
+            self._fire("on_log", logs=logs)
+            self._rollback.remember()
 
     def _evaluate(self) -> None:
-        due = self.progress.evaluation_due or self.control.should_evaluate
-        if self._is_stopping or not due or not self._in_time("evaluation"):
+        due = self._wanted("evaluate", self.progress.evaluation_due)
+        if self._is_stopping() or not due or not self._in_time("evaluation"):
             return
         self.state.evaluated_step = self.state.global_step
         with self.limit.timed("evaluation"):
             if self.eval_stream is not None:
                 self._measure()
             self._sample()
-        self._good.remember()
+        self._rollback.remember()
 
     def _measure(self) -> None:
         """Loss and accuracy on the evaluation data, and what follows from them."""
         step = self.state.global_step
-        with self._may_be_left():
-            metrics = evaluate(self.machine, self.eval_stream, self._leave_if_late)
+        with self._abandonable():
+            metrics = evaluate(self.engine, self.eval_stream, self._leave_if_late)
         better = self.progress.take_evaluation(metrics)
         self.control.should_save |= better and self.config.training.wants_best
         self.journal.evaluation(step, self.state.epoch, metrics)
-        self._tell("on_log", logs={**metrics, "epoch": self.state.epoch, "step": step})
-        self._tell("on_evaluate", metrics=metrics)
+        self._fire("on_log", logs={**metrics, "epoch": self.state.epoch, "step": step})
+        self._fire("on_evaluate", metrics=metrics)
         if self.progress.patience_is_over:
             self.journal.event(step, "stopped", f"no better evaluation in {self.state.evaluations_without_better}")
             self.control.should_training_stop = True
 
     def _save(self) -> None:
         step = self.state.global_step
-        due = self.progress.save_due or self.control.should_save
+        due = self._wanted("save", self.progress.save_due)
         if self.state.nonfinite_in_a_row:
             return  # what comes next may end the run: the last good checkpoint stays the newest
         if due and self._saved_step != step:
             with self.limit.timed("save"):
-                saved = self.saver.save(self.state)
+                saved = self._saves()
             if saved:
-                self._saved_step = step
-                self._tell("on_save")
+                self._fire("on_save")
+
+    def _saves(self) -> bool:
+        """Write this step's checkpoint; whether that was done."""
+        saved = self.coordinator.broadcast("saved", self.saver.save(self.state))
+        if saved:
+            self._saved_step = self.state.global_step
+        return saved
 
     # -- the end ---------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
         if not self.schedule.ends_epoch(self.state.global_step):
             self.stream.report()
-        if self.control.should_training_stop and not self.progress.at_end:
+        if not self.progress.at_end:
             self.control.should_log = self.state.logged_step != self.state.global_step
             self._log()
         best, holds_best = self.state.best_model_checkpoint, False
@@ -223,25 +232,24 @@ class TrainingLoop:
                 message = "the best checkpoint could not be kept: final/ holds the last adapter"
                 self.journal.event(self.state.global_step, "best_missing", message)
             else:
-                self._good.forget()
-                self.machine.load_adapter(path)
+                self._rollback.forget()
+                self.engine.load_adapter(path)
                 holds_best = True
         final = self.saver.save_final(self.state, holds_best)
-        self._good.forget()  # nothing is left to be rescued
-        self._tell("on_save")
-        self._tell("on_train_end")
+        self._rollback.forget()  # nothing is left to be rescued
+        self._fire("on_save")
+        self._fire("on_train_end")
         return TrainResult(FINISHED, self.state.global_step, final, self.state.summary())
 
     def _stopped(self) -> TrainResult:
         """By a signal or the limit of time: to be gone on with later."""
         step = self.state.global_step
-        if self._saved_step != step and step > 0 and self.saver.save(self.state):
-            self._saved_step = step
-        path = self.saver.folder.path(step) if self._saved_step == step else self.saver.last
-        signal = self.signals.requested
+        whole = self._saved_step == step or (step > 0 and self._saves())
+        path = self.saver.folder.path(step) if whole else self.saver.last
+        signal = self._signal
         reason = signal or f"max_train_hours={self.limit.hours:g}"
         self.journal.event(step, "interrupted" if signal else "out_of_time", f"{reason}: stopped after step {step}")
-        self._tell("on_train_end")
+        self._fire("on_train_end")
         return TrainResult(INTERRUPTED if signal else STOPPED, step, path, self.state.summary())
 
     # -- when something goes wrong ---------------------------------------------------------------
@@ -255,46 +263,41 @@ class TrainingLoop:
 
     def _rescue(self) -> None:
         """Save the last whole step before an error ends the run, if the state still is that step's."""
-        if not self._good.holds:
-            return
-        self._good.go_back()
-        if self.state.global_step not in (0, self._saved_step):
+        if self._rollback.go_back() and self.state.global_step not in (0, self._saved_step):
             with contextlib.suppress(LemaError, OSError):  # the error under way comes first; the journal has this one
                 self.saver.save(self.state)
 
     # -- signals and callbacks -------------------------------------------------------------------
 
-    @property
     def _is_stopping(self) -> bool:
-        return self.signals.requested is not None or self._out_of_time
+        self._signal = self.coordinator.agree("stop", self.signals.requested)
+        return self._signal is not None or self._out_of_time
 
     def _in_time(self, *kinds: str) -> bool:
         """Whether there is time for one more of these and the save after it; if not, the run is stopping."""
-        self._out_of_time = self._out_of_time or not self.limit.allows(*kinds, "save")
+        late = self._out_of_time or not self.limit.allows(*kinds, "save")
+        self._out_of_time = self.coordinator.agree("out of time", late)
         return not self._out_of_time
+
+    def _wanted(self, what: str, due: bool = False) -> bool:
+        """Whether something is due, or a callback of any rank asks for it."""
+        return self.coordinator.agree(what, due or getattr(self.control, f"should_{what}"))
 
     def _leave_if_late(self) -> None:
         if not self._in_time():
             raise StepAbandoned
 
-    def _may_leave(self) -> bool:
-        return self._leavable and not self._good.is_past
+    def _abandonable(self) -> contextlib.AbstractContextManager[None]:
+        """A block that a second signal leaves, unless parameters have changed already."""
+        return self.signals.abandonable(lambda: not self._rollback.is_past)
 
-    @contextlib.contextmanager
-    def _may_be_left(self) -> Iterator[None]:
-        self._leavable = True
-        try:
-            yield
-        finally:
-            self._leavable = False
-
-    def _tell(self, event: str, **more: Any) -> None:
-        self.callbacks.tell(event, self.state, self.control, **more)
+    def _fire(self, event: str, **more: Any) -> None:
+        self.callbacks.fire(event, self.state, self.control, **more)
 
     # -- what is told ----------------------------------------------------------------------------
 
     def _sample(self) -> None:
         if self.sampler is not None and self.sampler.prompts:
-            with self._may_be_left():
-                for prompt, text in self.sampler.answers(self.machine):
+            with self._abandonable():
+                for prompt, text in self.sampler.answers(self.engine):
                     self.journal.sample(self.state.global_step, prompt, text)

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .machine import Batch, Report
+from .engine import Batch, Report
 from .state import TrainerState
 
 METRICS_FILE = "metrics.jsonl"
@@ -50,7 +50,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_half_line(path)
         self.path = path
-        self.goes_on = path.is_file() and path.stat().st_size > 0
+        self.resumed = path.is_file() and path.stat().st_size > 0
         """Whether there were lines already."""
         self._file = path.open("a", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """What one sees of a run: a panel that stays in place on a terminal, else a line now and then.
 
-It knows numbers and how people read them; it knows nothing of where they come from.
+A view is told numbers and decides how people read them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -128,8 +129,8 @@ class LivePanel(_Recent):
     def _panel(self, line: Mapping[str, Any]) -> Panel:
         table = Table.grid(padding=(0, 2))
         step = line["step"]
-        done = int(30 * step / max(self._max_steps, 1))
-        table.add_row("step", f"{step} of {self._max_steps}  [{'━' * done}{' ' * (30 - done)}]".replace("[", r"\["))
+        table.add_row("step", f"{step} of {self._max_steps}")
+        table.add_row("", ProgressBar(total=self._max_steps, completed=step, width=30))
         table.add_row("epoch", f"{line['epoch']:.2f}")
         table.add_row("loss", _numbers(line))
         rates = self.rates()

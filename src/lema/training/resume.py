@@ -11,20 +11,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..typed import shortened
+from .run_config import affects_numerics
 
-# Settings that may change between stop and resume: none of them changes what is computed. Paths are not compared,
-# since what lies there is; budgets and places decide where numbers are computed, not which.
-_FREE = {
-    "model_name_or_path", "gbi_path", "train_file", "eval_file", "chat_template", "output_dir", "device", "strategy",
-    "ram_buffer_size", "vram_buffer_size", "ram_budget", "vram_budget", "ram_layers", "device_layers",
-    "keep_activations", "boundaries", "optimizer_place", "gradient_checkpointing", "save_steps", "num_slots",
-    "num_readers", "prefetch_depth", "max_nonfinite_steps", "logging_steps", "report_to", "run_name", "eval_strategy",
-    "eval_steps", "load_best_model_at_end", "early_stopping_patience",
-    "sample_prompts", "sample_max_new_tokens", "save_total_limit", "on_save_error", "max_dropped", "max_train_hours",
-    "save_strategy", "adapter_name_or_path",
-    # How rows are cut: the same sums in other pieces, which differ in their last bits.
-    "batch_size", "gradient_accumulation_steps", "micro_batch_size", "loss_chunk_size", "head",
-}  # fmt: skip
 _NOW_THERE = {"leave_out_router_loss": False, "on_bad_row": "error"}
 """Settings that a run may have been saved without, and what they were then."""
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -33,7 +21,7 @@ _LENGTH = ("max_steps", "num_train_epochs")
 def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that numbers depend on, with the rows of a step for the two whose product they are."""
     rows = settings.get("batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
-    found = {name: value for name, value in settings.items() if name not in (*_FREE, *_LENGTH)}
+    found = {name: value for name, value in settings.items() if affects_numerics(name) and name not in _LENGTH}
     return {**found, "batch_size x gradient_accumulation_steps": rows}
 
 

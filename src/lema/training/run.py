@@ -15,9 +15,9 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from .checkpoints import CheckpointFolder
 from .config import TrainingConfig
+from .engine import Stream, TrainingEngine
 from .journal import Journal, write_json
 from .loop import TrainingLoop
-from .machine import Machine, Stream
 from .panel import View
 from .progress import Progress
 from .reporters import reporting
@@ -46,7 +46,7 @@ class RunData:
 
 
 def run_training(
-    machine: Machine, data: RunData, config: RunConfig, folder: CheckpointFolder, start: Start, *, view: View,
+    engine: TrainingEngine, data: RunData, config: RunConfig, folder: CheckpointFolder, start: Start, *, view: View,
     sampler: Sampler | None = None, write_tokenizer: Callable[[str], Any] | None = None, callbacks: Sequence[Any] = (),
     always: Mapping[str, Any] | None = None,
 ) -> TrainResult:  # fmt: skip
@@ -66,20 +66,17 @@ def run_training(
     if start.checkpoint is not None and _is_over(start, schedule):
         saved = TrainerState.from_dict(start.state)
         return TrainResult(FINISHED, saved.global_step, start.checkpoint, saved.summary())
-    machine.set_optimizer((training.adam_beta1, training.adam_beta2), training.adam_epsilon, training.weight_decay)
-    state, start = _state(machine, data, config, start, schedule.max_steps)
-    state.max_steps, state.num_train_epochs = schedule.max_steps, -(-schedule.max_steps // schedule.steps_per_epoch)
-    has_evaluation = data.eval is not None or bool(sampler and sampler.prompts)
-    progress = Progress(training, config.lema.save_steps, schedule, state, has_evaluation)
-    state.logging_steps, state.eval_steps, state.save_steps = (
-        training.logging_steps, progress.eval_steps, config.lema.save_steps
-    )  # fmt: skip
-    state.train_batch_size = config.lema.batch_size
+    state = TrainerState()
     resolved = config.resolved()
     name = training.run_name or folder.folder.absolute().name
     with contextlib.ExitStack() as end:
-        machine.set_label_smoothing(training.label_smoothing_factor)
-        end.callback(machine.set_label_smoothing, 0.0)
+        end.enter_context(engine.external_loop(lambda: state.global_step))
+        betas = training.adam_beta1, training.adam_beta2
+        engine.trainables.set_optimizer(betas, training.adam_epsilon, training.weight_decay)
+        state, start = _state(engine, data, config, start, schedule.max_steps)
+        progress = _progress(config, schedule, state, data.eval is not None or bool(sampler and sampler.prompts))
+        engine.label_smoothing = training.label_smoothing_factor
+        end.callback(setattr, engine, "label_smoothing", 0.0)
         reporters = end.enter_context(reporting(training.report_to, folder.folder, name, resolved.to_dict()))
         start = start.put_aside(folder)
         resolved.save(folder.folder)
@@ -87,12 +84,12 @@ def run_training(
             write_json(folder.folder / SUMMARY_FILE, data.summary)
         journal = Journal(folder.folder, view)
         end.callback(journal.close)
-        saver = Saver(machine, data.train, resolved, schedule, folder, journal, write_tokenizer, _identity(data.eval))
+        saver = Saver(engine, data.train, resolved, schedule, folder, journal, write_tokenizer, _identity(data.eval))
         end.callback(saver.close)
         if start.checkpoint is not None and start.checkpoint.parent.absolute() == folder.folder.absolute():
             saver.last = start.checkpoint
         loop = TrainingLoop(
-            machine, data.train, resolved, progress, saver, journal,
+            engine, data.train, resolved, progress, saver, journal,
             limit=TimeLimit(training.max_train_hours, start.began), eval_stream=data.eval, sampler=sampler,
             callbacks=[*reporters, *callbacks], always=always,
         )  # fmt: skip
@@ -150,20 +147,29 @@ def check_evaluation(training: TrainingConfig, has_data: bool) -> None:
 
 
 def _state(
-    machine: Machine, data: RunData, config: RunConfig, start: Start, max_steps: int
+    engine: TrainingEngine, data: RunData, config: RunConfig, start: Start, max_steps: int
 ) -> tuple[TrainerState, Start]:
-    """Put machine and data where the checkpoint was; messages of what may differ in the last bits are added."""
+    """Put engine and data where the checkpoint was; messages of what may differ in the last bits are added."""
     if start.checkpoint is None:
         return TrainerState(), start
     saved: dict[str, Any] = start.state["lema"]
     data.train.load_state_dict(saved["cursor"])
-    state = TrainerState.from_dict(machine.load(Path(start.checkpoint)))
-    changed = numerics_changed(saved["run"]["numerics"], machine.numerics())
+    state = TrainerState.from_dict(engine.load_checkpoint(start.checkpoint))
+    changed = numerics_changed(saved["run"]["numerics"], engine.numerics())
     draws = ", and dropout draws otherwise" if config.lema.lora_dropout and changed and "micro_batch" in changed else ""
     messages = [] if changed is None else [f"numbers may differ in the last bits from here on{draws}: {changed}"]
     longer = other_length(saved["run"]["settings"], config.to_dict(), start.state["max_steps"], max_steps)
     messages += [longer] if longer is not None else []
     return state, dataclasses.replace(start, messages=[*start.messages, *messages])
+
+
+def _progress(config: RunConfig, schedule: Schedule, state: TrainerState, has_evaluation: bool) -> Progress:
+    """What is due when, which the state says too, under transformers' names."""
+    progress = Progress(config.training, config.lema.save_steps, schedule, state, has_evaluation)
+    state.max_steps, state.num_train_epochs = schedule.max_steps, -(-schedule.max_steps // schedule.steps_per_epoch)
+    state.logging_steps, state.eval_steps = config.training.logging_steps, progress.eval_steps
+    state.save_steps, state.train_batch_size = config.lema.save_steps, config.lema.batch_size
+    return progress
 
 
 def _identity(batches: Any) -> dict[str, Any] | None:

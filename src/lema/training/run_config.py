@@ -6,25 +6,23 @@ It knows whose a setting is, aliases and overrides; which values are good the th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import glob
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..config import PATHS as LEMA_PATHS
 from ..config import LemaConfig
-from ..data.config import PATHS as DATA_PATHS
 from ..data.config import DataConfig
 from ..errors import ConfigError, LemaError
-from ..paths import expanded
-from ..typed import as_type, kinds_of, parse_text, shortened
+from ..paths import PATH, expanded
+from ..storage.atomic import write_text
+from ..typed import as_flag, close_to, fields_with, kinds_of, parse_text, role_of, shortened
 from .config import TrainingConfig
 from .yaml_file import read_yaml
 
@@ -45,7 +43,7 @@ _ELSEWHERE = {
     "lora_model_dir": "adapter_name_or_path", "logging_strategy": "logging_steps",
 }  # fmt: skip
 _OWNERS: tuple[tuple[str, type], ...] = (("lema", LemaConfig), ("data", DataConfig), ("training", TrainingConfig))
-_PATHS = (*LEMA_PATHS, *DATA_PATHS)
+_PATHS = tuple(name for _, owner in _OWNERS for name in fields_with(owner, PATH))
 
 
 @dataclass
@@ -110,7 +108,8 @@ class RunConfig:
         parts: dict[str, Any] = {}
         for part, owner in _OWNERS:
             kinds = kinds_of(owner)
-            parts[part] = owner(**{n: as_type(n, v, kinds[n]) for n, v in values.items() if n in kinds})
+            own = {name: value for name, value in values.items() if name in kinds}
+            parts[part] = owner(**{n: as_flag(v) if bool in kinds[n] else v for n, v in own.items()})
         return cls(**parts)
 
     def replace(self, **changes: Any) -> RunConfig:
@@ -137,9 +136,7 @@ class RunConfig:
         """Write `run.yaml` into a folder, made if missing; returns the file's path."""
         path = Path(folder) / RUN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        aside.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(aside, path)
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
         return path
 
     @property
@@ -171,6 +168,12 @@ def owner_of(name: str) -> type | None:
     return next((owner for _, owner in _OWNERS if name in kinds_of(owner)), None)
 
 
+def affects_numerics(name: str) -> bool:
+    """Whether a run with another value of this setting is another run; true of a name that is not known."""
+    owner = owner_of(name)
+    return owner is None or role_of(owner, name).affects_numerics
+
+
 _LIST = re.compile(r"""\[\s*["\]]""")  # of JSON; other brackets begin a pattern
 
 
@@ -178,7 +181,7 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
     """Values by name of texts as someone types them.
 
     Raises:
-        ConfigError: an unknown name, or a text that is none of the setting's.
+        ConfigError: an unknown name, or a text that is no list where it begins as one.
     """
     found: dict[str, Any] = {}
     for name, text in _by_name(overrides).items():
@@ -190,7 +193,7 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
         elif name == "sample_prompts":  # a prompt may have commas
             found[name] = [text] if text else []
         else:
-            found[name] = parse_text(name, text, kinds)
+            found[name] = parse_text(text, kinds)
     return found
 
 
@@ -255,6 +258,5 @@ def _is_share(value: Any) -> bool:
 def _suggestion(name: str) -> str:
     if name in _ELSEWHERE:
         return f"; here it is {_ELSEWHERE[name]}"
-    known: Sequence[str] = [n for _, owner in _OWNERS for n in kinds_of(owner)]
-    close = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; `lema init MODEL DATA` writes a file with those there are"
+    known = [*(n for _, owner in _OWNERS for n in kinds_of(owner)), *ALIASES]
+    return close_to(name, known) or "; `lema init MODEL DATA` writes a file with those there are"

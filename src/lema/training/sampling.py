@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .machine import Machine
+from .engine import TrainingEngine
 
 _GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1,
                            "repetition_penalty": 1.0}  # fmt: skip
@@ -33,9 +33,9 @@ class Sampler:
     end_tokens: Sequence[int] = ()
     """Tokens that end an answer; none: the model's own."""
 
-    def answers(self, machine: Machine) -> Iterator[tuple[str, str]]:
+    def answers(self, engine: TrainingEngine) -> Iterator[tuple[str, str]]:
         """Prompt and answer; the random state is left as it was."""
-        before = machine.random_state()
+        before = engine.random_state()
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         ends = {"eos_token_id": list(self.end_tokens)} if self.end_tokens else {}
@@ -43,9 +43,7 @@ class Sampler:
             for prompt in self.prompts:
                 ids = torch.tensor([list(self.ask(prompt))])
                 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                found = machine.generate(
-                    inputs, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **ends, **_GREEDY
-                )
+                found = engine.generate(inputs, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **ends, **_GREEDY)
                 yield prompt, self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
         finally:
             before.restore()

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .checkpoints import CheckpointFolder
+from .engine import Stream, TrainingEngine
 from .journal import Journal
-from .machine import Machine, Stream
 from .run_config import RunConfig
 from .schedule import Schedule
 from .state import TrainerState
@@ -29,10 +29,10 @@ class Saver:
     """
 
     def __init__(
-        self, machine: Machine, stream: Stream, config: RunConfig, schedule: Schedule, folder: CheckpointFolder,
+        self, engine: TrainingEngine, stream: Stream, config: RunConfig, schedule: Schedule, folder: CheckpointFolder,
         journal: Journal, write_tokenizer: Callable[[str], Any] | None, evaluation: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self._machine = machine
+        self._engine = engine
         self._stream = stream
         self._config = config
         self._schedule = schedule
@@ -82,25 +82,22 @@ class Saver:
         shutil.rmtree(self._tokenizer, ignore_errors=True)
 
     def _write(self, path: Path, state: TrainerState, **facts: bool) -> None:
+        schedule = self._schedule.to_dict(state.global_step)
         values = state.to_dict()
         values["lema"] |= {
             "run": {
-                "settings": self._config.to_dict(),
-                "numerics": self._machine.numerics(),
-                "schedule": self._schedule.to_dict(state.global_step),
-                **facts,
+                "settings": self._config.to_dict(), "numerics": self._engine.numerics(), "schedule": schedule, **facts,
             },
             "cursor": self._stream.state_dict(),
             "evaluation": self._evaluation,
-        }
-        self._machine.save(path, values, self._write_more)
+        }  # fmt: skip
 
-    def _write_more(self, folder: Path) -> None:
-        shutil.copytree(self._tokenizer, folder, dirs_exist_ok=True)
-        self._config.save(folder)
-        state: Mapping[str, Any] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        schedule = json.dumps(state["lema"]["run"]["schedule"], indent=2)
-        (folder / "scheduler.json").write_text(schedule + "\n", encoding="utf-8")
+        def more(inside: Path) -> None:
+            shutil.copytree(self._tokenizer, inside, dirs_exist_ok=True)
+            self._config.save(inside)
+            (inside / "scheduler.json").write_text(json.dumps(schedule, indent=2) + "\n", encoding="utf-8")
+
+        self._engine.save_checkpoint(path, values, more)
 
     def _failed(self, path: Path, state: TrainerState, error: OSError, stop: bool) -> None:
         kept = f"the one before, {self.last}, stays" if self.last else "there is none before it"

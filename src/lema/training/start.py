@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..complete import problem_of
 from ..errors import CheckpointError, ConfigError
+from ..storage.complete import problem_of
 from .checkpoints import CheckpointFolder, read_state
 from .metrics import METRICS_FILE, SAMPLES_FILE
 
@@ -71,9 +71,7 @@ def choose_start(folder: CheckpointFolder, resume: str | os.PathLike[str] | None
     if str(resume) == NONE:
         return _anew(folder)
     if str(resume) != AUTO:
-        path = Path(resume)
-        state = read_state(path)
-        return _before(folder, Start(path, state), state["global_step"])
+        return _given(folder, Path(resume))
     problem = None
     found = folder.newest()
     if folder.final.is_dir():
@@ -105,17 +103,17 @@ def _anew(folder: CheckpointFolder) -> Start:
     return Start(aside=aside, why_aside=f"{len(there)} checkpoints and the metrics of the run before are in {{}} now")
 
 
-def _before(folder: CheckpointFolder, start: Start, step: int) -> Start:
-    """Checkpoints of this folder beyond the one gone on from are of a run that is being taken back."""
-    assert start.checkpoint is not None
-    if start.checkpoint.absolute().parent != folder.folder.absolute():
-        return start
-    later = [path for path in folder.all() if int(path.name.rpartition("-")[2]) > step]
-    if folder.final.is_dir() and folder.final.absolute() != start.checkpoint.absolute():
+def _given(folder: CheckpointFolder, checkpoint: Path) -> Start:
+    """From a checkpoint by its path; those of this folder beyond it are of a run that is being taken back."""
+    state = read_state(checkpoint)
+    if checkpoint.absolute().parent != folder.folder.absolute():
+        return Start(checkpoint, state)
+    later = [path for path in folder.all() if int(path.name.rpartition("-")[2]) > state["global_step"]]
+    if folder.final.is_dir() and folder.final.absolute() != checkpoint.absolute():
         later.append(folder.final)
     names = ", ".join(path.name for path in later)
-    why = f"{names} came after {start.checkpoint.name}, and are in {{}} now"
-    return replace(start, aside=tuple(later), why_aside=why)
+    why = f"{names} came after {checkpoint.name}, and are in {{}} now"
+    return Start(checkpoint, state, aside=tuple(later), why_aside=why)
 
 
 def _move_aside(folder: CheckpointFolder, paths: Sequence[Path]) -> Path:

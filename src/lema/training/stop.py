@@ -5,10 +5,11 @@ It knows signals; what is done about them the loop decides.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -21,21 +22,17 @@ class StepAbandoned(BaseException):
 
 
 class StopSignals:
-    """Inside the block the first signal is noted, and a later one abandons what is under way if that may be.
+    """Inside the block the first signal is noted; a later one, inside `abandonable` too, abandons what is under way.
 
     That happens once: what clears up behind it is not to be left in the middle by yet another signal.
 
     Outside of the main thread, where Python takes no handlers, nothing is changed and nothing noted.
-
-    Args:
-        may_abandon: asked at a second signal whether the step may be left where it is.
     """
 
-    def __init__(self, may_abandon: Callable[[], bool]) -> None:
+    def __init__(self) -> None:
         self.requested: str | None = None
         """Name of the signal that came."""
-        self._may_abandon = may_abandon
-        self._abandoned = False
+        self._may_abandon: Callable[[], bool] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -49,11 +46,20 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
+    @contextlib.contextmanager
+    def abandonable(self, may_abandon: Callable[[], bool]) -> Iterator[None]:
+        """A second signal leaves the block by `StepAbandoned`, if `may_abandon` still says so when it comes."""
+        self._may_abandon = may_abandon
+        try:
+            yield
+        finally:
+            self._may_abandon = None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = signal.Signals(number).name
             # Not through sys.stderr or a console: what they buffer may be in the middle of a write.
             os.write(2, f"\n{self.requested}: this step is finished and saved; again: it is abandoned\n".encode())
-        elif not self._abandoned and self._may_abandon():
-            self._abandoned = True
+        elif self._may_abandon is not None and self._may_abandon():
+            self._may_abandon = None
             raise StepAbandoned

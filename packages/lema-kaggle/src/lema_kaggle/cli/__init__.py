@@ -1,0 +1,1 @@
+"""What Kaggle adds to `lema`: one verb with several below it."""

@@ -1,0 +1,1 @@
+"""The loss of a batch and its gradient at the hidden states, without full logits."""

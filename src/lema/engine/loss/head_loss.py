@@ -1,0 +1,127 @@
+"""Head and loss of a step: on all logits at once, or by pieces of positions and of the vocabulary.
+
+It knows where the head is and which way of computing the loss that leaves; it knows nothing of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+
+from ...config import LemaConfig
+from ...errors import UnsupportedError
+from ...models.causal_lm import CausalLM
+from ...streaming.head import SLICE_BYTES, SlicedHead
+from ...streaming.memory import TripleBufferManager
+from ...streaming.timeline import COMPUTE
+from .epilogue import ModelEpilogue
+from .positions import LossResult, compute_loss
+from .streamed_head import head_held, head_pieces
+from .vocabulary import Head, HeadPieces, linear_cross_entropy
+
+logger = logging.getLogger(__name__)
+
+LARGE_LOGITS = 32 << 20
+"""Bytes of float32 logits from which 'auto' cuts the loss; fewer are no more than what a layer takes."""
+AUTO_CHUNK = 256
+"""Positions of a piece then: beside a run of the vocabulary of 16 MiB its float32 logits take 4 to 8 MiB."""
+_WIDEST = 1024
+"""Positions at once beyond which a matmul gains nothing from more."""
+
+
+def loss_chunk(setting: int | str | None, positions: int, vocab: int) -> int | None:
+    """Target positions a piece of the loss, for a setting as `LemaConfig.loss_chunk_size`; None: all at once.
+
+    Args:
+        positions: of the whole batch.
+        vocab: logits a position.
+    """
+    if not isinstance(setting, str):
+        return setting
+    return AUTO_CHUNK if positions * vocab * 4 > LARGE_LOGITS else None
+
+
+def wide_piece(chunk: int, positions: int) -> tuple[int, int]:
+    """Positions at once, and bytes of the head's rows for them, of a piece no larger than `chunk` beside 16 MiB.
+
+    A matmul arranges its weight anew at each call, so few positions pay for it dearly: against all logits at once two
+    matmuls of 128, 256 and 512 positions beside 4 MiB took 1.15, 1.03 and 0.94 of the time (float32, width 2048).
+    """
+    wide = min(max(chunk, min(4 * chunk, _WIDEST)), max(positions, 1))
+    return wide, min(SLICE_BYTES, SLICE_BYTES * chunk // wide)
+
+
+class HeadLoss:
+    """The loss of hidden states and its gradient there, the head being where memory has it.
+
+    Args:
+        lm: the model.
+        memory: holds its head.
+        config: says how many targets are a piece, where the plan leaves it open.
+    """
+
+    def __init__(self, lm: CausalLM, memory: TripleBufferManager, config: LemaConfig) -> None:
+        self._lm = lm
+        self._memory = memory
+        self._config = config
+        self._epilogue = ModelEpilogue(lm)
+        self._sliceable: bool | None = None
+        self.smoothing = 0.0
+        """Label smoothing, where there is a gradient: what is evaluated is the plain loss."""
+
+    def __call__(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, *, scale: float = 1.0,
+        with_gradient: bool = True, with_logits: bool = False, with_accuracy: bool = False,
+    ) -> LossResult:  # fmt: skip
+        """As `compute_loss`: `hidden` is `[batch, seq, hidden]`, `targets` `[batch, seq]`."""
+        wanted: dict[str, Any] = {"scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy}
+        wanted["smoothing"] = self.smoothing if with_gradient else 0.0
+        chunk = self._chunk_of(targets)
+        pieces = head_pieces(self._memory)
+        if pieces is not None:
+            with self._memory.timeline.span(COMPUTE, "head and loss"):
+                return self._by_pieces(hidden, targets, denominator, pieces, chunk, with_logits, wanted)
+        with head_held(self._memory):
+            if chunk is not None and self._slices_head():
+                chunk, nbytes = wide_piece(chunk, targets.numel())
+                sliced = SlicedHead(self._epilogue.linear.weight, nbytes)
+                return self._by_pieces(hidden, targets, denominator, sliced, chunk, with_logits, wanted)
+            return compute_loss(
+                self._lm, hidden, targets, denominator, chunk_size=chunk, with_logits=with_logits, **wanted
+            )
+
+    def _by_pieces(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, pieces: HeadPieces, chunk: int | None,
+        with_logits: bool, wanted: dict[str, Any],
+    ) -> LossResult:  # fmt: skip
+        hidden, head, epilogue = hidden.detach(), Head(self._epilogue.linear, pieces), self._epilogue
+        how = {**wanted, "denominator": denominator, "positions": chunk or targets.numel()}
+        epilogue.check(pieces.ranges, hidden)
+        with epilogue.in_place():
+            result = linear_cross_entropy(hidden, head, targets, epilogue, **how)
+            if not with_logits:
+                return result
+            with torch.no_grad():
+                return dataclasses.replace(result, logits=epilogue(hidden, head))
+
+    def _slices_head(self) -> bool:
+        """Whether a chunked loss may cut the vocabulary too, which the family has to allow."""
+        if self._sliceable is None:
+            device = torch.device(self._config.device)
+            try:
+                weight = self._epilogue.linear.weight
+                nothing = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=device)
+                self._epilogue.check(SlicedHead(weight).ranges, nothing)
+                self._sliceable = True
+            except UnsupportedError as error:
+                logger.info("the loss is cut by positions only: %s", error)
+                self._sliceable = False
+        return self._sliceable
+
+    def _chunk_of(self, targets: torch.Tensor) -> int | None:
+        plan = self._memory.plan
+        setting = self._config.loss_chunk_size if plan.loss_by_batch else plan.loss_chunk_size
+        return loss_chunk(setting, targets.numel(), self._lm.vocab_size)

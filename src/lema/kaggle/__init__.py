@@ -1,6 +1,0 @@
-"""Runs on Kaggle: notebooks that carry this package, and the way there and back.
-
-Made here: a notebook with the package inside (`wheel`, `notebook`, `templates`) and its settings (`metadata`).
-On the way: credentials, calls, waiting, logs, downloads (`credentials`, `client`, `patience`, `watch`, `download`).
-On the machine there: what the notebooks call (`inside`). None of it knows models, weights or training.
-"""

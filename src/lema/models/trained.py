@@ -1,0 +1,41 @@
+"""Whose parameters of a model are trained.
+
+It knows how parameters are asked for and kept; it knows nothing of optimizers or of steps.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class HoldsModel(Protocol):
+    """An adapter whose whole model can be asked for."""
+
+    def causal_lm(self) -> Any:
+        """The model; see `lema.models.causal_lm.CausalLM`."""
+
+
+class Trained:
+    """Parameters that are trained, and their files: here none; `lema.models.lora.LoRAManager` has LoRA's."""
+
+    def attach(self, adapter: HoldsModel) -> nn.Module:
+        """Give a model its trained parameters, once; the module to call, whose mode is switched."""
+        module: nn.Module = adapter.causal_lm().module
+        return module
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names, as checkpoints have them, and parameters."""
+        return []
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters, in the model's order; the same objects from first step to last."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write their values."""
+
+    def load_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Read values that `save_pretrained` wrote."""

@@ -1,0 +1,179 @@
+"""What a memory plan is made from and what it says.
+
+It knows bytes, operations and decisions as numbers; how a plan is found is `planner`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+IDLE_HEAP = "heap kept between steps"
+"""Name of the part of a plan's host bytes that lies idle, so that no page is faulted in twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Bytes of a model's parts."""
+
+    units: tuple[int, ...]
+    """Of each streamed unit."""
+    scratch: int
+    """Shared by all units for parameters made from stored bytes at each use; 0 where none is."""
+    head: int
+    """The output embedding's weight; 0 where it is part of `rest`."""
+    head_streams: bool
+    """Whether the head can be streamed."""
+    vocab: int
+    embedding: int
+    """The input embedding, of which a step touches a few rows; 0 where it is the head as well."""
+    rest: int
+    """Everything else that stays."""
+    lora: int
+    """Trainable parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What one layer takes for one micro-batch: most bytes alive at once, and floating point operations."""
+
+    forward_peak: int
+    graph: int
+    """Bytes that stay alive from forward to backward where the layer is not recomputed."""
+    backward_peak: int
+    """Recomputation and backward together."""
+    forward_flops: int
+    backward_flops: int
+    kernel_scratch: int
+    """Bytes of a matmul kernel's own copy of a weight, on CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossCost:
+    """Head and loss for one chunk of target positions."""
+
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a step on `[batch, seq]` tokens takes, by micro-batch rows and by target positions."""
+
+    batch: int
+    seq: int
+    boundary: int
+    """Bytes of one layer's input for the whole batch."""
+    layer: Callable[[int], LayerCost]
+    loss: Callable[[int], LossCost]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Decisions taken by the user; None leaves one to the plan."""
+
+    device_layers: int | None = None
+    ram_layers: int | None = None
+    keep_activations: int | None = None
+    micro_batch_size: int | None = None
+    loss_chunk_size: int | None = None
+    exact_loss: bool = False
+    """The loss stays in one piece."""
+    head: str | None = None
+    boundaries: str | None = None
+    optimizer: str | None = None
+    host_slots: int = 2
+    device_slots: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What is kept where. Units are numbered from 0; one that is in none of the three tiers is bound to mapped files.
+
+    Without a budget nothing is searched and no bytes are predicted; see `plain`.
+    """
+
+    device: str
+    on_device: tuple[int, ...]
+    in_ram: tuple[int, ...]
+    from_disk: tuple[int, ...]
+    keep_activations: tuple[int, ...]
+    """Units that are not recomputed in the backward."""
+    host_slots: int
+    device_slots: int
+    batch: int
+    seq: int
+    """The batch planned for, `[batch, seq]` tokens."""
+    micro_batch_size: int
+    loss_chunk_size: int | None
+    head: str
+    """'resident'; 'streamed' (CPU): whole, once a step; 'chunked': by runs of vocabulary rows, once a step; 'mapped':
+    with the rest of the model."""
+    head_rows: int
+    """Vocabulary rows of a chunk; all of them unless chunked."""
+    boundaries: str
+    """'device' (where layers are computed) or 'host'."""
+    optimizer: str
+    """'device' or 'host'."""
+    host_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Predicted host peak above the import floor, by what it is for."""
+    device_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Predicted device peak, by what it is for; empty on CPU."""
+    estimate: Estimate | None = None
+    transient: int = 0
+    """Most bytes on the heap that one layer or the loss takes and gives back."""
+    loss_bytes: int = 0
+    """Most bytes of activations that head and loss have at once."""
+    loss_by_batch: bool = False
+    """`loss_chunk_size` says nothing: the loss is cut as each batch asks for, by the trainer's settings."""
+    head_in_ram: bool = False
+    """Chunks of the head cross to the device from RAM, and are read from disk once in a run."""
+
+    @property
+    def predicted(self) -> bool:
+        """Whether a budget or a decision asked for bytes and seconds, so that there is something to keep to."""
+        return bool(self.host_bytes or self.device_bytes)
+
+    @property
+    def keeps_idle_heap(self) -> bool:
+        """Whether there is room to leave freed memory on the heap for the next step."""
+        return self.host_bytes.get(IDLE_HEAP, 0) > 0
+
+    @property
+    def host_peak(self) -> int:
+        """Predicted host peak in bytes above the import floor."""
+        return sum(self.host_bytes.values())
+
+    @property
+    def device_peak(self) -> int:
+        """Predicted peak of device memory in bytes, this process's context among them."""
+        return sum(self.device_bytes.values())
+
+    @property
+    def streamed_to_compute(self) -> tuple[int, ...]:
+        """Units that share slots where layers are computed."""
+        return tuple(sorted((*self.in_ram, *self.from_disk))) if self.device != "cpu" else self.from_disk
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Predicted time of an optimizer step, one call of `train_step` a window."""
+
+    step_seconds: float
+    compute_seconds: float
+    disk_seconds: float
+    link_seconds: float
+    tokens_per_second: float
+    bound_by: str
+    """'compute', 'disk' or 'link'."""
+
+
+def evenly(count: int, total: int) -> tuple[int, ...]:
+    """`count` of `total` units, evenly spaced, the last one among them."""
+    return tuple(sorted({total - 1 - (i * total) // count for i in range(count)})) if count else ()
+
+
+def describe(plan: MemoryPlan) -> dict[str, Any]:
+    """JSON-ready."""
+    return asdict(plan)

@@ -1,0 +1,92 @@
+"""What a file stores for a parameter, and how values come of it: the seam that quantised formats enter by.
+
+A codec knows stored tensors and arithmetic on them. Files, slots and the moment of decoding are its callers' business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .index import TensorRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring elements of one stored tensor: the index of the first, and how many."""
+
+    record: TensorRecord
+    source: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A contiguous run of elements copied from a file tensor into a parameter.
+
+    Offsets and `count` are in elements, so that a cast on the way changes nothing here.
+    """
+
+    record: TensorRecord
+    source: int
+    target: int
+    count: int
+
+
+class Codec(ABC):
+    """Stored tensors, one or several, that make one parameter; their elements need not be the parameter's.
+
+    Two codecs are equal if they make the same of the same tensors.
+    """
+
+    @property
+    @abstractmethod
+    def runs(self) -> tuple[Run, ...]:
+        """What has to be there to decode. Stored bytes travel over every tier as they are."""
+
+    @abstractmethod
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Make the parameter, without a graph and in the order of the calling thread's stream.
+
+        Args:
+            stored: the elements of `runs` in their order, each `[count]` of its file's type; not to be written.
+            out: the parameter's own shape and type, contiguous; every element is to be written.
+        """
+
+    def is_identity(self, dtype: torch.dtype, numel: int) -> bool:
+        """Whether a view of the stored bytes is the parameter of this type and size."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Placement(Codec):
+    """Element for element: a tensor as it is, cast to another type, or put together from several."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """A run for every piece."""
+        return tuple(Run(piece.record, piece.source, piece.count) for piece in self.pieces)
+
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Copy every piece, cast on the way where types differ."""
+        flat = out.view(-1)
+        for piece, values in zip(self.pieces, stored, strict=True):
+            flat[piece.target : piece.target + piece.count].copy_(values)
+
+    def is_identity(self, dtype: torch.dtype, numel: int) -> bool:
+        """One piece that is everything, of the same type, at a multiple of its item size in the file."""
+        if len(self.pieces) != 1:
+            return False
+        piece = self.pieces[0]
+        record = piece.record
+        return (
+            record.dtype == dtype
+            and piece.target == 0
+            and piece.count == numel
+            and (record.offset + piece.source * dtype.itemsize) % dtype.itemsize == 0
+        )
