@@ -53,7 +53,7 @@ lint: $(INSTALLED) ## ruff, mypy and the import arrows
 	@$(BIN)/ruff check -q .
 	@$(BIN)/ruff format -q --check .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/lint-imports --no-logo
+	@PYTHONPATH=src:packages/lema-reply/src:packages/lema-kaggle/src $(BIN)/lint-imports --no-logo
 
 test: $(MODEL_INSTALLED) lint ## lint, then the tests that take seconds
 	@$(PYTEST) -m 'not slow and not long'

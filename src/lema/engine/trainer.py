@@ -165,7 +165,9 @@ class LemaTrainer:
         """
         joined, most_rows = join_batches(batches)
         with self._whole_window(most_rows):
-            return float(self.train_step(joined)[1] or 0.0)
+            if (loss := self.train_step(joined)[1]) is not None:
+                return loss
+        raise ConfigError("the batches have no labels, so there is nothing to train on")
 
     @in_turn
     def eval_step(
@@ -188,7 +190,8 @@ class LemaTrainer:
         if batch.targets is None:
             raise ConfigError("the batch has no labels, so there is nothing to evaluate")
         result = self._evaluated(batch, batch.targets, 1.0, with_accuracy=True)
-        return result.loss, batch.num_targets, result.correct or 0
+        assert result.correct is not None  # it was asked for
+        return result.loss, batch.num_targets, result.correct
 
     @in_turn
     def finish(self) -> bool:
@@ -266,9 +269,8 @@ class LemaTrainer:
             try:
                 yield
             finally:
-                loaded = self._steps != before
-                self._steps = self._external() if loaded or self.trainables.updates > taken else before
-                self._external = None
+                counted = self._steps != before or self.trainables.updates > taken
+                self._steps, self._external = self._external() if counted else before, None
 
     @contextlib.contextmanager
     def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:
