@@ -16,7 +16,7 @@ from families import save_tiny
 from helpers import adapter_of, gradients_of, lema_config, padded_batch
 from lema.engine.attach import attach
 from lema.errors import BindingError
-from lema.models.interceptor import Interceptor, replaced_forwards
+from lema.models.interceptor import Interceptor
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -115,13 +115,13 @@ def test_what_somebody_else_put_on_top_is_left_to_them(tmp_path: Path) -> None:
 
 
 def test_forwards_replaced_twice_come_back_in_order() -> None:
-    shared = nn.Identity()
-    with replaced_forwards([shared, shared], [lambda x: x + 1, lambda x: x + 2]):
+    shared, own = nn.Identity(), Interceptor()
+    with own.replaced([shared, shared], [lambda x: x + 1, lambda x: x + 2]):
         assert shared(1) == 3
-        with replaced_forwards([shared], [lambda x: -x]):
-            assert shared(1) == -1
+        with own.replaced([shared], [lambda x: -x]):
+            assert shared(1) == -1 and len(own.names) == 2
         assert shared(1) == 3
-    assert "forward" not in shared.__dict__
+    assert "forward" not in shared.__dict__ and not own.names
 
 
 def test_a_gate_goes_with_its_module_when_that_is_copied() -> None:

@@ -25,7 +25,7 @@ _REFUSED_OUTPUTS = {
     "output_attentions": "attention weights",
     "output_router_logits": "router logits and their auxiliary loss",
 }
-_NAMES = ("decoder", "layers", "head", "sweeps", "guards", "adapters")
+_NAMES = ("decoder", "layers", "head", "epilogue", "sweeps", "guards", "adapters")
 
 
 def attach(

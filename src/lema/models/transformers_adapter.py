@@ -303,7 +303,8 @@ class TransformersAdapter(LemaModelAdapter):
             module.__dict__["lema_unit"] = layer_id - 1
             return module
         layers = memo[id(self.causal_lm().layers)]
-        return EmbeddingStage(module, layers) if layer_id == 0 else HeadStage(module, layers, self._lm)
+        stage = EmbeddingStage if layer_id == 0 else HeadStage
+        return stage(module, layers, self.causal_lm())
 
     def forward_layer(self, module: nn.Module, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Run a constructed layer. Masks and positions of a block are made by the model's own forward."""
