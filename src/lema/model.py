@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ from .models.trained import Trained
 from .planning.plan import MemoryPlan
 from .storage.index import GlobalBinaryIndex
 from .streaming.memory import TripleBufferManager
+
+Kind = TypeVar("Kind", bound=LemaTrainer)
 
 
 class LemaModel:
@@ -97,9 +99,7 @@ class LemaModel:
         return self._trained.get_trainable_parameters()
 
     def get_trainer(
-        self,
-        optimizer: torch.optim.Optimizer | None = None,
-        resume_from: str | os.PathLike[str] | None = None,
+        self, optimizer: torch.optim.Optimizer | None = None, resume_from: str | os.PathLike[str] | None = None
     ) -> LemaTrainer:
         """A trainer for this model.
 
@@ -107,17 +107,16 @@ class LemaModel:
             optimizer: over `get_trainable_parameters()`; None: AdamW with the config's learning rate.
             resume_from: a directory written by `save_checkpoint`; training goes on bit for bit.
         """
+        return self.trainer_of(LemaTrainer, optimizer, resume_from)
+
+    def trainer_of(
+        self, kind: type[Kind], optimizer: torch.optim.Optimizer | None, resume_from: str | os.PathLike[str] | None
+    ) -> Kind:
+        """As `get_trainer`, of a class of its kind."""
         self.initialize_lora()
+        parts = self.config, self.adapter, self.gbi, self.lora_manager, optimizer, self.memory
         with explained(self.config.device, self.memory.plan):
-            trainer = LemaTrainer(
-                self.config,
-                self.adapter,
-                self.gbi,
-                self.lora_manager,
-                optimizer,
-                self.memory,
-                streamer=self._streamer,
-            )
+            trainer = kind(*parts, streamer=self._streamer)
         if resume_from is not None:
             trainer.load_checkpoint(resume_from)
         return trainer

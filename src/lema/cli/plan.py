@@ -104,12 +104,13 @@ def plan(
 
 
 def _of_run(file: Path, hardware: str | None) -> dict[str, Any]:
-    """What a run's engine is built with, `auto` budgets where the file says none."""
+    """What a run's plan is made by, `auto` budgets where the file says none."""
     from ..machine.device import default_device
+    from ..run.planned import for_windows
     from ..training.run_config import RunConfig
 
     run = RunConfig.from_yaml(file, defaults={"vram_budget": "auto", "ram_budget": "auto", "device": default_device()})
-    values = run.engine_config().to_dict()
+    values = for_windows(run.lema).to_dict()
     if hardware is not None:  # which has a device of its own
         del values["device"]
     return values

@@ -48,10 +48,18 @@ class Planned:
     adapter: LemaModelAdapter
     """The model without its weights."""
 
-    @property
-    def sized(self) -> LemaConfig:
-        """The settings with what automatic budgets came to."""
-        return self.config.replace(ram_budget=self.ram_budget, vram_budget=self.vram_budget)
+
+def for_windows(config: LemaConfig) -> LemaConfig:
+    """The settings to plan a run by, whose engine gets a whole accumulation window at once.
+
+    Layers run `batch_size` rows at once as without accumulation; under a budget the plan decides.
+    """
+    budgeted = config.ram_budget is not None or config.vram_budget is not None
+    micro = config.micro_batch_size
+    if micro is None and not budgeted and config.gradient_accumulation_steps > 1:
+        micro = config.batch_size
+    rows = config.batch_size * config.gradient_accumulation_steps
+    return config.replace(batch_size=rows, gradient_accumulation_steps=1, micro_batch_size=micro)
 
 
 def make(values: Mapping[str, Any], spec: str | None = None, probe: bool = False) -> Planned:
