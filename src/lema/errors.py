@@ -71,6 +71,10 @@ class CheckpointError(LemaError):
     """A training checkpoint is incomplete, damaged, or belongs to another run."""
 
 
+class RankError(LemaError, RuntimeError):
+    """Another process of the run has ended by an error; says which one and by what."""
+
+
 class CallbackError(LemaError, RuntimeError):
     """A user's callback raised; says which and at what event. The error itself is its `__cause__`."""
 

@@ -69,8 +69,8 @@ class Arguments(SimpleNamespace):
         return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(self).items()}
 
 
-def arguments(settings: Mapping[str, Any], strategies: Mapping[str, str]) -> Arguments:
-    """What callbacks get as `args`: the settings, and their aliases in transformers."""
+def arguments(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Arguments:
+    """What callbacks get as `args`: the settings, their aliases in transformers, and what else is given."""
     values = {
         **settings,
         "per_device_train_batch_size": settings["batch_size"],
@@ -88,7 +88,7 @@ def arguments(settings: Mapping[str, Any], strategies: Mapping[str, str]) -> Arg
         "process_index": 0,
         "local_process_index": 0,
         "world_size": 1,
-        **strategies,
+        **given,
     }
     return Arguments(**values)
 
