@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .config import LemaConfig
+from .coordinator import Coordinator
 from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
 from .engine.attach import Attachment, attach
 from .engine.checkpoint import check_base_of_adapter
@@ -110,13 +111,14 @@ class LemaModel:
         return self.trainer_of(LemaTrainer, optimizer, resume_from)
 
     def trainer_of(
-        self, kind: type[Kind], optimizer: torch.optim.Optimizer | None, resume_from: str | os.PathLike[str] | None
-    ) -> Kind:
-        """As `get_trainer`, of a class of its kind."""
+        self, kind: type[Kind], optimizer: torch.optim.Optimizer | None = None,
+        resume_from: str | os.PathLike[str] | None = None, coordinator: Coordinator | None = None,
+    ) -> Kind:  # fmt: skip
+        """As `get_trainer`, of a class of its kind, and as one of several processes."""
         self.initialize_lora()
         parts = self.config, self.adapter, self.gbi, self.lora_manager, optimizer, self.memory
         with explained(self.config.device, self.memory.plan):
-            trainer = kind(*parts, streamer=self._streamer)
+            trainer = kind(*parts, streamer=self._streamer, coordinator=coordinator)
         if resume_from is not None:
             trainer.load_checkpoint(resume_from)
         return trainer

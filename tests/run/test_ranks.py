@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from helpers import relative
 from lema.errors import CheckpointError, RankError, ReadError
+from lema.training.evaluation import evaluate
 from lema.training.metrics import read_lines
 from lema.training.time_limit import TimeLimit
 from ranks import train_on
@@ -117,14 +118,13 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(settings: dict[
 @pytest.mark.parametrize("main", [0, 1])
 def test_a_second_signal_to_one_rank_takes_all_back(settings: dict[str, Any], tmp_path: Path, main: int) -> None:
     def prepare(trainer: Any, rank: int) -> None:
-        def twice(_: torch.Tensor) -> None:
+        def midway(_: torch.Tensor) -> None:
             if trainer.global_step == 1:
-                signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)
+                twice()
 
         parameters = trainer.lora_manager.get_trainable_parameters()
         if rank == main:
-            parameters[len(parameters) // 2].register_post_accumulate_grad_hook(twice)
+            parameters[len(parameters) // 2].register_post_accumulate_grad_hook(midway)
 
     outcome, adapters, _ = train_on(2, settings, prepare=prepare, main=main)
     assert [(result.status, result.global_step) for result in outcome] == [("interrupted", 1)] * 2
@@ -134,6 +134,48 @@ def test_a_second_signal_to_one_rank_takes_all_back(settings: dict[str, Any], tm
     whole = {**settings, "output_dir": str(tmp_path / "whole")}
     train_on(2, whole)
     assert adapter_bytes(tmp_path / "out" / "final") == adapter_bytes(tmp_path / "whole" / "final")
+
+
+def twice() -> None:
+    """To the main thread, as signals always are."""
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_nobody_leaves_once_gradients_are_added_up(settings: dict[str, Any], after: bool) -> None:
+    def prepare(trainer: Any, rank: int) -> None:
+        add = trainer.coordinator.add
+
+        def signalled(what: str, tensors: Any) -> None:
+            mine = rank == 1 and trainer.global_step == 1 and what == "ranks with a gradient"
+            if mine and not after:
+                twice()
+            add(what, tensors)
+            if mine and after:  # the other rank may have updated its parameters by now
+                twice()
+
+        trainer.coordinator.add = signalled
+
+    outcome, adapters, _ = train_on(2, {**settings, "eval_size": 0}, prepare=prepare, main=1)
+    assert [(result.status, result.global_step) for result in outcome] == [("interrupted", 2)] * 2
+    assert alike(adapters)
+
+
+def test_an_evaluation_left_at_its_end_by_one_rank_counts_for_none(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then_signals(*args: Any) -> dict[str, Any]:
+        found = evaluate(*args)
+        if threading.current_thread() is threading.main_thread():
+            twice()
+        return found
+
+    monkeypatch.setattr("lema.training.loop.evaluate", then_signals)
+    outcome, adapters, _ = train_on(2, {**settings, "save_steps": 0}, main=1)
+    assert [(result.status, result.global_step) for result in outcome] == [("interrupted", 2)] * 2
+    saved = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert saved["lema"]["evaluated_step"] == -1 and not lines_of(settings, "eval") and alike(adapters)
 
 
 def test_an_evaluation_that_one_rank_has_no_time_for(

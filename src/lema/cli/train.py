@@ -54,12 +54,13 @@ def train(
     from ..training.panel import make_view
 
     run = _read(file, split_settings(settings or ()))
-    with begun(run, resume, Coordinator(), look=dry_run) as (folder, start):
+    ranks = Coordinator()
+    with begun(run, resume, ranks, look=dry_run) as (folder, start):
         planned = plan_run(run, start)
         if dry_run:
             planned.check()
         _say_cost(run, start, planned)
-        result = None if dry_run else planned.train(folder, make_view(plain or None))
+        result = None if dry_run else planned.train(folder, make_view(plain or None), ranks)
     if result is None:
         typer.echo("dry run: settings, model, data and output_dir are fine; nothing was trained")
         return

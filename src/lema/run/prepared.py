@@ -121,10 +121,10 @@ class PlannedRun:
         with self.model() as model:
             model.get_trainer()
 
-    def train(self, folder: CheckpointFolder, view: View) -> TrainResult:
-        """Train in an opened folder."""
+    def train(self, folder: CheckpointFolder, view: View, ranks: Coordinator) -> TrainResult:
+        """Train in an opened folder, as one of these."""
         with self.model() as model:
-            return self.prepared.train_by(model.get_trainer(), folder, view)
+            return self.prepared.train_by(model.trainer_of(LemaTrainer, coordinator=ranks), folder, view)
 
 
 def plan_run(run: RunConfig, start: Start) -> PlannedRun:
