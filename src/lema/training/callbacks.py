@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from ..coordinator import Coordinator
 from ..errors import CallbackError, UnsupportedError
 from .state import TrainerControl, TrainerState
 
@@ -69,8 +70,8 @@ class Arguments(SimpleNamespace):
         return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(self).items()}
 
 
-def arguments(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Arguments:
-    """What callbacks get as `args`: the settings, their aliases in transformers, and what else is given."""
+def arguments(settings: Mapping[str, Any], strategies: Mapping[str, str], ranks: Coordinator) -> Arguments:
+    """What callbacks get as `args`: the settings, and their aliases in transformers."""
     values = {
         **settings,
         "per_device_train_batch_size": settings["batch_size"],
@@ -83,12 +84,12 @@ def arguments(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Argument
         else settings["save_strategy"],
         "eval_delay": 0,
         "disable_tqdm": True,
-        "should_log": True,
-        "should_save": True,
-        "process_index": 0,
-        "local_process_index": 0,
-        "world_size": 1,
-        **given,
+        "should_log": ranks.is_writer,
+        "should_save": ranks.is_writer,
+        "process_index": ranks.rank,
+        "local_process_index": ranks.rank,
+        "world_size": ranks.world_size,
+        **strategies,
     }
     return Arguments(**values)
 

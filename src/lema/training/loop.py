@@ -59,16 +59,10 @@ class TrainingLoop:
         self.saver, self.journal = saver, journal
         self.eval_stream, self.sampler = eval_stream, sampler
         self.control = TrainerControl()
-        ranks, writes = self.coordinator, self.coordinator.is_writer
-        self.state.is_world_process_zero = self.state.is_local_process_zero = writes
-        given = {
-            "eval_strategy": progress.eval_strategy, "process_index": ranks.rank, "local_process_index": ranks.rank,
-            "world_size": ranks.world_size, "should_log": writes, "should_save": writes,
-        }  # fmt: skip
-        self.callbacks = Callbacks(
-            callbacks, arguments(config.to_dict(), given), model=engine.model, optimizer=engine.optimizer,
-            **(always or {}),
-        )  # fmt: skip
+        self.state.is_world_process_zero = self.state.is_local_process_zero = self.coordinator.is_writer
+        strategies = {"eval_strategy": progress.eval_strategy}
+        args = arguments(config.to_dict(), strategies, self.coordinator)
+        self.callbacks = Callbacks(callbacks, args, model=engine.model, optimizer=engine.optimizer, **(always or {}))
         self.signals = StopSignals()
         self.limit = limit
         self._stop: str | None = None
