@@ -90,6 +90,8 @@ class LemaTrainer(OriginalTrainer):
         self.optimizer = self.trainables.optimizer
         self.window = Window(config.gradient_accumulation_steps)
         self.loss = HeadLoss(self.lm, self.memory, config)
+        self.label_smoothing = 0.0
+        """Share of a target's weight that training spreads over the vocabulary; what is evaluated is the plain loss."""
         self.last_step: StepReport | None = None
         self._resume_state = ResumeState(config, self.lm, gbi, self.trainables, self.window)
         self._steps = 0
@@ -154,7 +156,10 @@ class LemaTrainer(OriginalTrainer):
         self.model.train()
         hidden = self.lm.hidden_states(**batch.model_inputs)
         self._trim()
-        result = self.loss(hidden, batch.targets, denominator, scale=self.loss_scale, with_logits=with_logits)
+        result = self.loss(
+            hidden, batch.targets, denominator, scale=self.loss_scale, smoothing=self.label_smoothing,
+            with_logits=with_logits,
+        )  # fmt: skip
         self._trim()
         hidden.backward(result.gradient)
         return result
@@ -301,15 +306,6 @@ class LemaTrainer(OriginalTrainer):
     def loss_scale(self) -> float:
         """What fp16 multiplies the loss with; 1 elsewhere."""
         return self.trainables.loss_scale.factor
-
-    @property
-    def label_smoothing(self) -> float:
-        """Share of a target's weight that training spreads over the vocabulary."""
-        return self.loss.smoothing
-
-    @label_smoothing.setter
-    def label_smoothing(self, factor: float) -> None:
-        self.loss.smoothing = factor
 
     def random_state(self) -> RandomState:
         """Where the generators are now."""

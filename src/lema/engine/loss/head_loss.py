@@ -69,16 +69,15 @@ class HeadLoss:
         self._config = config
         self._epilogue = ModelEpilogue(lm)
         self._sliceable: bool | None = None
-        self.smoothing = 0.0
-        """Label smoothing, where there is a gradient: what is evaluated is the plain loss."""
 
     def __call__(
         self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, *, scale: float = 1.0,
-        with_gradient: bool = True, with_logits: bool = False, with_accuracy: bool = False,
+        with_gradient: bool = True, with_logits: bool = False, with_accuracy: bool = False, smoothing: float = 0.0,
     ) -> LossResult:  # fmt: skip
         """As `compute_loss`: `hidden` is `[batch, seq, hidden]`, `targets` `[batch, seq]`."""
-        wanted: dict[str, Any] = {"scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy}
-        wanted["smoothing"] = self.smoothing if with_gradient else 0.0
+        wanted: dict[str, Any] = {
+            "scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy, "smoothing": smoothing,
+        }  # fmt: skip
         chunk = self._chunk_of(targets)
         pieces = head_pieces(self._memory)
         if pieces is not None:
