@@ -15,20 +15,22 @@ from torch import nn
 
 from .config import LemaConfig
 from .coordinator import Coordinator
-from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
-from .engine.attach import Attachment, attach
+from .engine.assembly import StoredModel, assemble_lora, compute_dtype
+from .engine.attach import attach
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
 from .engine.generation import generate, take_end_tokens
+from .engine.outlook import Outlook
 from .engine.trainer import LemaTrainer
 from .errors import DeviceError
+from .machine.heap import resident_bytes
 from .models.base import LemaModelAdapter
 from .models.locate import adapter_for, local_path, weights_path
 from .models.lora import ADAPTER_CONFIG, LoRAManager
 from .models.trained import Trained
 from .planning.plan import MemoryPlan
+from .planning.policy import plan_for
 from .storage.index import GlobalBinaryIndex
-from .streaming.memory import TripleBufferManager
 
 Kind = TypeVar("Kind", bound=LemaTrainer)
 
@@ -38,8 +40,8 @@ class LemaModel:
 
     Args:
         config: settings.
-        adapter: the model family, for weights without a config.json beside them.
-        plan: what to keep where, made for this configuration; None: made here.
+        adapter: the model, where it was made already, or for weights without a config.json beside them.
+        plan: what to keep where, made for this configuration and these weights; None: made here.
 
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
@@ -51,24 +53,36 @@ class LemaModel:
         self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None
     ) -> None:
         self.config = config
-        compute_dtype(config)
+        dtype = compute_dtype(config)
         model_path = local_path(config.model_name_or_path, "*.json")
         self._folder = model_path if model_path.is_dir() else model_path.parent
         self.adapter = adapter or adapter_for(config, model_path)
         self.gbi = GlobalBinaryIndex(weights_path(config))
-        self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi, plan)
+        floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
+        self.adapter.configure(dtype, config.attn_implementation)
+        model = StoredModel(self.adapter, self.gbi)
+        plan = plan or plan_for(Outlook(config, model))
+        self.attachment = attach(
+            model,
+            plan,
+            config.device,
+            num_readers=config.num_readers,
+            prefetch_depth=config.prefetch_depth,
+            floor=floor,
+        )
+        """The model and its weights, until `close`."""
+        self.memory = self.attachment.memory
         if config.leave_out_router_loss:
             self.adapter.causal_lm().router_loss = None
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
-        self._streamer: Attachment | None = None
-        self._adapter_source: Path | None = None
+        self._has_adapter = False
 
     def initialize_lora(self) -> None:
-        """Make the adapters' parameters and install the streamed layers; further calls do nothing."""
-        if self._streamer is not None:
-            return
-        with explained(self.config.device, self.memory.plan):
-            self._install()
+        """Make the adapters' parameters; further calls do nothing."""
+        if not self._has_adapter:
+            with explained(self.config.device, self.memory.plan):
+                self._install()
+            self._has_adapter = True
 
     @property
     def _trained(self) -> Trained:
@@ -84,9 +98,8 @@ class LemaModel:
             base = getattr(peft_model, "base_model", None)
             if base is not None:
                 peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
-        around = self.lora_manager.peft_model if self.lora_manager is not None else None
-        self._streamer = attach(self.adapter.causal_lm(), self.memory, self.config.micro_batch_size, around)
-        self.hf_model.eval()
+            self.attachment.guard(peft_model)
+        self._trained.attach(self.adapter).eval()
 
     @property
     def hf_model(self) -> nn.Module:
@@ -118,7 +131,7 @@ class LemaModel:
         self.initialize_lora()
         parts = self.config, self.adapter, self.gbi, self.lora_manager, optimizer, self.memory
         with explained(self.config.device, self.memory.plan):
-            trainer = kind(*parts, streamer=self._streamer, coordinator=coordinator)
+            trainer = kind(*parts, attachment=self.attachment, coordinator=coordinator)
         if resume_from is not None:
             trainer.load_checkpoint(resume_from)
         return trainer
@@ -172,8 +185,7 @@ class LemaModel:
         """End the reading threads and give the files back."""
         self.memory.close()
         self.gbi.close()
-        if self._streamer is not None:
-            self._streamer.heap.close()
+        self.attachment.heap.close()
 
     def __enter__(self) -> LemaModel:
         return self

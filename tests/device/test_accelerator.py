@@ -27,10 +27,10 @@ from lema.streaming import pins as pins_module
 from lema.streaming.accelerator import PIECE_BYTES, STAGING_BYTES, AcceleratorBackend, DeviceEvent, HostPins, cut
 from lema.streaming.boundaries import BoundaryStore, Handle, KeptBoundaries, OffloadedBoundaries
 from lema.streaming.device_tier import DeviceTier
-from lema.streaming.schedule import Phase, Schedule
-from lema.streaming.simulated import SimulatedDevice, SimulatedEvent
+from lema.streaming.schedule import AccessSchedule, Phase
 from lema.streaming.slot_cache import Load, SlotCache
 from lema.streaming.tiers import Tier
+from simulated import SimulatedDevice, SimulatedEvent
 
 pytestmark = pytest.mark.timeout(120)
 needs_device = pytest.mark.accelerator
@@ -152,7 +152,7 @@ def test_a_device_that_is_lost_is_told_to_everybody_and_its_host_slot_stays(tmp_
 
     run = Run(tmp_path, Shape(1, units=5, depth=1), device=LosesTheDevice)
     with pytest.raises(RuntimeError, match="device lost"):
-        run.sweep(Schedule.training(5).accesses)
+        run.sweep(AccessSchedule.training(5).accesses)
     assert run.end() == []
 
 
@@ -320,7 +320,7 @@ def tier_of(backend: AcceleratorBackend, pool: ThreadPoolExecutor, contents: lis
     if pin and not all(backend.pin(buffer) for buffer in buffers):
         pytest.skip("pinning is refused here")
     moves = {unit: [Move(0, 0, size)] for unit, size in sizes.items()}
-    plan = Schedule.training(UNITS)
+    plan = AccessSchedule.training(UNITS)
 
     def read(load: Load) -> None:
         buffers[load.slot].fill_(0xFF)
@@ -337,7 +337,7 @@ def tier_of(backend: AcceleratorBackend, pool: ThreadPoolExecutor, contents: lis
 @pytest.mark.parametrize("pin", [True, False], ids=["pinned", "staged"])
 def test_the_tier_brings_the_right_bytes_under_load(backend: AcceleratorBackend, busy: Any, pin: bool) -> None:
     contents = [noise((8 << 20) + 4096 * unit + unit, unit) for unit in range(UNITS)]
-    accesses = [*Schedule.training(UNITS).accesses] * 3
+    accesses = [*AccessSchedule.training(UNITS).accesses] * 3
     seen = [torch.empty(len(contents[access.unit]), dtype=torch.uint8, device=backend.device) for access in accesses]
     with ThreadPoolExecutor(2) as pool:
         parts = tier_of(backend, pool, contents, pin)

@@ -39,7 +39,7 @@ from lema.models.lora import LoRAManager
 from lema.planning.plan import MemoryPlan
 from lema.storage.index import GlobalBinaryIndex
 from lema.streaming.accelerator import AcceleratorBackend
-from lema.streaming.memory import TripleBufferManager
+from lema.streaming.weight_store import WeightStore
 from training_runs import StopAfter, adapter_bytes, history, make_model, settings_of, train, write_rows
 
 pytestmark = [
@@ -90,9 +90,7 @@ class Engine:
         adapter.configure(DTYPES[self.config.dtype], self.config.attn_implementation)
         gbi = GlobalBinaryIndex(folder)
         plan = replace(plan, device=device)
-        self.memory = TripleBufferManager(
-            gbi, adapter, device=device, plan=plan, backend=AcceleratorBackend(device), poison=True
-        )
+        self.memory = WeightStore(gbi, adapter, plan, device, backend=AcceleratorBackend(device), poison=True)
         lora = {"r": 4, "alpha": 8, "target_modules": "all-linear", "dropout": self.config.lora_dropout}
         self.lora = LoRAManager(lora, device=device, seed=7)
         self.lora.attach(adapter)

@@ -17,8 +17,8 @@ from lema.models import get_adapter
 from lema.models.lora import LoRAManager
 from lema.planning.plan import MemoryPlan
 from lema.storage.index import GlobalBinaryIndex
-from lema.streaming.memory import TripleBufferManager
-from lema.streaming.simulated import SimulatedDevice
+from lema.streaming.weight_store import WeightStore
+from simulated import SimulatedDevice
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -67,9 +67,7 @@ class Engine:
         self.device = device or SimulatedDevice(seed=len(plan.in_ram), longest_pause=0.001)
         adapter = get_adapter("llama", json.loads((folder / "config.json").read_text()))
         adapter.configure(torch.float32, "eager")
-        self.memory = TripleBufferManager(
-            GlobalBinaryIndex(folder), adapter, device="cpu", plan=plan, backend=self.device, poison=True
-        )
+        self.memory = WeightStore(GlobalBinaryIndex(folder), adapter, plan, "cpu", backend=self.device, poison=True)
         self.lora = LoRAManager(
             {"r": 4, "alpha": 8, "target_modules": "all-linear", "dropout": settings.pop("dropout", 0.0)},
             device="cpu", seed=7,

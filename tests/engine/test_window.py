@@ -70,7 +70,7 @@ def test_a_window_saves_and_runs_no_more_rows_at_once_than_a_batch(folder: Path,
         )
         trainer.train_window(given)
         assert max(seen) == 3
-        assert trainer.streamer.batching.micro_batch_size is None and not (tmp_path / "checkpoint-2").exists()
+        assert trainer.attachment.batching.micro_batch_size is None and not (tmp_path / "checkpoint-2").exists()
         trainer.train_step(given[0])
         with pytest.raises(ConfigError, match="1 calls of train_step"):
             trainer.train_window(given)
@@ -107,4 +107,4 @@ def test_a_setting_of_more_rows_at_once_does_not_widen_a_window(folder: Path) ->
             lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
         )
         trainer.train_window(batches((1, 10), (2, 10), (2, 10)))
-        assert max(seen) == 2 and trainer.streamer.batching.micro_batch_size == 4
+        assert max(seen) == 2 and trainer.attachment.batching.micro_batch_size == 4

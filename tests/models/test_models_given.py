@@ -307,7 +307,7 @@ def test_a_second_thread_gets_one_error_and_disturbs_nothing(good: Path, setting
         expected = lema_step(model, batch)
         trainer = recording_trainer(model)
         inside, done, raised, losses = threading.Event(), threading.Event(), [], []
-        layer = model._streamer.layers[1]  # type: ignore[union-attr]
+        layer = model.attachment.layers[1]
         run = layer.run
 
         def slow(*args: Any) -> Any:
@@ -385,7 +385,7 @@ def test_a_model_made_under_inference_mode_says_so(good: Path) -> None:
 def test_a_step_ended_by_ctrl_c_gives_its_turn_back(good: Path) -> None:
     with lema_model(good, loss_chunk_size=None) as model:
         batch, trainer = padded_batch(), recording_trainer(model)
-        layer = model._streamer.layers[1]  # type: ignore[union-attr]
+        layer = model.attachment.layers[1]
         run = layer.run
 
         def interrupted(*args: Any) -> Any:

@@ -29,7 +29,7 @@ from lema.storage.views import page_aligned
 from lema.streaming import arena as arena_module
 from lema.streaming.accelerator import StagedCopier
 from lema.streaming.boundaries import BoundaryStore, Handle, KeptBoundaries, OffloadedBoundaries
-from lema.streaming.simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
+from simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -343,7 +343,7 @@ def test_a_forgotten_store_unpins() -> None:
 
 
 def test_a_device_that_hangs_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lema.streaming.simulated._LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("simulated._LONGEST_WAIT", 0.05)
     event = SimulatedEvent()
     device = SimulatedDevice()
     device.compute_stream().enqueue(lambda: time.sleep(0.5))

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from families import save_tiny
-from helpers import with_mapped
+from helpers import strategy_plan
 from lema.config import LemaConfig
 from lema.engine.trainer import LemaTrainer
 from lema.errors import ReadError, StreamingError
@@ -38,11 +38,11 @@ from lema.storage.layout import Move, SlotLayout, whole_tensor
 from lema.storage.reader import DiskReader, ReadJob
 from lema.storage.views import page_aligned
 from lema.streaming.device_tier import ComputeWaits, DeviceTier
-from lema.streaming.memory import TripleBufferManager
-from lema.streaming.schedule import Access, Phase, Schedule
-from lema.streaming.simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
+from lema.streaming.schedule import Access, AccessSchedule, Phase
 from lema.streaming.slot_cache import Load, SlotCache
 from lema.streaming.tiers import Tier
+from lema.streaming.weight_store import WeightStore
+from simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -227,7 +227,7 @@ class Run:
         sizes = {unit: layout.nbytes for unit, layout in enumerate(self.layouts)}
         self.device = device(shape.seed, PAUSE, blocking=False)
         self.reader = DiskReader(shape.readers)
-        self.plans = [Schedule.training(shape.units), Schedule.inference(shape.units), Schedule(())]
+        self.plans = [AccessSchedule.training(shape.units), AccessSchedule.inference(shape.units), AccessSchedule(())]
         host_slot_of, slot_of = (
             {unit: unit % slots for unit in range(shape.units)} for slots in (shape.host_slots, shape.device_slots)
         )
@@ -289,7 +289,7 @@ class Run:
         for access in held:
             self.tier.release(access.unit)
 
-    def predict(self, plan: Schedule) -> None:
+    def predict(self, plan: AccessSchedule) -> None:
         self.tier.predict(plan)
 
     def abort(self) -> None:
@@ -377,7 +377,7 @@ def test_an_error_at_one_place_of_the_file_comes_to_its_unit_until_it_is_gone(
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(reader_module.os, "preadv", preadv)
-    plan = Schedule.inference(6)
+    plan = AccessSchedule.inference(6)
     run.predict(plan)
     broken.set()
     for _ in range(2):
@@ -436,7 +436,7 @@ def test_stop_ends_the_copier_and_the_next_access_starts_it_again(tmp_path: Path
     before = copiers()
     run = Run(tmp_path, Shape(1))
     for _ in range(3):
-        run.sweep(Schedule.training(5).accesses)
+        run.sweep(AccessSchedule.training(5).accesses)
         assert len(copiers() - before) == 1
         run.abort()
         assert copiers() <= before
@@ -455,7 +455,7 @@ def test_the_copier_can_be_stopped_from_its_own_thread(tmp_path: Path) -> None:
                 stopped.set()
 
     run = Run(tmp_path, Shape(1), device=StopsInTheMiddle)
-    run.sweep(Schedule.training(5).accesses)
+    run.sweep(AccessSchedule.training(5).accesses)
     assert stopped.is_set()
     assert run.end() == []
 
@@ -474,14 +474,14 @@ def test_a_device_that_fails_is_told_to_who_waits_and_may_be_asked_again(tmp_pat
     for _ in range(2):
         with pytest.raises(RuntimeError, match="device lost"):
             run.tier.acquire(0, Phase.FORWARD)
-    run.sweep(Schedule.training(5).accesses)
+    run.sweep(AccessSchedule.training(5).accesses)
     assert run.end() == []
 
 
 def test_no_device_slot_is_loaded_more_often_than_the_schedule_says(tmp_path: Path) -> None:
     for shape in (Shape(1, units=6, host_slots=3), Shape(2, units=6, device_slots=3), Shape(3, units=6, depth=4)):
         run = Run(tmp_path, shape)
-        plan = Schedule.training(6)
+        plan = AccessSchedule.training(6)
         loads = []
         for _ in range(4):
             run.predict(plan)
@@ -670,10 +670,13 @@ class Engine:
         self.gbi = GlobalBinaryIndex(folder)
         adapter = TransformersAdapter(AutoConfig.from_pretrained(folder).to_dict())
         adapter.configure(torch.float32, "sdpa")
-        if mapped := memory.pop("mapped", ()):
-            memory["plan"] = with_mapped(self.gbi, adapter, mapped, "simulated", loss_chunk_size=5)
-        self.memory = TripleBufferManager(
-            self.gbi, adapter, device="cpu", backend=device, poison=True, **{"num_readers": 1, **memory}
+        plan = strategy_plan(
+            self.gbi, adapter, memory.pop("mapped", ()), "cpu" if device is None else "simulated",
+            memory.pop("strategy", "streaming"), host_slots=memory.pop("num_slots", 2),
+            device_slots=memory.pop("device_slots", 2),
+        )  # fmt: skip
+        self.memory = WeightStore(
+            self.gbi, adapter, plan, "cpu", backend=device, poison=True, **{"num_readers": 1, **memory}
         )
         lora = LoRAManager({"r": 4, "alpha": 8, "target_modules": ["q_proj", "down_proj"]}, device="cpu", seed=7)
         lora.attach(adapter)
@@ -806,7 +809,7 @@ def test_close_ends_every_thread_and_nothing_starts_one_again(tiny_llama: Path, 
     assert lema_threads() - before
     engine.close()
     assert lema_threads() <= before
-    engine.memory.predict(Schedule.inference(LAYERS))
+    engine.memory.predict(AccessSchedule.inference(LAYERS))
     with pytest.raises(StreamingError, match="closed"):
         engine.memory.acquire(0)
     assert lema_threads() <= before

@@ -104,8 +104,8 @@ def _say_cost(run: RunConfig, start: Start, planned: PlannedRun) -> None:
     evaluation = f", {data.summary['eval']['rows']} held out" if data.eval is not None else ""
     passing = len(plan.from_disk) if len(plan.from_disk) > plan.host_slots else 0
     streamed = f"{passing} layers from disk" if passing else "all layers in memory"
-    memory = f"host memory {format_bytes(plan.host_peak)}"
-    if plan.device != "cpu":
+    memory = f"host memory {format_bytes(plan.host_peak)}" if plan.host_bytes else "not counted, as no budget was given"
+    if plan.device_bytes:
         memory = f"device memory {format_bytes(plan.device_peak)}, {memory}"
     lines = [
         ("model", f"{run.lema.model_name_or_path}: {run.lema.dtype} on {run.lema.device}, rank {run.lema.lora_rank}"),

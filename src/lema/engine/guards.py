@@ -19,13 +19,13 @@ from torch import nn
 from ..errors import BindingError
 from ..models.causal_lm import CausalLM
 from ..models.interceptor import Interceptor
-from ..streaming.memory import TripleBufferManager
+from ..streaming.weight_store import WeightStore
 from .base_state import state_from_files
 
 logger = logging.getLogger(__name__)
 
 
-def guard(lm: CausalLM, memory: TripleBufferManager) -> None:
+def guard(lm: CausalLM, memory: WeightStore) -> None:
     """Put the refusals on a model whose layers are streamed; a fully resident one only ignores checkpointing."""
     put = functools.partial(lm.interceptor.replace, "guards")
     put(lm.module, "gradient_checkpointing_enable", _checkpointing_is_built_in)

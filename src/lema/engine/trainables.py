@@ -17,7 +17,7 @@ from ..config import LemaConfig
 from ..coordinator import Coordinator
 from ..errors import ConfigError
 from ..models.trained import Trained
-from ..streaming.memory import TripleBufferManager
+from ..streaming.weight_store import WeightStore
 from .host_optimizer import HostMasters
 from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer, keep_state_apart, scale_learning_rate, set_adamw
@@ -38,7 +38,7 @@ class Trainables:
     """
 
     def __init__(
-        self, owner: Trained, optimizer: torch.optim.Optimizer | None, config: LemaConfig, memory: TripleBufferManager
+        self, owner: Trained, optimizer: torch.optim.Optimizer | None, config: LemaConfig, memory: WeightStore
     ) -> None:
         self.owner = owner
         parameters = self.parameters

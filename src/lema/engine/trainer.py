@@ -20,16 +20,14 @@ from ..compat.trainer import OriginalTrainer
 from ..config import LemaConfig
 from ..coordinator import Coordinator
 from ..errors import ConfigError
-from ..machine.heap import give_back_idle_heap
 from ..models.base import LemaModelAdapter
 from ..models.lora import LoRAManager
 from ..models.trained import Trained
 from ..storage.index import GlobalBinaryIndex
-from ..streaming.memory import TripleBufferManager
 from ..streaming.randomness import RandomState
 from ..streaming.timeline import COMPUTE, Recording
-from .assembly import assemble_memory
-from .attach import Attachment, attach, check_router_loss
+from ..streaming.weight_store import WeightStore
+from .attach import Attachment, attach_parts, check_router_loss
 from .device_memory import explained
 from .diagnosis import bad_gradient, bad_loss, first_bad_activation
 from .generation import generate
@@ -55,10 +53,10 @@ class LemaTrainer(OriginalTrainer):
         config: settings.
         model_adapter: the model.
         gbi: its weights.
-        lora_manager: its adapters; None: made from the config, or none where `use_lora` is off.
+        lora_manager: its adapters; None: nothing is trained.
         optimizer: over the adapters' parameters; None: AdamW with the config's learning rate.
-        memory_manager: owner of the slots; None: made from the config.
-        streamer: layers already installed on this memory; None: installed here.
+        memory_manager: where its weights lie; None: laid out here, by a plan for the config.
+        attachment: the model attached to its weights already; None: attached here.
         coordinator: the run's other processes; None: there are none.
 
     Raises:
@@ -68,14 +66,15 @@ class LemaTrainer(OriginalTrainer):
     def __init__(
         self, config: LemaConfig, model_adapter: LemaModelAdapter, gbi: GlobalBinaryIndex,
         lora_manager: LoRAManager | None = None, optimizer: torch.optim.Optimizer | None = None,
-        memory_manager: TripleBufferManager | None = None, *, streamer: Attachment | None = None,
+        memory_manager: WeightStore | None = None, *, attachment: Attachment | None = None,
         coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.adapter = model_adapter
         self.gbi = gbi
         self.device = torch.device(config.device)
-        self.memory = memory_manager or assemble_memory(config, model_adapter, gbi)
+        self.attachment = attachment or attach_parts(config, model_adapter, gbi, memory_manager)
+        self.memory = self.attachment.memory
         self.coordinator = coordinator or Coordinator()
         self.lm = model_adapter.causal_lm()
         self.lora_manager = lora_manager
@@ -84,12 +83,12 @@ class LemaTrainer(OriginalTrainer):
         trained = lora_manager or Trained()
         self.model = trained.attach(model_adapter)
         """The model whose mode is switched: PEFT's around transformers', or the bare one."""
-        peft_model = None if lora_manager is None else self.model
-        self.streamer = streamer or attach(self.lm, self.memory, config.micro_batch_size, peft_model)
+        if lora_manager is not None:
+            self.attachment.guard(self.model)
         self.trainables = Trainables(trained, optimizer, config, self.memory)
         self.optimizer = self.trainables.optimizer
         self.window = Window(config.gradient_accumulation_steps)
-        self.loss = HeadLoss(self.lm, self.memory, config)
+        self.loss = HeadLoss(self.lm, self.memory)
         self.label_smoothing = 0.0
         """Share of a target's weight that training spreads over the vocabulary; what is evaluated is the plain loss."""
         self.last_step: StepReport | None = None
@@ -220,14 +219,14 @@ class LemaTrainer(OriginalTrainer):
         """A batch checked, where it is computed, in a form the layers can cut."""
         batch = make_batch(self.lm, inputs, *rest).on(self.device)
         plan = self.memory.plan
-        if plan.predicted and batch.num_tokens > plan.batch * plan.seq and not self._warned:
+        if (plan.ram_budget or plan.vram_budget) and batch.num_tokens > plan.batch * plan.seq and not self._warned:
             self._warned = True
             logger.warning(
                 "a batch of %d tokens is larger than the %d x %d that the memory plan is for: it may not stay within "
                 "the budget; set batch_size and max_seq_length to what train_step is given",
                 batch.num_tokens, plan.batch, plan.seq,
             )  # fmt: skip
-        self.streamer.prepare(len(batch.model_inputs["input_ids"]))
+        self.attachment.prepare(len(batch.model_inputs["input_ids"]))
         return batch
 
     def _forward(self, batch: Batch) -> torch.Tensor:
@@ -246,7 +245,7 @@ class LemaTrainer(OriginalTrainer):
         norm = self.trainables.update(self.window, self.config.max_grad_norm, self.coordinator)
         overflow = not math.isfinite(norm)
         if overflow and not self.trainables.loss_scale.enabled:
-            error = bad_gradient(norm, self.global_step + 1, self.streamer.layers)
+            error = bad_gradient(norm, self.global_step + 1, self.attachment.layers)
             self.discard_window()
             raise error
         self.discard_window()
@@ -286,7 +285,7 @@ class LemaTrainer(OriginalTrainer):
     @contextlib.contextmanager
     def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:
         """Inside the block one call is a window, and layers run so many rows at once unless something cuts finer."""
-        batching = self.streamer.batching
+        batching = self.attachment.batching
         before = batching.micro_batch_size
         with self.window.whole():
             batching.micro_batch_size = min(filter(None, (rows_at_once, before)), default=None)
@@ -313,7 +312,7 @@ class LemaTrainer(OriginalTrainer):
 
     def numerics(self) -> dict[str, Any]:
         """What the last bits of numbers depend on, beyond settings."""
-        return numerics(self.config, self.memory.plan, self.streamer.batching.micro_batch_size)
+        return numerics(self.config, self.memory.plan, self.attachment.batching.micro_batch_size)
 
     def record_step(self, path: str | os.PathLike[str], number: int) -> contextlib.AbstractContextManager[Recording]:
         """Write a timeline of what happens in the block."""
@@ -355,10 +354,7 @@ class LemaTrainer(OriginalTrainer):
 
     def _trim(self) -> None:
         """Between two phases of a step, memory of the last one goes back to the system where memory is short."""
-        if self.memory.plan.predicted:
-            self.streamer.heap.relieve()
-        elif self.memory.streamed:
-            give_back_idle_heap()
+        self.attachment.trim()
 
     def _save_if_due(self, outcome: dict[str, Any]) -> None:
         stepped = "grad_norm" in outcome and not outcome["skipped"] and self._external is None

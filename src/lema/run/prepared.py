@@ -16,10 +16,10 @@ from ..config import LemaConfig
 from ..coordinator import Coordinator
 from ..data import Data
 from ..data.load import check_all_rows
-from ..engine.assembly import wants_plan
 from ..engine.trainer import LemaTrainer
 from ..model import LemaModel
 from ..models.causal_lm import CausalLM
+from ..models.transformers_adapter import TransformersAdapter
 from ..planning.plan import Estimate
 from ..training.checkpoints import CheckpointFolder
 from ..training.panel import View
@@ -111,9 +111,10 @@ class PlannedRun:
     allowed."""
 
     def model(self) -> LemaModel:
-        """The run's model, by its plan, unless that was made of a configuration alone, the weights being elsewhere."""
-        handed = self.planned.weights and wants_plan(self.config)
-        return LemaModel(self.config, plan=self.planned.plan if handed else None)
+        """The run's model, by its plan, and of the skeleton that was planned for unless it is in use."""
+        adapter = self.planned.adapter
+        unused = isinstance(adapter, TransformersAdapter) and not adapter.in_use
+        return LemaModel(self.config, adapter if unused else None, plan=self.planned.plan)
 
     def check(self) -> None:
         """Refuse what the first step, or any later one, would be refused for."""
@@ -131,7 +132,7 @@ def plan_run(run: RunConfig, start: Start) -> PlannedRun:
     """Plan, read and count what a run of files needs; raises what `prepare` does, and where nothing fits."""
     config = _kept(run.resolved().lema, run, start)
     tokenizer = load_tokenizer(run.lema.model_name_or_path)
-    planned = make(for_windows(config).to_dict())
+    planned = make(for_windows(config).to_dict(), to_run=True)
     prepared = prepare(run, start, planned.adapter.causal_lm(), tokenizer=tokenizer)
     data = prepared.data
     assert isinstance(data, Data)  # of files
@@ -144,7 +145,7 @@ def _usual_step(run: RunConfig, data: Data, planned: Planned) -> tuple[int, Esti
     longest = run.lema.max_seq_length
     seen = data.summary["train"]["sample"]["length_percentiles"].get("95", longest)
     length = longest if run.data.packing else min(seen, longest)
-    if length == longest or planned.outlook is None:
+    if length == longest or planned.plan.estimate is None or planned.outlook is None:
         return length, planned.plan.estimate
     return length, planned.outlook.step(planned.plan, length)
 
