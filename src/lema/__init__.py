@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import LemaConfig, MemoryStrategy
 from .engine.runner import train_by
 
 if TYPE_CHECKING:
+    from .config import LemaConfig, MemoryStrategy
     from .engine.trainer import LemaTrainer
     from .model import LemaModel
     from .training.result import TrainResult
 
 __version__ = "0.1.0"
 __all__ = ["LemaConfig", "LemaModel", "LemaTrainer", "MemoryStrategy", "__version__"]
+_WHERE = {"LemaConfig": "config", "MemoryStrategy": "config", "LemaModel": "model", "LemaTrainer": "engine.trainer"}
 
 
 def __getattr__(name: str) -> Any:
-    """torch and transformers are imported with the first name that needs them."""
-    if name == "LemaModel":
-        from .model import LemaModel
-
-        return LemaModel
-    if name == "LemaTrainer":
-        from .engine.trainer import LemaTrainer
-
-        return LemaTrainer
+    """pydantic, torch and transformers are imported with the first name that needs them."""
+    if name in _WHERE:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    if name == "config":
+        return import_module(".config", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -20,13 +20,15 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 def _as_path(value: Any, info: ValidationInfo) -> str:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text:
-        raise ValueError("must be text: it must be a path")
+        raise ValueError("must be a path, as text" if text else "must be a path, and is empty")
     return expanded(str(info.field_name), text)
 
 
 PATH = BeforeValidator(_as_path)
 PathText = Annotated[str, PATH]
 """Of a setting that is a path, or may be one."""
+MaybePath = Annotated[PathText | None, BeforeValidator(lambda value: None if value == "" else value)]
+"""Of one that may be left out, which earlier versions wrote as an empty text."""
 
 
 def expanded(name: str, text: str) -> str:
