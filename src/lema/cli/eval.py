@@ -39,7 +39,8 @@ def evaluate(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Of FILE; default: the run's, or detected. lema-reply: let the models answer, and judge the replies.",
+            help="Of FILE; default: the run's, or detected. lema-reply, which the package lema-lora-reply brings: let the "
+            "models answer, and judge the replies.",
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows at once; 4, or 16 answers.", show_default=False)] = None,
