@@ -20,7 +20,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 from pydantic.dataclasses import dataclass as typed_dataclass
 from pydantic.dataclasses import rebuild_dataclass
-from pydantic_core import ArgsKwargs, PydanticKnownError
 from typing_extensions import dataclass_transform
 
 from .errors import ConfigError, LemaError
@@ -71,8 +70,9 @@ def settings(cls: C) -> C:
 
     typing.cast(Any, cls).__post_init__ = __post_init__
     made: Any = typed_dataclass(config=ConfigDict(strict=True, extra="forbid", defer_build=True))(cls)
+    validated = made.__init__
 
-    @functools.wraps(made.__init__)
+    @functools.wraps(validated)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         named = dict(zip(getattr(cls, "POSITIONAL", kinds_of(cls)), args))
         if len(named) < len(args):
@@ -85,7 +85,7 @@ def settings(cls: C) -> C:
             rebuild_dataclass(made)
             made.__init__ = __init__
         try:
-            made.__pydantic_validator__.validate_python(ArgsKwargs((), {**named, **kwargs}), self_instance=self)
+            validated(self, **named, **kwargs)
         except ValidationError as error:
             raise _refusal(cls, error, {**named, **kwargs}) from None
 
@@ -146,11 +146,12 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _real(value: Any) -> float:
+def _real(value: Any) -> Any:
     value = _number(value)
-    if type(value) not in (int, float):  # what pydantic alone takes for one: numpy's bools and arrays of one number
-        raise PydanticKnownError("float_type")
-    return float(value)
+    if type(value) is int:
+        return float(value)
+    strange = hasattr(value, "__float__") and not isinstance(value, bool | float)
+    return repr(value) if strange else value  # numpy's bools and arrays of one number, which pydantic takes for floats
 
 
 def whole(value: Any) -> Any:

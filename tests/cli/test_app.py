@@ -129,7 +129,8 @@ def test_a_verb_of_others_takes_no_name_that_is_taken_or_empty(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 7 and all("somebody-elses (their.module:verb)" in line for line in said)
     for name, why in (("''", "no name"), ("'data.'", "no name"), ("'train'", "already"), ("'data'", "already"),
-                      ("'data.build-all'", "already"), ("'fresh'", "already"), ("'nowhere.fresh'", "nowhere")):  # fmt: skip
+                      ("'data.build-all'", "already"), ("'fresh'", "already"),
+                      ("'nowhere.fresh'", "where")):  # fmt: skip
         assert sum(f"the verb {name} of" in line and why in line for line in said) == 1, (name, said)
     assert [each.name for each in app.registered_commands] == ["train", "fresh"]
     assert [each.name for each in group.registered_groups] == ["fresh"]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tiers import PLANS
 
 from families import save_tiny
 from lema.models import get_adapter
@@ -26,6 +25,7 @@ from lema.streaming.schedule import Phase, Schedule
 from lema.streaming.simulated import SimulatedDevice
 from lema.streaming.slot_cache import Load, SlotCache
 from lema.streaming.tiers import Tier
+from spreads import PLANS
 
 pytestmark = pytest.mark.timeout(120)
 

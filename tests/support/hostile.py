@@ -1,6 +1,6 @@
 """Bad rows, files, tokenizers, models and checkpoints, and what the command line says of each: the table in docs.
 
-`python tests/support/hostile.py` writes docs/errors.md anew; tests/cli/test_hostile.py checks that it still says the truth.
+`python tests/support/hostile.py` writes docs/errors.md anew; tests/cli/test_hostile.py checks that it says the truth.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def evaluate(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Of FILE; default: the run's, or detected. lema-reply, which the package lema-lora-reply brings: let the "
+            help="Of FILE; default: the run's, or detected. lema-reply, with the package lema-lora-reply: let the "
             "models answer, and judge the replies.",
         ),
     ] = None,
