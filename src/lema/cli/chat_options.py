@@ -63,9 +63,6 @@ Format = Annotated[
         "they come. Default: the format that the chat template asks for.",
     ),
 ]  # fmt: skip
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of LemaConfig; repeatable.")
-]
 
 
 def open_chat_model(

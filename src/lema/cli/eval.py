@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .chat_options import Base, Settings, Template, Variables, Where, open_chat_model
+from .chat_options import Base, Template, Variables, Where, open_chat_model
+from .options import Settings
 
 if TYPE_CHECKING:
     from ..chat import ChatModel
