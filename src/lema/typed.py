@@ -129,13 +129,15 @@ def _wanted(kinds: Sequence[Any]) -> str:
 
 def _number(value: Any) -> Any:
     """An int or a float for any kind of real number, and for a text that says one; anything else as it is."""
+    if isinstance(value, bool):
+        return value
     try:
         if isinstance(value, str):
             text = value.strip()
             value = int(text) if text.removeprefix("-").isdecimal() else float(text)
-        elif isinstance(value, Integral) and not isinstance(value, bool):
+        elif isinstance(value, Integral):
             value = int(value)
-        elif isinstance(value, RealNumber | Decimal) and not isinstance(value, bool):
+        elif isinstance(value, RealNumber | Decimal):
             value = float(value)
     except OverflowError:
         raise ValueError(_TOO_LARGE) from None

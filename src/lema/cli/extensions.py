@@ -65,5 +65,5 @@ def _add(group: typer.Typer, name: str, verb: typer.Typer | Callable[..., None])
 
 def _names(group: typer.Typer) -> set[str]:
     """Of the verbs and groups that a group has."""
-    named = [*group.registered_commands, *group.registered_groups]
+    named: list[Any] = [*group.registered_commands, *group.registered_groups]
     return {each.name or get_command_name(getattr(each.callback, "__name__", "")) for each in named}
