@@ -217,9 +217,13 @@ OBJECT = BeforeValidator(_object)
 Texts = Annotated[list[str] | str, BeforeValidator(_texts)]
 
 
-@functools.cache
 def kinds_of(cls: Any) -> Mapping[str, tuple[Any, ...]]:
     """The alternatives of every field's type, by name: `int | None` is `(int, NoneType)`; for a dataclass."""
+    return _kinds_of(cls)
+
+
+@functools.cache
+def _kinds_of(cls: Any) -> Mapping[str, tuple[Any, ...]]:
     return {name: _alternatives(hint) for name, hint in typing.get_type_hints(cls).items()}
 
 
