@@ -1,12 +1,15 @@
-"""Folders that the tests of a file share, made once a file; a plugin of pytest."""
+"""What tests of several files are given: folders that are made once a file, and Kaggle; a plugin of pytest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from kaggle_server import KaggleServer
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +49,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def llama(tiny: Callable[..., Path]) -> Path:
     """Folder of a tiny Llama."""
     return tiny("llama")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KaggleServer]:
+    """Kaggle on this machine, without credentials."""
+    from kaggle_server import running_server
+
+    with running_server(monkeypatch, tmp_path / "home") as running:
+        yield running
