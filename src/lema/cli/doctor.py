@@ -11,8 +11,6 @@ from typing import Annotated
 
 import typer
 
-from .options import Json
-
 _COLOURS = {"ok": typer.colors.GREEN, "advice": typer.colors.YELLOW, "problem": typer.colors.RED}
 
 
@@ -25,7 +23,7 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure disk, link and arithmetic: a few seconds, once.")
     ] = True,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Look at Python, torch, device, memory, disks and hub; each finding with its fix. Status 1 if one is a problem.
 

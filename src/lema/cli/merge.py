@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import LemaError
-from .options import Checkpoint, dtype_of, shard_size_of
+from .options import Checkpoint, dtype_of
+from .settings import usage_of
 
 if TYPE_CHECKING:
     from ..export.merge import MergeResult
@@ -59,12 +60,15 @@ def merge(
     Example: lema merge runs/mine/final merged --max-shard-size 2GB
     """
     from ..export.merge import merge as run
+    from ..machine.memory import parse_bytes
 
     if overwrite and upload is None:
         raise typer.BadParameter("is about a repository: give --upload too", param_hint="--overwrite")
     if single_file and max_shard_size is not None:
         raise typer.BadParameter("contradicts --single-file: give one of them", param_hint="--max-shard-size")
-    size, target = shard_size_of(max_shard_size), dtype_of(dtype)
+    with usage_of("--max-shard-size"):
+        size = None if max_shard_size is None else parse_bytes(max_shard_size, "max_shard_size")
+    target = dtype_of(dtype)
     try:
         result = run(
             checkpoint, output, base=base, dtype=target, single_file=single_file, max_shard_size=size, upload=upload,

@@ -30,11 +30,3 @@ def dtype_of(text: str | None) -> torch.dtype | None:
 
     with usage_of("--dtype"):
         return None if text is None else parse_dtype(text)
-
-
-def shard_size_of(text: str | None) -> int | None:
-    """Bytes that `--max-shard-size` says; `typer.BadParameter` for no size."""
-    from ..machine.memory import parse_bytes
-
-    with usage_of("--max-shard-size"):
-        return None if text is None else parse_bytes(text, "max_shard_size")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Json, dtype_of, shard_size_of
+from .settings import usage_of
 
 if TYPE_CHECKING:
     from ..prepare import Prepared
@@ -58,7 +58,7 @@ def prepare(
         str | None, typer.Option(metavar="NAME", help="Which weights file of a directory or repository.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Make a folder of safetensors, configuration and tokenizer from SOURCE, in about one tensor's memory.
 
@@ -66,16 +66,27 @@ def prepare(
 
     Example: lema prepare mistral-7b.Q8_0.gguf mistral-7b --dtype bfloat16
     """
+    from ..machine.memory import parse_bytes
     from ..prepare import prepare as make
+    from ..prepare.single_file import parse_dtype
 
-    target, largest = dtype_of(dtype), shard_size_of(max_shard_size)
-    assert largest is not None
+    with usage_of("--dtype"):
+        target = None if dtype is None else parse_dtype(dtype)
+    with usage_of("--max-shard-size"):
+        largest = parse_bytes(max_shard_size, "max_shard_size")
     with _progress(not as_json) as progress:
         try:
             prepared = make(
-                source, output, dtype=target, monolithic=monolithic, max_shard_size=largest, config=config, file=file,
-                revision=revision, progress=progress,
-            )  # fmt: skip
+                source,
+                output,
+                dtype=target,
+                monolithic=monolithic,
+                max_shard_size=largest,
+                config=config,
+                file=file,
+                revision=revision,
+                progress=progress,
+            )
         except KeyboardInterrupt:
             typer.echo("interrupted: what is written is kept; run the same command again to go on", err=True)
             raise
