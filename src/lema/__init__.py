@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import LemaConfig, MemoryStrategy
-
 if TYPE_CHECKING:
+    from .config import LemaConfig, MemoryStrategy
     from .run.facade import LemaModel, LemaTrainer
 
 __version__ = "0.1.0"
 __all__ = ["LemaConfig", "LemaModel", "LemaTrainer", "MemoryStrategy", "__version__"]
+_WHERE = {"LemaConfig": "config", "MemoryStrategy": "config", "LemaModel": "run.facade", "LemaTrainer": "run.facade"}
 
 
 def __getattr__(name: str) -> Any:
-    """torch and transformers are imported with the first name that needs them."""
-    if name in ("LemaModel", "LemaTrainer"):
-        return getattr(importlib.import_module(".run.facade", __name__), name)
+    """pydantic, torch and transformers are imported with the first name that needs them."""
+    if name in _WHERE:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    if name == "config":
+        return import_module(".config", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -52,13 +52,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny("llama", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GPT-2 with `transformer.h.N` names and a head of its own."""
     folder = tmp_path_factory.mktemp("gpt2")

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_accelerator import UNITS, noise, tier_of
 
+from device_tiers import UNITS, noise, tier_of
 from lema.storage.views import page_aligned
 from lema.streaming import accelerator as accelerator_module
 from lema.streaming.accelerator import AcceleratorBackend, DeviceEvent, DeviceStream

@@ -79,21 +79,6 @@ def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "profile", lambda device, path=None: MACHINE)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of a tiny model, made once."""
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def get(family: str, **overrides: Any) -> Path:
-        key = (family, *sorted(overrides.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(family)
-            save_tiny(family, made[key], **overrides)
-        return made[key]
-
-    return get
-
-
 @pytest.fixture
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk of the tiny head is 31 of its 99 rows."""

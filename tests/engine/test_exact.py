@@ -54,21 +54,6 @@ pytestmark = [
 FEW = ("llama", "gpt2", "gemma2", "cohere", "granite", "mixtral")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of a tiny model, made once."""
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def get(family: str, **overrides: Any) -> Path:
-        key = (family, *sorted(overrides.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(family)
-            save_tiny(family, made[key], **overrides)
-        return made[key]
-
-    return get
-
-
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family_pair(request: pytest.FixtureRequest, tiny: Any) -> Iterator[Pair]:
     pair = Pair.of(tiny(request.param))

@@ -43,13 +43,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny("llama", folder)
-    return folder
-
-
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """A model of the test's own, to be damaged."""

@@ -63,13 +63,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny("llama", folder)
-    return folder
-
-
 @pytest.fixture
 def pair(llama: Path) -> Iterator[Pair]:
     pair = Pair.of(llama)

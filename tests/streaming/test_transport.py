@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tiers import PLANS
 
 from families import save_tiny
 from lema.models import get_adapter
@@ -26,6 +25,7 @@ from lema.streaming.slot_cache import Load, SlotCache
 from lema.streaming.tiers import Tier
 from lema.streaming.weight_store import WeightStore
 from simulated import SimulatedDevice
+from spreads import PLANS
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -112,7 +112,7 @@ def test_a_header_of_8_modulo_16_leaves_every_device_parameter_aligned(tmp_path:
     adapter = get_adapter(family, json.loads((tmp_path / "config.json").read_text()))
     adapter.configure(torch.float32, "eager")
     device = SimulatedDevice(seed=3)
-    memory = WeightStore(gbi, adapter, PLANS["all three tiers"], "cpu", backend=device, poison=True)
+    memory = WeightStore(gbi, adapter, device="cpu", plan=PLANS["all three tiers"], backend=device, poison=True)
     places = set()
     for unit in range(6):
         with memory.use(unit, Phase.FORWARD):

@@ -18,9 +18,8 @@ from lema.chat import ChatModel
 from lema.cli.app import app
 from lema.errors import CheckpointError, ConfigError, LemaError, UnsupportedError
 from lema.targets import as_targets
-from lema.training.metrics import read_lines
 from lema.training.run_config import parse_overrides
-from training_runs import StopAfter, adapter_bytes, make_model, settings_of, train, write_rows
+from training_runs import StopAfter, adapter_bytes, make_model, read_lines, settings_of, train, write_rows
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -21,10 +21,19 @@ from lema.engine.update import step_optimizer
 from lema.errors import CheckpointError, ConfigError, NonFiniteError, ReadError
 from lema.training.config import TrainingConfig
 from lema.training.evaluation import evaluate
-from lema.training.metrics import read_lines
 from lema.training.panel import LivePanel, View
 from lema.training.schedule import Schedule
-from training_runs import StopAfter, adapter_bytes, batches_of, history, make_model, settings_of, train, write_rows
+from training_runs import (
+    StopAfter,
+    adapter_bytes,
+    batches_of,
+    history,
+    make_model,
+    read_lines,
+    settings_of,
+    train,
+    write_rows,
+)
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -16,6 +16,7 @@ import typer
 from ..data.config import DataConfig
 from ..errors import ConfigError
 from .extensions import Extensible
+from .options import Json
 from .paths import expands_paths
 from .settings import split_settings
 
@@ -82,7 +83,7 @@ def check(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the data; repeatable."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Count rows and tokens, show what is learned of one, and name bad rows; status 1 if a run would not take it.
 

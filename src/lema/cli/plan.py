@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import Json
 from .settings import parse_settings
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of LemaConfig; repeatable."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
     probe: Annotated[bool, typer.Option("--probe", help="Measure this machine anew.")] = False,
 ) -> None:
     """Show what would be kept where for MODEL, with predicted memory and time. No weights are loaded.

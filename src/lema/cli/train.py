@@ -1,6 +1,6 @@
 """`lema train`: one YAML file to an adapter.
 
-It knows options, what is said before and after a run, and exit statuses; the run itself is the training room's.
+It knows options, what is said before and after a run, and exit statuses; `run` puts a run together.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`metrics.jsonl`, and other files of a run with one JSON object a line: appended, flushed, never half read.
 
-It knows lines; it knows nothing of what they say but `step` and the event `resumed`.
+It knows lines, and which numbers that of a step has.
 """
 
 from __future__ import annotations
@@ -99,19 +99,3 @@ def _cut_half_line(path: Path) -> None:
                 break
             end = start
         file.truncate(end)
-
-
-def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines that count: where a run was resumed after step N, what was written of later steps before
-    does not.
-
-    The last line may be half written and is then left out.
-    """
-    found: list[dict[str, Any]] = []
-    text = Path(path).read_text(encoding="utf-8")
-    for line in text.split("\n")[:-1]:
-        values = json.loads(line)
-        if values.get("event") == "resumed":
-            found = [v for v in found if v.get("type") == "event" or v.get("step", 0) <= values["step"]]
-        found.append(values)
-    return found
