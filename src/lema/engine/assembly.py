@@ -16,6 +16,7 @@ from ..machine.device import check_device, context_bytes, device_memory, device_
 from ..machine.heap import resident_bytes
 from ..machine.memory import free_ram, resolve_budget
 from ..models.base import LemaModelAdapter
+from ..models.locate import adapter_path
 from ..models.lora import LoRAManager
 from ..models.transformers_adapter import TransformersAdapter
 from ..planning.footprint import Footprint
@@ -202,7 +203,8 @@ def plain_plan(config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryI
 def lora_settings(config: LemaConfig, adapter: LemaModelAdapter) -> dict[str, Any]:
     """The config's LoRA settings as `LoRAManager` takes them."""
     if config.adapter_name_or_path is not None:
-        return {**LoRAManager.settings_from(config.adapter_name_or_path), "dropout": config.lora_dropout}
+        folder = adapter_path(config.adapter_name_or_path)
+        return {**LoRAManager.settings_from(folder), "dropout": config.lora_dropout}
     targets = config.lora_target_modules
     if targets == list(LLAMA_TARGETS) and adapter.default_target_modules is not None:
         targets = list(adapter.default_target_modules)

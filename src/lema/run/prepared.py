@@ -13,6 +13,7 @@ from typing import Any
 from ..data import Data
 from ..data.load import check_all_rows
 from ..engine.assembly import wants_plan
+from ..engine.packing import take_over_packing
 from ..model import LemaModel
 from ..planning.plan import Estimate
 from ..training.checkpoints import CheckpointFolder
@@ -44,7 +45,9 @@ class Prepared:
         """The run's model, by its plan, unless that was made of a configuration alone, the weights being elsewhere."""
         config = self.planned.sized
         handed = self.planned.weights and wants_plan(config)
-        return LemaModel(config, plan=self.planned.plan if handed else None)
+        model = LemaModel(config, plan=self.planned.plan if handed else None)
+        take_over_packing(model.adapter.causal_lm(), self.planned.adapter.causal_lm())
+        return model
 
     def check(self) -> None:
         """Refuse what the first step, or any later one, would be refused for."""
