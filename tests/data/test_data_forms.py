@@ -107,7 +107,8 @@ def test_schemas_are_one_form() -> None:
         for name, tools in (
             ("tools", [whole]), ("tools", [bare]), ("functions", [bare]), ("tools", json.dumps([bare])),
             ("tools", [json.dumps(whole)]), ("tools", [{"type": "function", **bare}]),
-            ("functions", json.dumps([bare])),
+            ("functions", json.dumps([bare])), ("functions", [{**bare, "parameters": json.dumps(bare["parameters"])}]),
+            ("tools", [{"type": "function", "function": {**bare, "parameters": json.dumps(bare["parameters"])}}]),
         )
     }  # fmt: skip
     assert len(texts) == 1 and '"default": null' in texts.pop()

@@ -37,6 +37,7 @@ def _rows(size: int) -> dict[str, tuple[str, dict[str, Any], str | None]]:
     talk = [turn for number in range(size // 400) for turn in (f"question {number}", "answer " * 50)]
     return {
         "an answer": ("messages", {"messages": chat("q", words)}, CHATML),
+        "a marked answer": ("messages", {"messages": chat("q", words)}, MARKED),
         "a question": ("messages", {"messages": chat("q " + words, "a")}, CHATML),
         "many turns": ("messages", {"messages": chat(*talk)}, CHATML),
         "a text": ("text", {"text": words}, None),

@@ -97,6 +97,8 @@ def test_padding_beyond_the_embedding_is_another_token(tmp_path: Path) -> None:
         ({"eval_size": 22}, "holds out 22 of the 22 rows"),
         ({"too_long": "drop", "max_seq_length": 15}, "more than max_dropped=0.1"),
         ({"too_long": "error", "max_seq_length": 15}, "rows.jsonl, line"),
+        ({"lora_target_modules": ["nothing"]}, "Modules of this model that can have LoRA"),
+        ({"adapter_name_or_path": "./nowhere"}, "./nowhere does not exist: give an adapter's directory, or its hub id"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

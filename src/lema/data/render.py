@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ class ChatRenderer:
             return self.labelled(self._render(messages, tools), (), (), limit)
         messages = messages[: turns[-1] + 1]
         if self._template.marked:
-            return self._ended(self._by_marks(messages, tools, turns))
+            return self._ended(self._by_marks(messages, tools, turns, limit))
         text, prompt = self._answered(messages, tools)
         self._check_reasoning(messages[-1], turns[-1], text[len(prompt) :])
 
@@ -375,36 +376,45 @@ class ChatRenderer:
         )
         return f"; chat_template_kwargs can set the template's {named}" if names else ""
 
-    def _by_marks(self, messages: Sequence[Message], tools: list[Any] | None, turns: list[int]) -> EncodedRow:
+    def _by_marks(
+        self, messages: Sequence[Message], tools: list[Any] | None, turns: list[int], limit: int | None
+    ) -> EncodedRow:  # fmt: skip
         """As the template's `{% generation %}` marks say."""
-        text, mask = self._render(messages, tools), self._template.marks(messages, tools)
-        offsets = self._tokens.of(text)[1]
-        begins = [i for i, on in enumerate(mask) if on and (i == 0 or not mask[i - 1])]
+        text, marked = self._template.marked_turns(messages, tools)
         answers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
-        if len(begins) != len(answers):
+        if len(marked) != len(answers):
+            marked = _joined(marked)  # a turn may be marked piece by piece
+        if len(marked) != len(answers):
             raise InputError(
-                f"the chat template's generation marks show {len(begins)} turns, and {len(answers)} are there"
+                f"the chat template's generation marks show {len(marked)} turns, and {len(answers)} are there"
             )
+        of_turn = dict(zip(answers, marked, strict=True))
         found = self._turns(messages, tools, text)
-        spans, prompts, end = [], [], self.tokenizer.eos_token or ""
-        for turn in turns:
-            first = begins[answers.index(turn)]
-            last = next((i for i in range(first, len(mask)) if not mask[i]), len(mask)) - 1
-            begin, stop = offsets[first][0], offsets[last][1]
-            if end and text.startswith(end, stop):  # belongs to the turn, marked or not, or nothing would end it
-                stop += len(end)
-            asked = found.prompt_end(turn) if turn else 0
-            if asked is not None:
-                prompts.append(asked)
-                begin = max(begin, asked) if asked < stop else begin
-            else:
-                self._warn(
-                    "the chat template's prompt is not what its marked answers follow in training: "
-                    f"{first_difference(found.prompt(turn), text)}{self._variables_hint()}"
-                )
-            self._check_reasoning(messages[turn], turn, text[begin:stop])
-            spans.append((begin, stop))
-        return self.labelled(text, spans, prompts)
+        end = self.tokenizer.eos_token or ""
+
+        def learned() -> Iterator[tuple[int, int, int | None]]:
+            for turn in turns:
+                begin, stop = of_turn[turn]
+                if end and text.startswith(end, stop):  # belongs to the turn, marked or not, or nothing would end it
+                    stop += len(end)
+                asked = found.prompt_end(turn) if turn else 0
+                if asked is not None:
+                    begin = max(begin, asked) if asked < stop else begin
+                else:
+                    self._warn(
+                        "the chat template's prompt is not what its marked answers follow in training: "
+                        f"{first_difference(found.prompt(turn), text)}{self._variables_hint()}"
+                    )
+                self._check_reasoning(messages[turn], turn, text[begin:stop])
+                yield begin, stop, asked
+
+        spans, prompts = tee(learned())
+        return self.labelled(
+            text,
+            ((begin, stop) for begin, stop, _ in spans),
+            (asked for *_, asked in prompts if asked is not None),
+            limit,
+        )
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, ask: bool = False) -> str:
         return self._template.render(messages, tools, ask)
@@ -441,3 +451,14 @@ class _Asked:
                 break
             self.spans.append(one)
         return [begin for begin, _ in self.spans]
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans with those put together that touch."""
+    joined: list[tuple[int, int]] = []
+    for begin, stop in spans:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((begin, stop))
+    return joined

@@ -99,9 +99,12 @@ def _schema(schema: Any, name: str) -> dict[str, Any]:
         schema = json_of(schema, name)
     if not isinstance(schema, Mapping):
         raise InputError(f"{name} is {kind_of(schema)}, not an object that describes a tool")
-    if "function" in schema or "name" not in schema or schema.get("type", "function") != "function":
+    if "function" not in schema and ("name" not in schema or schema.get("type", "function") != "function"):
         return dict(schema)
-    return {"type": "function", "function": {key: item for key, item in schema.items() if key != "type"}}
+    inner = schema.get("function", {key: item for key, item in schema.items() if key != "type"})
+    if isinstance(inner, Mapping) and isinstance(inner.get("parameters"), str):  # a template would write it as text
+        inner = {**inner, "parameters": json_of(inner["parameters"], f"{name}: parameters")}
+    return {**schema, "function": inner} if "function" in schema else {"type": "function", "function": inner}
 
 
 def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

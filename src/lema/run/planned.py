@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..config import LemaConfig
-from ..engine.assembly import Outlook, resolve_budgets
+from ..engine.assembly import Outlook, assemble_lora, resolve_budgets
 from ..errors import ConfigError, LemaError, WeightsNotFoundError
 from ..machine.device import default_device
 from ..machine.memory import format_bytes
@@ -103,6 +103,18 @@ def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinary
         yield adapter, gbi
     finally:
         gbi.close()
+
+
+def check_adapters(config: LemaConfig, adapter: LemaModelAdapter) -> None:
+    """Refuse adapters that the model cannot have: they are put into it without memory, and it is of no use afterwards.
+
+    Raises:
+        ConfigError: no module matches. WeightsNotFoundError, FileNotFoundError: no adapter to train further is there.
+        UnsupportedError: a kind of adapter, or a place for one, that cannot be trained here.
+    """
+    lora = assemble_lora(config, adapter)
+    if lora is not None:
+        lora.attach(adapter, empty=True)
 
 
 def adapter_of(config: LemaConfig) -> LemaModelAdapter:
