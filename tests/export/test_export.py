@@ -374,6 +374,5 @@ def test_check_and_export_give_the_same_answer(fault: str, llama: Path, tmp_path
     checked, exported = lema("adapter", "check", folder, "--for", "peft"), lema("export", folder, tmp_path / "out")
     assert checked.exit_code == exported.exit_code == (0 if fault in ("none", "pickled too") else 1), exported.output
     found = [f for f in check_adapter(folder) if f.reader == "PEFT"]
-    assert all(" ".join(f.what.split()) in " ".join(exported.output.split()) for f in found if f.level == "problem")
     for advice in (*(f.advice for f in found), exported.output):  # it may be the only copy
         assert not re.search(r"\b(remove|delete|rm|unlink|overwrite)\b", advice), advice

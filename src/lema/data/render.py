@@ -274,7 +274,8 @@ class ChatRenderer:
         if not turns:
             return self.labelled(self._render(messages, tools), (), (), limit)
         messages = messages[: turns[-1] + 1]
-        if self._template.marked:
+        reasoned = any(reasoning_of(with_field(messages[turn])) is not None for turn in turns)
+        if self._template.marked and not (reasoned and self._template.drops_reasoning):
             return self._ended(self._by_marks(messages, tools, turns, limit))
         text, prompt = self._answered(messages, tools)
         self._check_reasoning(messages[-1], turns[-1], text[len(prompt) :])

@@ -193,17 +193,32 @@ class ChatTemplate:
         return _REASON in apart and count_tags(within) > count_tags(apart)
 
     @cached_property
-    def _thinks_in_content(self) -> str:
-        """What opens thinking in the prompt of a template that writes reasoning as part of the content alone."""
+    def drops_reasoning(self) -> bool:
+        """Whether a prompt opens thinking that answers are written without, whatever a message says of it."""
+        return self._opens_only and not self._thinks_in_content
+
+    @cached_property
+    def _opens_only(self) -> bool:
+        """Whether a prompt opens thinking, and a field with reasoning is not written."""
         asked, answer = _message("user", _QUESTION), {**_message("assistant", _ANSWER), "reasoning_content": _REASON}
         try:
-            prompt = self._apply([asked], None, add_generation_prompt=True)
-            if not (opened := opening(prompt)) or _REASON in self._apply([asked, answer], None):
-                return ""
-            within = self._apply([asked, within_content(answer, opened)], None)
+            opened = opening(self._apply([asked], None, add_generation_prompt=True))
+            return bool(opened) and _REASON not in self._apply([asked, answer], None)
+        except InputError:
+            return False
+
+    @cached_property
+    def _thinks_in_content(self) -> str:
+        """What opens thinking in the prompt of a template that writes reasoning as part of the content alone."""
+        if not self._opens_only:
+            return ""
+        asked, answer = _message("user", _QUESTION), {**_message("assistant", _ANSWER), "reasoning_content": _REASON}
+        prompt = self._apply([asked], None, add_generation_prompt=True)
+        try:
+            within = self._apply([asked, within_content(answer, opening(prompt))], None)
         except InputError:
             return ""
-        return opened if within.startswith(prompt + _REASON) else ""
+        return opening(prompt) if within.startswith(prompt + _REASON) else ""
 
     # -- running it ------------------------------------------------------------------------------
 

@@ -51,11 +51,11 @@ class Tokens:
     def begun(self, text: str) -> Encoded:
         """Ids of a text as a row or a prompt begins, with what the tokenizer puts before it, and nothing after it.
 
-        A text that begins with the token that the tokenizer puts there has it once.
+        A text that begins with the token that the tokenizer puts there, however often, has it once.
         """
         ids, offsets = self._encoded(text)
         first, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if first is not None and ids[:2] == [first, first] and text.startswith(self._tokenizer.bos_token):
+        while first is not None and ids[:2] == [first, first] and text.startswith(self._tokenizer.bos_token):
             ids, offsets = ids[1:], offsets[1:]
         added = [end] if not text.endswith(self._tokenizer.eos_token or "\0") else [end, end]
         if len(ids) > 1 and end is not None and ids[-len(added) :] == added:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
-from .checks import is_absent, json_of, kind_of, list_of, names, text_of
+from .checks import check_numbers, is_absent, json_of, kind_of, list_of, names, text_of
 
 CALL_FIELDS = ("id", "type", "index", "function", "name", "arguments")
 
@@ -67,6 +67,7 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
         value = {}
     if not isinstance(value, Mapping):
         raise InputError(f"{name}: arguments is {kind_of(value)}, not an object or JSON text of one")
+    check_numbers(value, f"{name}: arguments")
     return dict(value)
 
 
