@@ -144,8 +144,8 @@ class AdapterSettings:
     exclude_modules: Annotated[list[str] | str | None, BeforeValidator(_targets)] = None
     """Modules that get no LoRA although they are among the targets, in the same forms."""
     adapter_name_or_path: Annotated[MaybePath, SAME_NUMBERS] = None
-    """Directory of an adapter to train further: its weights, rank, alpha and targets are taken, dropout is the
-    config's. None: a new adapter."""
+    """Directory or hub id of an adapter to train further: its weights, rank, alpha and targets are taken, dropout is
+    the config's. None: a new adapter."""
 
 
 @dataclass

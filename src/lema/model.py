@@ -25,7 +25,7 @@ from .engine.trainer import LemaTrainer
 from .errors import DeviceError
 from .machine.heap import resident_bytes
 from .models.base import LemaModelAdapter
-from .models.locate import adapter_for, local_path, weights_path
+from .models.locate import adapter_for, adapter_path, local_path, weights_path
 from .models.lora import ADAPTER_CONFIG, LoRAManager
 from .models.trained import Trained
 from .planning.plan import MemoryPlan
@@ -93,8 +93,9 @@ class LemaModel:
         if self.lora_manager is not None:
             peft_model = self.lora_manager.attach(self.adapter)
             if self.config.adapter_name_or_path is not None:
-                check_base_of_adapter(Path(self.config.adapter_name_or_path), self.gbi.fingerprint())
-                self.lora_manager.load_pretrained(self.config.adapter_name_or_path)
+                folder = adapter_path(self.config.adapter_name_or_path)
+                check_base_of_adapter(folder, self.gbi.fingerprint())
+                self.lora_manager.load_pretrained(folder)
             base = getattr(peft_model, "base_model", None)
             if base is not None:
                 peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path

@@ -226,7 +226,7 @@ def _settings(shop: Workshop) -> Iterator[Case]:
     yield case("a name that another tool uses", "other-tool", "sequence_len: 64")
     yield case("rows longer than the model takes", "positions", verb="check", max_seq_length=4096)
     yield case("the same before training", "positions-dry", max_seq_length=4096)
-    yield case("an adapter to train further that is not there", "further", adapter_name_or_path="nowhere")
+    yield case("an adapter to train further that is not there", "further", adapter_name_or_path="./nowhere")
     yield Case("Settings", "a device in place of a file", ["train", "/dev/zero"])
 
 

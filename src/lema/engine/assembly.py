@@ -13,6 +13,7 @@ from ..config import LLAMA_TARGETS, LemaConfig
 from ..errors import DeviceError
 from ..machine.device import check_device, device_name, supports_bfloat16
 from ..models.base import LemaModelAdapter
+from ..models.locate import adapter_path
 from ..models.lora import LoRAManager
 from ..storage.index import GlobalBinaryIndex
 
@@ -38,7 +39,8 @@ def compute_dtype(config: LemaConfig) -> torch.dtype:
 def lora_settings(config: LemaConfig, adapter: LemaModelAdapter) -> dict[str, Any]:
     """The config's LoRA settings as `LoRAManager` takes them."""
     if config.adapter_name_or_path is not None:
-        return {**LoRAManager.settings_from(config.adapter_name_or_path), "dropout": config.lora_dropout}
+        folder = adapter_path(config.adapter_name_or_path)
+        return {**LoRAManager.settings_from(folder), "dropout": config.lora_dropout}
     targets = config.lora_target_modules
     if targets == list(LLAMA_TARGETS) and adapter.default_target_modules is not None:
         targets = list(adapter.default_target_modules)

@@ -5,6 +5,8 @@ It knows a model's parts, a plan and the store; it knows nothing of losses, opti
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,6 +128,7 @@ class Attachment:
             own.replace("layers", layer, "forward", streamed)
         if lm.head is not None and (forward := streamed_forward(lm.head, self.memory)) is not None:
             own.replace("head", lm.head, "forward", forward)
+        own.replace("sweeps", lm.module, "forward", self._given_back(lm.module.forward))
         own.hook("sweeps", lm.module.register_forward_pre_hook(self._begin, with_kwargs=True))
         own.hook("sweeps", lm.module.register_forward_hook(self._end))
         own.hook("sweeps", lm.module.register_forward_hook(self._give_turn, always_call=True))
@@ -184,6 +187,22 @@ class Attachment:
         else:
             self.memory.predict(AccessSchedule.inference(count))
         return args, kwargs
+
+    def _given_back(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that gives the turn back where Ctrl-C ends it: torch runs no hook for what is no `Exception`."""
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            except BaseException as ended:
+                if not isinstance(ended, Exception):
+                    self._give_turn()
+                    if not self.memory.turn.held:  # else whoever holds it cleans up
+                        self.memory.abort()
+                raise
+
+        return run
 
     def _end(self, *_: Any) -> None:
         self.draws.end()

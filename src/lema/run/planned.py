@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..config import LemaConfig
-from ..engine.assembly import StoredModel
+from ..engine.assembly import StoredModel, assemble_lora
 from ..engine.outlook import Outlook
 from ..errors import ConfigError, LemaError, WeightsNotFoundError
 from ..machine.device import default_device
@@ -115,6 +115,18 @@ def _opened(config: LemaConfig, to_run: bool) -> Iterator[StoredModel]:
             yield StoredModel(adapter, gbi)
     else:
         yield StoredModel(adapter, None)
+
+
+def check_adapters(config: LemaConfig, adapter: LemaModelAdapter) -> None:
+    """Refuse adapters that the model cannot have: they are put into it without memory, and it is of no use afterwards.
+
+    Raises:
+        ConfigError: no module matches. WeightsNotFoundError, FileNotFoundError: no adapter to train further is there.
+        UnsupportedError: a kind of adapter, or a place for one, that cannot be trained here.
+    """
+    lora = assemble_lora(config, adapter)
+    if lora is not None:
+        lora.attach(adapter, empty=True)
 
 
 def adapter_of(config: LemaConfig) -> LemaModelAdapter:

@@ -16,6 +16,7 @@ from ..config import LemaConfig
 from ..coordinator import Coordinator
 from ..data import Data
 from ..data.load import check_all_rows
+from ..engine.packing import take_over_packing
 from ..engine.trainer import LemaTrainer
 from ..model import LemaModel
 from ..models.causal_lm import CausalLM
@@ -114,7 +115,9 @@ class PlannedRun:
         """The run's model, by its plan, and of the skeleton that was planned for unless it is in use."""
         adapter = self.planned.adapter
         unused = isinstance(adapter, TransformersAdapter) and not adapter.in_use
-        return LemaModel(self.config, adapter if unused else None, plan=self.planned.plan)
+        model = LemaModel(self.config, adapter if unused else None, plan=self.planned.plan)
+        take_over_packing(model.adapter.causal_lm(), adapter.causal_lm())
+        return model
 
     def check(self) -> None:
         """Refuse what the first step, or any later one, would be refused for."""
