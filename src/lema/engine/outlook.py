@@ -6,8 +6,10 @@ Each is found out when it is first asked for; it knows nothing of how a plan is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,10 +21,15 @@ from ..planning.hardware import Hardware
 from ..planning.plain import stored_bytes
 from ..planning.plan import Estimate, MemoryPlan, ModelSizes, Workload
 from ..planning.policy import Budgets, resolve_budgets
+from ..planning.sizes import model_sizes
 from ..planning.step_time import counted, estimate
 from ..typed import PLANNED, fields_with
 from .assembly import StoredModel, lora_settings
 from .dry_run import DryRun
+
+_T = TypeVar("_T")
+_FOUND: dict[str, dict[Any, Any]] = {}
+"""What dry runs of this process found, by model and adapter: whoever opens a model again need not wait again."""
 
 
 class Outlook:
@@ -70,26 +77,49 @@ class Outlook:
     @functools.cached_property
     def sizes(self) -> ModelSizes:
         """Bytes of the model's parts."""
-        gbi = self._model.gbi
-        return self._run.sizes() if gbi is None else self._run.sizes_in(self._looked_into(), gbi)
+        return model_sizes(self._adapter, self._once("parameters", lambda run: run.parameters), self._model.gbi)
 
     def workload(self, seq: int) -> Workload:
         """What a step of `batch_size` rows of so many tokens takes."""
-        return self._run.workload(self.config.batch_size, seq)
+        adapter, batch = self._adapter, self.config.batch_size
+        return Workload(
+            batch=batch,
+            seq=seq,
+            boundary=batch * seq * adapter.hidden_size * adapter.dtype.itemsize,
+            layer=lambda rows: self._once(("layer", rows, seq), lambda run: run.layer(rows, seq)),
+            loss=lambda positions: self._once(("loss", positions), lambda run: run.loss(positions)),
+        )
+
+    def _once(self, what: Any, find: Callable[[DryRun], _T]) -> _T:
+        if what not in self._found:
+            self._found[what] = find(self._run)
+        found: _T = self._found[what]
+        return found
+
+    @functools.cached_property
+    def _found(self) -> dict[Any, Any]:
+        adapter = self._adapter
+        attention = adapter.model.config._attn_implementation
+        what = (type(adapter).__name__, adapter.config.to_dict(), str(adapter.dtype), attention, self._lora)
+        return _FOUND.setdefault(json.dumps(what, sort_keys=True, default=str), {})
 
     @functools.cached_property
     def _run(self) -> DryRun:
-        config, adapter = self.config, self._looked_into()
-        adapter.configure(getattr(torch, config.dtype), config.attn_implementation)
-        return DryRun(adapter.apart(), lora_settings(config, adapter) if config.use_lora else None)
+        return DryRun(self._adapter.apart(), self._lora)
 
-    def _looked_into(self) -> TransformersAdapter:
+    @property
+    def _lora(self) -> dict[str, Any] | None:
+        return lora_settings(self.config, self._model.adapter) if self.config.use_lora else None
+
+    @functools.cached_property
+    def _adapter(self) -> TransformersAdapter:
         adapter = self._model.adapter
         if not isinstance(adapter, TransformersAdapter):
             raise UnsupportedError(
                 f"budgets need a model of transformers, {type(adapter).__name__} is an adapter of its own; leave "
                 f"{', '.join(fields_with(LemaConfig, PLANNED))} unset"
             )
+        adapter.configure(getattr(torch, self.config.dtype), self.config.attn_implementation)
         return adapter
 
     # -- of a plan that is made --------------------------------------------------------------------
