@@ -57,8 +57,9 @@ def plan_for(facts: RunFacts) -> MemoryPlan:
         UnsupportedError: budgets for an adapter of one's own, whose layers cannot be looked into.
     """
     config = facts.config
-    if all(getattr(config, name) is None for name in fields_with(LemaConfig, PLANNED)):
-        kind = torch.device(config.device).type
+    kind = torch.device(config.device).type
+    decisions = {*fields_with(LemaConfig, PLANNED)} - ({"vram_budget"} if kind == "cpu" else set())
+    if all(getattr(config, name) is None for name in decisions):
         return with_steps(
             plan_without_budget(
                 *facts.stored, device=kind, strategy=config.strategy, host_slots=config.slots,

@@ -56,7 +56,8 @@ def for_windows(config: LemaConfig) -> LemaConfig:
 
     Layers run `batch_size` rows at once as without accumulation; under a budget the plan decides.
     """
-    budgeted = config.ram_budget is not None or config.vram_budget is not None
+    on_cpu = torch.device(config.device).type == "cpu"
+    budgeted = config.ram_budget is not None or (config.vram_budget is not None and not on_cpu)
     micro = config.micro_batch_size
     if micro is None and not budgeted and config.gradient_accumulation_steps > 1:
         micro = config.batch_size
