@@ -123,7 +123,7 @@ LATE_UNCLEAR_MISSING = {
     ),
     "warnings of libraries": ("test_a_model_is_planned_trained_asked_and_merged",),
 }
-RELIABILITY = {
+SHOWN_BESIDES = {
     "code of strangers": (
         "test_every_call_that_could_run_code_says_that_it_does_not",
         "test_code_beside_a_model_and_its_tokenizer_is_named_and_not_run",
@@ -165,13 +165,28 @@ RELIABILITY = {
         "test_transformers_trainer_goes_on_from_its_checkpoint",
         "test_trl_trains_saves_and_goes_on",
     ),
+    "where answers end, which weights and which template": (
+        "test_answers_end_where_the_models_generation_config_says",
+        "test_an_answer_ends_where_the_template_ends_a_turn",
+        "test_of_several_named_templates_the_one_transformers_takes",
+    ),
+    "rows from compressed files, data sets by name and frames": (
+        "test_compressed_files_are_the_same_rows",
+        "test_data_sets_by_name",
+        "test_pandas_frames",
+        "test_polars_frames",
+    ),
+    "an error is a message, and a traceback on request": (
+        "test_an_error_is_a_message_and_a_traceback_on_request",
+        "test_what_nobody_foresaw_is_one_message_too",
+    ),
     "files of six other tools": ("test_from_another_tools_file_to_an_adapter",),
     "hints that would install somebody else's package": (
         "test_hints_name_libraries_with_the_bounds_that_are_declared",
         "test_no_hint_installs_a_package_of_somebody_else",
     ),
 }
-ALL = {**SILENTLY_WRONG, **TRACEBACKS, **LATE_UNCLEAR_MISSING, **RELIABILITY}
+ALL = {**SILENTLY_WRONG, **TRACEBACKS, **LATE_UNCLEAR_MISSING, **SHOWN_BESIDES}
 
 
 @pytest.fixture(scope="module")

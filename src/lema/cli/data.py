@@ -162,10 +162,10 @@ def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[Data
             raise ConfigError(f"{file} names no train_file")
         adapter = adapter_of(run.lema)
         lm = adapter.causal_lm()
-        limits = limits_of(lm)
+        taken = limits_of(lm)
         check_run(run, lm, bool(run.data.eval_file or run.data.eval_size))
         check_adapters(run.lema, adapter)
-        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, limits
+        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, taken
     if model is None:
         raise typer.BadParameter(
             "is needed to count tokens, unless FILE is the YAML file of a run", param_hint="--model"
