@@ -22,6 +22,7 @@ from lema.engine.loss.epilogue import ModelEpilogue
 from lema.engine.loss.positions import LossResult, compute_loss
 from lema.engine.loss.vocabulary import Head
 from lema.errors import InputError, UnsupportedError
+from lema.models.interceptor import Interceptor
 from rounding import head_gradient_bound
 
 pytestmark = pytest.mark.timeout(120)
@@ -352,6 +353,7 @@ class MadeUp(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64))
         self.vocab_size, self.max_positions = vocab, None
         self.before, self.after = before, after
+        self.interceptor = Interceptor()
 
     @property
     def module(self) -> nn.Module:
