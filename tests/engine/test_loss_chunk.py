@@ -50,9 +50,7 @@ def test_a_piece_is_wide_and_no_larger_than_was_asked(chunk: int, positions: int
     wide, nbytes = wide_piece(chunk, positions)
     assert min(chunk, positions) <= wide <= positions
     assert wide * nbytes <= min(chunk, positions) * HEAD_CHUNK_BYTES, "logits at once"
-    assert min(HEAD_CHUNK_BYTES, HEAD_CHUNK_BYTES // 4) <= nbytes <= HEAD_CHUNK_BYTES, (
-        "or calls would be many and small"
-    )
+    assert HEAD_CHUNK_BYTES // 4 <= nbytes <= HEAD_CHUNK_BYTES, "or calls would be many and small"
 
 
 def test_the_default_of_a_run_follows_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
