@@ -88,7 +88,7 @@ def check_fit(values: Mapping[str, Any], source: Source, dtype: torch.dtype) -> 
     contradicted: list[str] = []
     for name, partner in model.all_tied_weights_keys.items():
         if name in placed and partner in placed:
-            stored, other = (placed[n].pieces[0].record.name for n in (name, partner))
+            stored, other = (placed[n].parts[0].tensor.name for n in (name, partner))
             if stored != other:
                 (copies if _equal(source, stored, other) else contradicted).append(stored)
     left_out = {*copies, *contradicted}

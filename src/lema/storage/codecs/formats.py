@@ -1,0 +1,29 @@
+"""The formats of codes that are known, and which of a checkpoint's tensors they keep.
+
+A new format is a file beside this one and a name in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..header import TensorRecord
+from .base import Format, Stored
+
+FORMATS: tuple[Format, ...] = ()
+
+
+def methods() -> frozenset[str]:
+    """What `quant_method` may say in config.json for weights that can be decoded."""
+    return frozenset().union(*(known.methods for known in FORMATS))
+
+
+def find_stored(records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:
+    """Every tensor of a checkpoint that is kept as codes, by the name it has in one without; see `Format.find`."""
+    found: dict[str, Stored] = {}
+    for known in FORMATS:
+        for name, stored in known.find(records, settings).items():
+            assert name not in found, f"{name} is claimed by {known.name} and another format"
+            found[name] = stored
+    return found
