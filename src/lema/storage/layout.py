@@ -16,6 +16,8 @@ from .codecs import Codec, Piece, Placement, Run
 from .index import TensorRecord
 
 PAGE = 4096
+_GAP = PAGE
+"""Bytes between two segments up to which they are read as one: a second read would cost more than they do."""
 ALIGNMENT = 256
 """Of parameters in device memory and in scratch: what cudaMalloc gives, and the fastest kernels want 16 to 128."""
 
@@ -111,7 +113,7 @@ class Move:
 class SlotLayout:
     """Where everything of one unit lies.
 
-    Layout: what its codecs ask of the unit's file tensors, in file order, touching ones merged into extents, each at
+    Layout: what its codecs ask of the unit's file tensors, in file order, near ones merged into extents, each at
     its own page of the slot with the same offset in the page as in the file. Parameters whose stored
     bytes are what the computation wants are views of the slot; the others (another type, several file
     tensors, codes, an odd offset) have a place in the scratch that all units share and are decoded there.
@@ -191,7 +193,7 @@ def _merge(segments: Sequence[_Segment]) -> tuple[tuple[Extent, ...], _Places]:
     groups: list[list[_Segment]] = []
     for segment in segments:
         last = groups[-1][-1] if groups else None
-        if last is not None and last.record.file == segment.record.file and last.end == segment.start:
+        if last is not None and last.record.file == segment.record.file and 0 <= segment.start - last.end <= _GAP:
             groups[-1].append(segment)
         else:
             groups.append([segment])

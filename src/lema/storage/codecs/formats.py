@@ -10,8 +10,9 @@ from typing import Any
 
 from ..header import TensorRecord
 from .base import Format, Stored
+from .bitsandbytes import Bitsandbytes
 
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (Bitsandbytes(),)
 
 
 def methods() -> frozenset[str]:
