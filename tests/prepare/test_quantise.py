@@ -18,11 +18,12 @@ from bitsandbytes.functional import create_dynamic_map, int8_vectorwise_quant, q
 from families import save_tiny
 from lema.cli.app import app
 from lema.errors import ConfigError, UnsupportedError, WeightsError
+from lema.models.registry import get_adapter
 from lema.prepare import prepare
 from lema.prepare.encoders import ENCODERS, dynamic_map
 from lema.storage.codecs.bitsandbytes import Bitsandbytes
 from lema.storage.index import GlobalBinaryIndex
-from lema.storage.layout import ParameterSource
+from lema.storage.layout import ParameterSource, SlotLayout
 from lema.storage.views import materialize
 
 
@@ -44,7 +45,9 @@ def test_four_bits_are_the_librarys_codes(shape: tuple[int, int]) -> None:
         if "quant_state" in name:
             assert json.loads(bytes(found[name].numpy())) == json.loads(bytes(tensor.numpy()))
         else:
-            assert torch.equal(found[name], tensor), name
+            # of a block whose scales are all the same nothing is left to scale, and any code will do
+            any_code = name == "w.absmax" and not bool(expected["w.nested_absmax"].any())
+            assert any_code or torch.equal(found[name], tensor), name
     declared = {name: (dtype, size) for name, dtype, size in ENCODERS["nf4"].declared("w", shape)}
     assert declared == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
 
@@ -76,6 +79,9 @@ def test_transformers_loads_it_and_says_the_same(tmp_path: Path, kind: str) -> N
             assert torch.equal(
                 found[name], materialize(gbi, ParameterSource(name, one.shape, torch.bfloat16, one.codec))
             )
+        adapter = get_adapter("llama", json.loads((made.path / "config.json").read_text()))
+        for sources in adapter.unit_sources(gbi):
+            assert len(SlotLayout(sources).extents) == 1, "a layer lies in one piece, its tables between its codes"
     source = load_file(tmp_path / "source" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(found[name], source[name].bfloat16()), f"{name} is left as it is"
