@@ -81,7 +81,7 @@ def test_transformers_loads_it_and_says_the_same(tmp_path: Path, kind: str) -> N
             )
         adapter = get_adapter("llama", json.loads((made.path / "config.json").read_text()))
         for sources in adapter.unit_sources(gbi):
-            assert len(SlotLayout(sources).extents) == 1, "a layer lies in one piece, its tables between its codes"
+            assert len(SlotLayout(sources).extents) <= 3, "one for each size of item, tables between codes among them"
     source = load_file(tmp_path / "source" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(found[name], source[name].bfloat16()), f"{name} is left as it is"

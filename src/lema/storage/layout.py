@@ -17,8 +17,8 @@ from .index import TensorRecord
 
 PAGE = 4096
 _GAP = PAGE
-"""Bytes between segments of a unit with codes up to which they are read as one: tables and texts that no step needs, and
-a read for each segment would cost more."""
+"""Bytes between segments of a unit with codes up to which they are read as one: what lies there are tables that no step
+needs, and a read for each segment would cost more."""
 ALIGNMENT = 256
 """Of parameters in device memory and in scratch: what cudaMalloc gives, and the fastest kernels want 16 to 128."""
 
