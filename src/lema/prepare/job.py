@@ -31,7 +31,7 @@ from .work import WorkFolder, Written, check_target
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when other bytes are written for the same source
+VERSION = 1  # raise it when other bytes are written for the same source
 _SYNC_BYTES = 256 << 20
 _COMPANION_BYTES = 64 << 20
 """Set aside for tokenizer and configuration."""
@@ -141,7 +141,7 @@ class _Job:
         planned = plan_output(self._target, declared, self._limit, self._source.metadata)
         self._check_space(planned)
         job = {
-            "version": _VERSION,
+            "version": VERSION,
             "sources": watch.states,
             "files": {f.path.name: {n: str(r.dtype) for n, r in f.records.items()} for f in planned},
         }

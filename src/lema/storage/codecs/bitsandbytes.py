@@ -138,6 +138,12 @@ class Bitsandbytes(Format):
     name = "bitsandbytes"
     methods = frozenset({"bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"})
 
+    def bits(self, settings: Mapping[str, Any]) -> float:
+        """In blocks of 64, which transformers asks for."""
+        if settings.get("load_in_8bit"):
+            return 8.0
+        return 4 + 8 / 64 + 32 / (64 * 256) if settings.get("bnb_4bit_use_double_quant") else 4 + 32 / 64
+
     def find(self, records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:
         """By the names that stand beside codes; see `Format.find`."""
         found = {}

@@ -20,6 +20,12 @@ def methods() -> frozenset[str]:
     return frozenset().union(*(known.methods for known in FORMATS))
 
 
+def bits_of(method: str, settings: Mapping[str, Any]) -> float | None:
+    """Bits a value takes in files quantised by a method, as its settings say; None where they do not."""
+    known = next((known for known in FORMATS if method in known.methods), None)
+    return None if known is None else known.bits(settings)
+
+
 def find_stored(records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:
     """Every tensor of a checkpoint that is kept as codes, by the name it has in one without; see `Format.find`."""
     found: dict[str, Stored] = {}
