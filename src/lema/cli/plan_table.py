@@ -98,6 +98,9 @@ def _time(planned: Planned) -> Section:
     busy = {"compute": estimate.compute_seconds, "disk": estimate.disk_seconds}
     if plan.device != "cpu":
         busy["link"] = estimate.link_seconds
+    if estimate.decode_seconds:
+        busy["compute"] -= estimate.decode_seconds
+        busy["decoding"] = estimate.decode_seconds
     return [
         (
             "step",

@@ -18,6 +18,7 @@ from ..machine.memory import free_ram, resolve_budget
 from ..models.base import LemaModelAdapter
 from ..models.lora import LoRAManager
 from ..models.transformers_adapter import TransformersAdapter
+from ..planning.decoding import decode_rate, stated_rate
 from ..planning.footprint import Footprint
 from ..planning.hardware import Hardware
 from ..planning.plain import plan_without_budget
@@ -102,6 +103,8 @@ class Outlook:
             from ..planning.probe import profile
 
             hardware = profile(config.device, gbi.path if gbi is not None else None)
+        if sizes.decoded:
+            sizes = replace(sizes, decode_bytes_per_s=_decode_rate(config, adapter, gbi, hardware))
         return cls(config, run, sizes, hardware, budgets)
 
     def plan(self) -> MemoryPlan:
@@ -163,6 +166,17 @@ def _device_bytes(config: LemaConfig, hardware: Hardware | None) -> int:
         return 0
     memory = device_memory(config.device)
     return min(memory.available + context_bytes(torch.device(config.device).type), memory.total)
+
+
+def _decode_rate(
+    config: LemaConfig, adapter: TransformersAdapter, gbi: GlobalBinaryIndex | None, hardware: Hardware
+) -> float:
+    """Bytes of values a second: of these weights on this machine, or what is taken for another one."""
+    if gbi is None or hardware.source != "measured":
+        return stated_rate(hardware.device)
+    adapter.configure(getattr(torch, config.dtype), config.attn_implementation)
+    rate = decode_rate(adapter.unit_sources(gbi), torch.device(config.device))
+    return stated_rate(hardware.device) if rate is None else rate
 
 
 def _first(*values: Any) -> Any:
