@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
+from .progress import progress_bar
 from .settings import split_settings, usage_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def train(
     folder = CheckpointFolder(run.lema.output_dir)
     cleared = folder.look() if dry_run else folder.open()
     try:
-        prepared = prepare(run, choose_start(folder, resume))
+        with progress_bar(run.lema.quantize is not None) as progress:
+            prepared = prepare(run, choose_start(folder, resume), progress)
         if dry_run:
             prepared.check()
         _say_cost(prepared)

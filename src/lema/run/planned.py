@@ -25,6 +25,8 @@ from ..models.transformers_adapter import TransformersAdapter
 from ..planning import probe as probing
 from ..planning.hardware import Hardware
 from ..planning.plan import MemoryPlan
+from ..prepare.cached import cached_folder
+from ..prepare.encoders import ENCODERS
 from ..storage.index import GlobalBinaryIndex
 
 
@@ -56,6 +58,8 @@ class Planned:
 
 def make(values: Mapping[str, Any], spec: str | None = None, probe: bool = False) -> Planned:
     """Plan for settings by name, on the machine a specification describes or on this one.
+
+    Nothing is made for it: weights that `quantize` asks for and nobody has made yet count as they will be.
 
     Raises:
         LemaError: settings, model, machine or budgets are not good, or nothing fits.
@@ -94,6 +98,14 @@ def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinary
     if given.is_file() and given.name != "config.json" and given.suffix != ".safetensors":
         raise ConfigError(f"{given} is neither a directory, a .safetensors file nor a config.json")
     adapter = adapter_of(config)
+    if config.quantize is not None:
+        if (made := _quantised_already(config)) is None:
+            if isinstance(adapter, TransformersAdapter):
+                settings = ENCODERS[config.quantize].settings(getattr(torch, config.dtype), ())
+                adapter.config.quantization_config = settings
+            yield adapter, None
+            return
+        config = config.replace(gbi_path=str(made), quantize=None)
     where = Path(config.gbi_path) if config.gbi_path is not None else given
     if config.gbi_path is None and not (where.suffix == ".safetensors" or any(where.glob("*.safetensors"))):
         yield adapter, None
@@ -103,6 +115,15 @@ def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinary
         yield adapter, gbi
     finally:
         gbi.close()
+
+
+def _quantised_already(config: LemaConfig) -> Path | None:
+    """The weights that `quantize` asks for, where an earlier run has made them of weights that are here."""
+    source = Path(config.gbi_path or config.model_name_or_path)
+    if not (source.suffix == ".safetensors" or any(source.glob("*.safetensors"))):
+        return None
+    folder = cached_folder(config)
+    return folder if folder.is_dir() else None
 
 
 def adapter_of(config: LemaConfig) -> LemaModelAdapter:

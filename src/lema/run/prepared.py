@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..config import LemaConfig
 from ..data import Data
 from ..data.load import check_all_rows
 from ..engine.assembly import wants_plan
 from ..model import LemaModel
 from ..planning.plan import Estimate
+from ..prepare.cached import quantised
+from ..prepare.job import Progress
 from ..training.checkpoints import CheckpointFolder
 from ..training.panel import View
 from ..training.result import TrainResult
@@ -63,14 +66,18 @@ class Prepared:
             return train_run(model.get_trainer(), self.run, self.data, self.tokenizer, folder, start, view)
 
 
-def prepare(run: RunConfig, start: Start) -> Prepared:
+def prepare(run: RunConfig, start: Start, progress: Progress | None = None) -> Prepared:
     """Read, count and plan what a run needs.
+
+    Args:
+        progress: told of weights that are quantised for it.
 
     Raises:
         LemaError: settings, data, model, budgets or the checkpoint to start from do not go together.
     """
     config = _kept(run.resolved().engine_config().to_dict(), run, start)
     tokenizer = load_tokenizer(run.lema.model_name_or_path)
+    config = quantised(LemaConfig.from_dict(config), progress).to_dict()
     planned = make(config)
     data = load_rows(run, tokenizer, lm=planned.adapter.causal_lm())
     check_start(RunData(data.train, data.eval), run, start)
