@@ -13,6 +13,7 @@ from test_plan import load, model
 
 from families import save_tiny, tiny_config
 from helpers import lema_model
+from lema.doctor.machine import codes_of
 from lema.models.registry import get_adapter
 from lema.planning.decoding import decode_rate
 from lema.planning.footprint import Footprint
@@ -59,6 +60,14 @@ def test_sizes_of_the_files_and_of_the_configuration_agree(tmp_path: Path) -> No
     assert configured.units[0] == pytest.approx(stored.units[0], rel=0.12), "tables and texts beside codes are small"
     assert stored.units[0] < 0.31 * values
     assert rate is not None and 0 < rate < 1e13
+
+
+def test_the_doctor_finds_codes_and_measures_them(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source", **SHAPE)
+    assert codes_of(tmp_path / "source", "cpu") is None
+    folder = prepare(tmp_path / "source", tmp_path / "codes", dtype="bfloat16", quantize="int8").path
+    codes = codes_of(folder, "cpu")
+    assert codes is not None and 0.5 * codes.values < codes.stored < 0.6 * codes.values and codes.rate > 0
 
 
 def test_a_plan_without_weights_counts_codes_as_configured(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def _kept(planned: Planned) -> Section:
     positions = config.batch_size * config.max_seq_length
     chunk = f"{plan.loss_chunk_size} of {positions}" if plan.loss_chunk_size else f"all {positions}"
     return [
+        *_codes(planned),
         ("layers", f"{device}{len(plan.in_ram)} in RAM, {len(plan.from_disk)} from disk"),
         ("activations", f"kept in all {n} layers" if kept == n else activations),
         ("head", _head(plan)),
@@ -56,6 +57,17 @@ def _kept(planned: Planned) -> Section:
         ("micro-batch", f"{plan.micro_batch_size} of {config.batch_size} rows at once"),
         ("loss chunk", f"{chunk} positions at once"),
         ("slots", _slots(plan)),
+    ]
+
+
+def _codes(planned: Planned) -> Section:
+    sizes = planned.outlook.sizes if planned.outlook is not None else None
+    if sizes is None or not sizes.decoded:
+        return []
+    values = f"{format_bytes(sum(sizes.units))} of layers as codes, {format_bytes(sum(sizes.decoded))} as values"
+    rate = format_bytes(int(sizes.decode_bytes_per_s))
+    return [
+        ("weights", f"{values}, decoded at {rate}/s{' (assumed)' if planned.stated or not planned.weights else ''}")
     ]
 
 
