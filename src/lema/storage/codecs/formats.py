@@ -9,9 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..header import TensorRecord
+from .awq import AwqFormat
 from .base import Format, Stored
+from .compressed_tensors import CompressedTensorsFormat
+from .fp8 import Fp8Format
+from .gptq import GptqFormat
+from .mxfp4 import Mxfp4Format
 
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (
+    Mxfp4Format(),
+    Fp8Format(),
+    CompressedTensorsFormat(),
+    GptqFormat(),
+    AwqFormat(),
+)
 
 
 def methods() -> frozenset[str]:
