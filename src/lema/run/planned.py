@@ -91,11 +91,11 @@ def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinary
     given = Path(config.model_name_or_path)
     if given.suffix == ".json" and not given.exists():
         raise WeightsNotFoundError(f"{given} does not exist: give a model's directory, its config.json or a hub id")
-    if given.is_file() and given.name != "config.json" and given.suffix != ".safetensors":
-        raise ConfigError(f"{given} is neither a directory, a .safetensors file nor a config.json")
+    if given.is_file() and given.name != "config.json" and given.suffix not in (".safetensors", ".gguf"):
+        raise ConfigError(f"{given} is neither a directory, a .safetensors or .gguf file nor a config.json")
     adapter = adapter_of(config)
     where = Path(config.gbi_path) if config.gbi_path is not None else given
-    if config.gbi_path is None and not (where.suffix == ".safetensors" or any(where.glob("*.safetensors"))):
+    if config.gbi_path is None and not (where.suffix in (".safetensors", ".gguf") or any(where.glob("*.safetensors"))):
         yield adapter, None
         return
     gbi = GlobalBinaryIndex(where)

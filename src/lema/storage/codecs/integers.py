@@ -60,7 +60,7 @@ def unpack(words: torch.Tensor, bits: int, order: Sequence[int] | None = None) -
     """
     places = torch.tensor(order or range(32 // bits), dtype=torch.int32, device=words.device).mul_(bits)
     found = words.contiguous().unsqueeze(1).bitwise_right_shift(places.view(1, -1, 1)).bitwise_and_((1 << bits) - 1)
-    return found.view(-1, words.shape[1])
+    return found.reshape(-1, words.shape[1])
 
 
 def check_groups(record: TensorRecord, named: torch.Tensor, groups: int) -> None:
