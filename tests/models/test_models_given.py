@@ -259,11 +259,6 @@ def bitsandbytes(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tens
     tensors[f"{name}.weight.absmax"] = torch.zeros(4)
 
 
-def int8(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> None:
-    tensors[f"{name}.weight"] = torch.zeros(weight.shape, dtype=torch.int8)
-    tensors[f"{name}.SCB"] = torch.zeros(weight.shape[0])
-
-
 def fp8(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> None:
     tensors[f"{name}.weight"] = weight.to(torch.float8_e4m3fn)
     tensors[f"{name}.weight_scale_inv"] = torch.ones(1, 1)
@@ -276,7 +271,7 @@ def compressed(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor
 
 @pytest.mark.parametrize(
     ("codes", "named"),
-    [(gptq, "GPTQ"), (mlx, "MLX"), (bitsandbytes, "bitsandbytes"), (int8, "8 bit"), (fp8, "FP8"),
+    [(gptq, "GPTQ"), (mlx, "MLX"), (bitsandbytes, "bitsandbytes"), (fp8, "FP8"),
      (compressed, "compressed-tensors")],
 )  # fmt: skip
 def test_codes_without_a_quantization_config_are_named(good: Path, tmp_path: Path, codes: Any, named: str) -> None:

@@ -10,7 +10,7 @@ import copy
 import difflib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -44,6 +44,10 @@ class CheckpointMap:
     sources: dict[str, ParameterSource]
     tied: dict[str, str]
     """Name -> name it shares its tensor with."""
+    placed: dict[str, PlacedTensor] = field(default_factory=dict)
+    """Of which runs of which tensors each is made, those of codes taken as what they stand for."""
+    coded: Mapping[str, Stored] = field(default_factory=dict)
+    """Tensors that the files keep as codes, by the name they have in files without."""
 
 
 def map_checkpoint(
@@ -89,7 +93,7 @@ def map_checkpoint(
         name: ParameterSource(name, tuple(empty.shape), types.of(name, empty), placed[name].codec)
         for name, empty in expected.items()
     }
-    return CheckpointMap(sources, tied)
+    return CheckpointMap(sources, tied, {name: placed[name] for name in expected}, coded)
 
 
 class _DtypePlan:

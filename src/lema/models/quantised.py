@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..storage.codecs import Stored
-from ..storage.codecs.formats import find_stored, methods
+from ..storage.codecs.formats import bits_of, find_stored, methods
 from ..storage.index import GlobalBinaryIndex
 from ..storage.layout import ParameterSource
 
@@ -70,6 +70,13 @@ def quantisation_of(config: Mapping[str, Any]) -> str | None:
     in_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     method = settings.get("quant_method") or ("bitsandbytes" if in_bits else "an unnamed method")
     return str(getattr(method, "value", method))
+
+
+def stored_bits(config: Mapping[str, Any]) -> float | None:
+    """Bits a value of a layer's matrices takes in the model's files, as its configuration says; None: those it is
+    computed in, or not known."""
+    settings, method = quantisation_settings(config), quantisation_of(config)
+    return None if settings is None or method is None else bits_of(method, settings)
 
 
 def coded_tensors(config: Mapping[str, Any], gbi: GlobalBinaryIndex) -> dict[str, Stored]:

@@ -107,6 +107,17 @@ class Format(ABC):
             UnsupportedError: a variety of the format that is not known; names it.
         """
 
+    def bits(self, settings: Mapping[str, Any]) -> float | None:
+        """Bits a value takes in a file, its share of scales among them, where only the configuration is there.
+
+        Args:
+            settings: `quantization_config` with one of the format's methods.
+
+        Returns:
+            None where it does not say.
+        """
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Placement(Codec):

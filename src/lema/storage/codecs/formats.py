@@ -11,12 +11,14 @@ from typing import Any
 from ..header import TensorRecord
 from .awq import AwqFormat
 from .base import Format, Stored
+from .bitsandbytes import Bitsandbytes
 from .compressed_tensors import CompressedTensorsFormat
 from .fp8 import Fp8Format
 from .gptq import GptqFormat
 from .mxfp4 import Mxfp4Format
 
 FORMATS: tuple[Format, ...] = (
+    Bitsandbytes(),
     Mxfp4Format(),
     Fp8Format(),
     CompressedTensorsFormat(),
@@ -28,6 +30,12 @@ FORMATS: tuple[Format, ...] = (
 def methods() -> frozenset[str]:
     """What `quant_method` may say in config.json for weights that can be decoded."""
     return frozenset().union(*(known.methods for known in FORMATS))
+
+
+def bits_of(method: str, settings: Mapping[str, Any]) -> float | None:
+    """Bits a value takes in files quantised by a method, as its settings say; None where they do not."""
+    known = next((known for known in FORMATS if method in known.methods), None)
+    return None if known is None else known.bits(settings)
 
 
 def find_stored(records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:
