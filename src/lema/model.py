@@ -26,6 +26,7 @@ from .models.locate import adapter_for, local_path, weights_path
 from .models.lora import ADAPTER_CONFIG, LoRAManager
 from .models.trained import Trained
 from .planning.plan import MemoryPlan
+from .storage.gguf_header import is_gguf
 from .storage.index import GlobalBinaryIndex
 from .streaming.memory import TripleBufferManager
 
@@ -55,7 +56,7 @@ class LemaModel:
             config = quantised(config)
         self.config = config
         model_path = local_path(config.model_name_or_path, "*.json")
-        self._folder = model_path if model_path.is_dir() else model_path.parent
+        self._folder = model_path if model_path.is_dir() or is_gguf(model_path) else model_path.parent
         self.adapter = adapter or adapter_for(config, model_path)
         self.gbi = GlobalBinaryIndex(weights_path(config))
         self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi, plan)

@@ -30,6 +30,7 @@ from ..storage.codecs import Stored
 from ..storage.index import GlobalBinaryIndex, TensorRecord
 from ..storage.layout import ParameterSource
 from ..storage.placement import PlacedTensor, chunk, concatenate, stack
+from .gguf import place_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,10 @@ def map_checkpoint(
         ShapeMismatchError: stored shapes differ from the configuration's; all are listed.
         UnsupportedError: a conversion is more than placement.
     """
-    placed, unused = place_parameters(model, expected, gbi, coded)
+    if gbi.is_gguf:
+        placed, unused = place_gguf(model.config, expected, gbi)
+    else:
+        placed, unused = place_parameters(model, expected, gbi, coded)
     tied = _ties(model, placed, gbi)
     for name, partner in tied.items():
         placed.setdefault(name, placed[partner])

@@ -8,10 +8,13 @@ from transformers import PreTrainedConfig
 
 from ..config import LemaConfig
 from ..errors import ConfigError, WeightsNotFoundError
+from ..storage.gguf_header import is_gguf
 from ..storage.strangers import refuse_special_files, tell_of_code
 from .base import LemaModelAdapter
 from .folder import refuse_other_folders
+from .gguf import config_in
 from .registry import get_adapter
+from .transformers_adapter import TransformersAdapter
 
 
 def local_path(name_or_path: str, *patterns: str) -> Path:
@@ -24,9 +27,13 @@ def local_path(name_or_path: str, *patterns: str) -> Path:
     if path.exists():
         refuse_other_folders(path)
         return path
-    could_be_hub_id = name_or_path.count("/") <= 1 and path.suffix != ".safetensors" and not path.is_absolute()
+    could_be_hub_id = (
+        name_or_path.count("/") <= 1 and path.suffix not in (".safetensors", ".gguf") and not path.is_absolute()
+    )
     if not could_be_hub_id or name_or_path.startswith("."):
-        raise WeightsNotFoundError(f"{name_or_path} does not exist: give a directory, a .safetensors file or a hub id")
+        raise WeightsNotFoundError(
+            f"{name_or_path} does not exist: give a directory, a .safetensors or .gguf file or a hub id"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -48,11 +55,15 @@ def weights_path(config: LemaConfig) -> Path:
 
 
 def adapter_for(config: LemaConfig, model_path: Path) -> LemaModelAdapter:
-    """The adapter for the model whose config.json is at, or beside, `model_path`.
+    """The adapter for the model whose config.json is at, or beside, `model_path`; of a GGUF file, that is in it.
 
     Raises:
         ConfigError: there is none, or it does not say what the model is.
     """
+    if is_gguf(model_path):
+        own = config_in(model_path)
+        own._name_or_path = config.model_name_or_path
+        return TransformersAdapter(own)
     folder = model_path if model_path.is_dir() else model_path.parent
     path = folder / "config.json"
     refuse_special_files(folder)

@@ -95,8 +95,8 @@ def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinary
     given = Path(config.model_name_or_path)
     if given.suffix == ".json" and not given.exists():
         raise WeightsNotFoundError(f"{given} does not exist: give a model's directory, its config.json or a hub id")
-    if given.is_file() and given.name != "config.json" and given.suffix != ".safetensors":
-        raise ConfigError(f"{given} is neither a directory, a .safetensors file nor a config.json")
+    if given.is_file() and given.name != "config.json" and given.suffix not in (".safetensors", ".gguf"):
+        raise ConfigError(f"{given} is neither a directory, a .safetensors or .gguf file nor a config.json")
     adapter = adapter_of(config)
     if config.quantize is not None:
         if (made := _quantised_already(config)) is None:
@@ -107,7 +107,7 @@ def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinary
             return
         config = config.replace(gbi_path=str(made), quantize=None)
     where = Path(config.gbi_path) if config.gbi_path is not None else given
-    if config.gbi_path is None and not (where.suffix == ".safetensors" or any(where.glob("*.safetensors"))):
+    if config.gbi_path is None and not (where.suffix in (".safetensors", ".gguf") or any(where.glob("*.safetensors"))):
         yield adapter, None
         return
     gbi = GlobalBinaryIndex(where)

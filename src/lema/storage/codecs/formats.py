@@ -9,10 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..header import TensorRecord
+from .awq import AwqFormat
 from .base import Format, Stored
 from .bitsandbytes import Bitsandbytes
+from .compressed_tensors import CompressedTensorsFormat
+from .fp8 import Fp8Format
+from .gptq import GptqFormat
+from .mxfp4 import Mxfp4Format
 
-FORMATS: tuple[Format, ...] = (Bitsandbytes(),)
+FORMATS: tuple[Format, ...] = (
+    Bitsandbytes(),
+    Mxfp4Format(),
+    Fp8Format(),
+    CompressedTensorsFormat(),
+    GptqFormat(),
+    AwqFormat(),
+)
 
 
 def methods() -> frozenset[str]:
