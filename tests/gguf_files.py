@@ -100,3 +100,23 @@ def moe_tensors() -> dict[str, np.ndarray]:
         }  # fmt: skip
         tensors |= {f"blk.{i}.{name}.weight": numbers(*shape) for name, shape in block.items()}
     return tensors | {"output.weight": numbers(64, 32)}
+
+
+def mixed_llama(path: Path) -> Path:
+    """llama whose matrices are blocks of many kinds."""
+    tensors, kinds = llama_tensors(), {}
+    fields = LLAMA_FIELDS | {"embedding_length": 256, "rope__dimension_count": 64}
+    shapes = {
+        "attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256),
+        "ffn_gate": (64, 256), "ffn_up": (64, 256), "ffn_down": (256, 64),
+    }  # fmt: skip
+    for number, name in enumerate(list(tensors)):
+        part = name.split(".")[-2]
+        if part in shapes:
+            fitting = [kind for kind, form in BLOCKS.items() if shapes[part][1] % form.values == 0]
+            kinds[name] = fitting[number % len(fitting)]
+            tensors[name] = blocks_of(kinds[name], *shapes[part], seed=number)
+        else:
+            tensors[name] = numbers(*((64, 256) if part == "token_embd" else (256,)))
+    assert len(set(kinds.values())) > 7
+    return write_gguf(path, "llama", tensors, kinds=kinds, **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -267,19 +268,29 @@ def fp8(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> No
 def compressed(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> None:
     tensors[f"{name}.weight_packed"] = torch.zeros(weight.shape[0], weight.shape[1] // 8, dtype=torch.int32)
     tensors[f"{name}.weight_scale"] = torch.ones(weight.shape[0], 1)
+    tensors[f"{name}.weight_shape"] = torch.tensor(weight.shape)
 
 
-@pytest.mark.parametrize(
-    ("codes", "named"),
-    [(gptq, "GPTQ"), (mlx, "MLX"), (bitsandbytes, "bitsandbytes"), (fp8, "FP8"),
-     (compressed, "compressed-tensors")],
-)  # fmt: skip
-def test_codes_without_a_quantization_config_are_named(good: Path, tmp_path: Path, codes: Any, named: str) -> None:
-    folder = Path(shutil.copytree(good, tmp_path / "model"))
+def with_codes(good: Path, folder: Path, codes: Any) -> Path:
+    """A copy of a model whose linear modules' weights are made codes."""
+    shutil.copytree(good, folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         codes(tensors, name.removesuffix(".weight"), tensors.pop(name))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("codes", [gptq, fp8, compressed])
+def test_codes_without_a_quantization_config_are_found(good: Path, tmp_path: Path, codes: Any) -> None:
+    with lema_model(with_codes(good, tmp_path / "model", codes)) as model:
+        loss, gradients = lema_step(model, padded_batch())
+    assert math.isfinite(loss) and all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+
+
+@pytest.mark.parametrize(("codes", "named"), [(mlx, "MLX"), (bitsandbytes, "bitsandbytes")])
+def test_codes_without_a_quantization_config_are_named(good: Path, tmp_path: Path, codes: Any, named: str) -> None:
+    folder = with_codes(good, tmp_path / "model", codes)
     with pytest.raises(UnsupportedError, match=rf"quantised.*{named}.*take the model it was made from"):
         lema.LemaModel(lema_config(folder)).initialize_lora()
     status, said = command("train", run_file(tmp_path, folder), "--dry-run")

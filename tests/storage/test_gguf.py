@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from codec_helpers import same_bits
-from gguf_files import LLAMA_FIELDS, MOE_FIELDS, blocks_of, llama_tensors, moe_tensors, numbers, write_gguf
+from gguf_files import LLAMA_FIELDS, MOE_FIELDS, blocks_of, llama_tensors, mixed_llama, moe_tensors, numbers, write_gguf
 from lema.errors import MissingTensorError, UnsupportedError, WeightsError, WeightsFormatError, WeightsNotFoundError
 from lema.models.checkpoint import map_checkpoint
 from lema.models.gguf import config_in
@@ -111,22 +111,7 @@ def test_llamas_permuted_rows_are_put_right(tmp_path: Path, quantise: bool) -> N
 
 
 def test_blocks_of_many_kinds_in_one_file(tmp_path: Path) -> None:
-    tensors, kinds = llama_tensors(), {}
-    fields = LLAMA_FIELDS | {"embedding_length": 256, "attention__head_count": 4, "rope__dimension_count": 64}
-    shapes = {
-        "attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256),
-        "ffn_gate": (64, 256), "ffn_up": (64, 256), "ffn_down": (256, 64),
-    }  # fmt: skip
-    for number, name in enumerate(list(tensors)):
-        part = name.split(".")[-2]
-        if part in shapes:
-            fitting = [kind for kind, form in BLOCKS.items() if shapes[part][1] % form.values == 0]
-            kinds[name] = fitting[number % len(fitting)]
-            tensors[name] = blocks_of(kinds[name], *shapes[part], seed=number)
-        else:
-            tensors[name] = numbers(*((64, 256) if part == "token_embd" else (256,)))
-    assert len(set(kinds.values())) > 7
-    check_equal(*parameters(write_gguf(tmp_path / "m.gguf", "llama", tensors, kinds=kinds, **fields)))
+    check_equal(*parameters(mixed_llama(tmp_path / "m.gguf")))
 
 
 def test_fused_experts_are_put_together(tmp_path: Path) -> None:

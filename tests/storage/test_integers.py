@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +18,13 @@ from lema.storage.codecs.awq import AwqFormat
 from lema.storage.codecs.compressed_tensors import CompressedTensorsFormat
 from lema.storage.codecs.gptq import GptqFormat
 from lema.storage.header import read_header
+from quantised_files import awq, by_the_formula, compressed, gptq, integers, packed, scales_of
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-def integers(bits: int, *shape: int) -> torch.Tensor:
-    return torch.randint(0, 1 << bits, shape, dtype=torch.int64)
-
-
-def packed(values: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Integers along the last dimension in words, one bit field after the other; `order[place]` lies at a place."""
-    fit = 32 // bits
-    grouped = values.reshape(*values.shape[:-1], -1, fit)
-    if order is not None:
-        grouped = grouped[..., list(order)]
-    words = sum(grouped[..., place] << (bits * place) for place in range(fit))
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def scales_of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Among them zero, the smallest and a large one."""
-    scales = (torch.randn(shape) * 0.05).to(dtype)
-    extremes = torch.tensor([0.0, 6e-8, 100.0], dtype=dtype)[: scales.numel()]
-    scales.view(-1)[: len(extremes)] = extremes
-    return scales
-
-
-def by_the_formula(
-    codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`[out, in]`: code less zero, exact, times scale in the scales' type."""
-    each = scales[:, group]
-    return ((codes - zeros[:, group]).to(each.dtype) * each).to(dtype)
-
-
 # --- GPTQ -----------------------------------------------------------------------------------------
-
-
-def gptq(
-    bits: int, rows: int, columns: int, group: torch.Tensor, scale: torch.dtype = torch.float16, less: int = 1
-) -> tuple[dict[str, torch.Tensor], Callable[[torch.dtype], torch.Tensor]]:
-    groups = int(group.max()) + 1
-    codes, stored, scales = integers(bits, rows, columns), integers(bits, rows, groups), scales_of(scale, rows, groups)
-    tensors = {
-        "a.qweight": packed(codes, bits).t().contiguous(),
-        "a.qzeros": packed(stored.t(), bits),
-        "a.scales": scales.t().contiguous(),
-        "a.g_idx": group.to(torch.int32),
-    }
-    zeros = (stored + less) % (1 << bits)
-    return tensors, lambda dtype: by_the_formula(codes, zeros, scales, group, dtype)
 
 
 def found_on_disk(folder: Path, known: Any, tensors: dict[str, torch.Tensor], quantised: Any) -> Stored:
@@ -129,17 +84,6 @@ def test_gptq_that_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
 # --- AWQ ------------------------------------------------------------------------------------------
 
 
-def awq(rows: int, columns: int, groups: int) -> tuple[dict[str, torch.Tensor], Callable[[torch.dtype], torch.Tensor]]:
-    codes, zeros, scales = integers(4, rows, columns), integers(4, rows, groups), scales_of(torch.float16, rows, groups)
-    order = (0, 2, 4, 6, 1, 3, 5, 7)
-    tensors = {
-        "a.qweight": packed(codes.t(), 4, order), "a.qzeros": packed(zeros.t(), 4, order),
-        "a.scales": scales.t().contiguous(),
-    }  # fmt: skip
-    group = torch.arange(columns) // (columns // groups)
-    return tensors, lambda dtype: by_the_formula(codes, zeros, scales, group, dtype)
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 20), st.sampled_from(TYPES))
 def test_awq_follows_its_formula(words: int, groups: int, size: int, dtype: torch.dtype) -> None:
@@ -169,37 +113,6 @@ def test_awq_that_cannot_be_is_refused_by_name() -> None:
 # --- compressed-tensors ---------------------------------------------------------------------------
 
 
-def compressed(
-    bits: int, rows: int, columns: int, groups: int, symmetric: bool, scale: torch.dtype, whole: bool
-) -> Any:
-    """A weight as the library compresses it, and what the library decompresses it to."""
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    grouped = {"strategy": "group", "group_size": columns // groups} if groups > 1 else {"strategy": "channel"}
-    args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **grouped)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    compressor = BaseCompressor.get_value_from_registry("int-quantized" if whole else "pack-quantized")
-    state = {
-        "weight": torch.randn(rows, columns).to(scale),
-        "weight_scale": scales_of(scale, rows, groups).abs() + 1e-3,
-    }
-    state["weight_scale"] = state["weight_scale"].to(scale)
-    low = -(1 << (bits - 1))
-    state["weight_zero_point"] = torch.randint(low, -low, (rows, groups), dtype=torch.int8)
-    if symmetric:
-        state["weight_zero_point"].zero_()
-    state = {name: part for name, part in compressor.compress(state, scheme).items() if part is not None}
-    if not whole:  # any codes, and not only those that a weight came to
-        state["weight_packed"] = torch.randint(-(1 << 31), 1 << 31, state["weight_packed"].shape).to(torch.int32)
-    plain = compressor.decompress(dict(state), scheme)["weight"]
-    shape = state.get("weight_shape")
-    if shape is not None:
-        state["weight_shape"] = torch.as_tensor(shape, dtype=torch.int64)
-    return {f"a.{name}": part for name, part in state.items()}, plain
-
-
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "whole"), [(4, False), (8, False), (8, True)])
@@ -207,6 +120,7 @@ def test_compressed_tensors_integers_are_the_librarys(
     tmp_path: Path, bits: int, whole: bool, symmetric: bool, scale: torch.dtype
 ) -> None:
     for rows, columns, groups in ((40, 64, 4), (7, 24, 1), (33, 37, 1), (9, 30, 5)):
+        pytest.importorskip("compressed_tensors")
         tensors, expected = compressed(bits, rows, columns, groups, symmetric, scale, whole)
         for quantised in ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, None):
             stored = found_on_disk(tmp_path, CompressedTensorsFormat(), tensors, quantised)

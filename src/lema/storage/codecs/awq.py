@@ -16,7 +16,7 @@ import torch
 from ...errors import ShapeMismatchError, UnsupportedError
 from ..header import TensorRecord, show
 from .base import Format, Run, Stored
-from .integers import Grouped, unpack
+from .integers import Grouped, bits_in_groups, unpack
 from .records import check_finite, method_of, partner, whole_run
 
 _BITS, _FIT = 4, 8
@@ -67,6 +67,10 @@ class AwqFormat(Format):
         if settings is None:  # GPTQ's are packed the other way
             names = [name for name in names if _eight_times_as_wide(name, records)]
         return {stored.name: stored for stored in (_stored(name, records, settings or {}) for name in names)}
+
+    def bits(self, settings: Mapping[str, Any]) -> float | None:
+        """A code, and its group's share of a zero point and a float16 scale."""
+        return bits_in_groups(settings.get("bits"), settings.get("group_size"), 1)
 
 
 def _eight_times_as_wide(name: str, records: Mapping[str, TensorRecord]) -> bool:

@@ -21,7 +21,7 @@ from ...errors import ShapeMismatchError, UnsupportedError
 from ..header import TensorRecord, show
 from ..pieces import read_elements
 from .base import Format, Run, Stored
-from .integers import Grouped, check_groups, unpack
+from .integers import Grouped, bits_in_groups, check_groups, unpack
 from .records import check_finite, method_of, partner, whole_run
 from .tables import nibbles
 
@@ -98,6 +98,15 @@ class CompressedTensorsFormat(Format):
                 stored = _stored(name.removesuffix("_packed"), codes, records)
                 found[stored.name] = stored
         return found
+
+    def bits(self, settings: Mapping[str, Any]) -> float | None:
+        """Of the group with the fewest, which of a mixture the experts are in."""
+        parts = [group.get("weights") for group in (settings.get("config_groups") or {}).values()]
+        given = [part for part in parts if isinstance(part, Mapping)]
+        found = [
+            bits_in_groups(part.get("num_bits"), part.get("group_size"), not part.get("symmetric")) for part in given
+        ]
+        return min((bits for bits in found if bits is not None), default=None)
 
 
 def _check_known(settings: Mapping[str, Any], record: TensorRecord | None) -> None:

@@ -20,8 +20,8 @@ from .mxfp4 import Mxfp4Format
 FORMATS: tuple[Format, ...] = (
     Bitsandbytes(),
     Mxfp4Format(),
-    Fp8Format(),
     CompressedTensorsFormat(),
+    Fp8Format(),
     GptqFormat(),
     AwqFormat(),
 )

@@ -141,6 +141,13 @@ class Fp8Format(Format):
             found[name] = Stored(name, codes.shape, dtype, Fp8(codes, scales, grid, block, rounded), beside)
         return found
 
+    def bits(self, settings: Mapping[str, Any]) -> float | None:
+        """A byte, and of blocks their share of a float32 scale; of compressed-tensors another format knows."""
+        if method_of(settings) == "compressed-tensors":
+            return None
+        block = settings.get("weight_block_size")
+        return 8 + 32 / math.prod(block) if block else 8.0
+
 
 def _scales(name: str, records: Mapping[str, TensorRecord]) -> TensorRecord:
     stem = name.removesuffix(".weight")

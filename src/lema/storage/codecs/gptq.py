@@ -18,7 +18,7 @@ from ...errors import ShapeMismatchError, UnsupportedError
 from ..header import TensorRecord, show
 from ..pieces import read_elements
 from .base import Format, Run, Stored
-from .integers import Grouped, check_groups, unpack
+from .integers import Grouped, bits_in_groups, check_groups, unpack
 from .records import check_finite, method_of, partner, whole_run
 from .tables import nibbles
 
@@ -73,6 +73,10 @@ class GptqFormat(Format):
         if settings is None:  # AWQ's are packed the other way
             names = [name for name in names if _as_wide(name, records)]
         return {stored.name: stored for stored in (_stored(name, records, settings or {}) for name in names)}
+
+    def bits(self, settings: Mapping[str, Any]) -> float | None:
+        """A code, and its group's share of a zero point and a float16 scale."""
+        return bits_in_groups(settings.get("bits"), settings.get("group_size"), 1)
 
 
 def _as_wide(name: str, records: Mapping[str, TensorRecord]) -> bool:

@@ -76,3 +76,12 @@ def check_groups(record: TensorRecord, named: torch.Tensor, groups: int) -> None
             f"{record.file}: {show(record.name)} names group {int(named[first])} for column {first}, of {groups} "
             "groups. Download the file again"
         )
+
+
+def bits_in_groups(bits: object, group_size: object, zeros: bool | int) -> float | None:
+    """Bits a value takes: its code, and its group's share of a 16-bit scale and, where there are some, a zero point."""
+    if not isinstance(bits, int):
+        return None
+    if not isinstance(group_size, int) or group_size < 1:  # a scale a row or a tensor
+        return float(bits)
+    return bits + (16 + (bits if zeros else 0)) / group_size

@@ -91,6 +91,10 @@ class Mxfp4Format(Format):
             )
         return found
 
+    def bits(self, settings: Mapping[str, Any]) -> float | None:
+        """Of experts, which nearly all values of such a model belong to."""
+        return 4 + 8 / _BLOCK
+
 
 def _shape(blocks: TensorRecord, scales: TensorRecord) -> tuple[int, ...]:
     shape = blocks.shape

@@ -13,6 +13,7 @@ import torch
 CHUNK = 1 << 19
 """Values decoded at a time: what is needed beside them stays a few megabytes, which a processor's cache holds."""
 
+_ROWS_A_THREAD = 2
 _PAIRS = {2: torch.int32, 4: torch.int64}
 """An integer as wide as two values."""
 
@@ -35,8 +36,12 @@ def pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def look_up_pairs(table: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Two values for each index, side by side: int32 `[.., n]` -> dtype `[.., 2 n]`."""
-    found = table.index_select(0, index.reshape(-1)).view(dtype)
-    return found.view(*index.shape[:-1], 2 * index.shape[-1])
+    flat, rows = index.reshape(-1), _ROWS_A_THREAD * torch.get_num_threads()
+    if index.device.type == "cpu" and len(flat) % rows == 0:  # a gather along a row is one thread's
+        found = torch.gather(table.view(1, -1).expand(rows, -1), 1, flat.to(torch.int64).view(rows, -1))
+    else:
+        found = table.index_select(0, flat)
+    return found.view(-1).view(dtype).view(*index.shape[:-1], 2 * index.shape[-1])
 
 
 def nibbles(codes: torch.Tensor) -> torch.Tensor:
