@@ -34,7 +34,8 @@ SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_key_
 def test_decoding_is_part_of_both_sweeps_and_may_be_the_bound() -> None:
     hardware = Hardware.parse(MACHINE)
     plain = replace(model(scratch=10), decoded=())
-    plan = make_plan(plain, load(), hardware, dtype="float32", choices=Choices(device_layers=0, ram_layers=0))
+    choices = Choices(device_layers=0, ram_layers=0)
+    plan = make_plan(plain, load(), hardware, dtype="float32", ram_budget=None, vram_budget=None, choices=choices)
     without = estimate(plan, Footprint(plain, load(), "cpu"), hardware, "float32")
     coded = replace(plain, decoded=(200_000_000,) * 8, decode_bytes_per_s=1e9)
     found = estimate(plan, Footprint(coded, load(), "cpu"), hardware, "float32")
