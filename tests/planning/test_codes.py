@@ -12,7 +12,7 @@ import torch
 from test_plan import load, model
 
 from families import save_tiny, tiny_config
-from helpers import lema_model
+from helpers import lema_model, padded_batch
 from lema.doctor.machine import codes_of
 from lema.models.registry import get_adapter
 from lema.planning.decoding import decode_rate
@@ -85,6 +85,19 @@ def test_a_plan_without_weights_counts_codes_as_configured(tmp_path: Path) -> No
     asked = make({**plain.config.to_dict(), "quantize": "nf4"}, MACHINE)
     assert asked.plan.host_bytes == coded.plan.host_bytes
     assert plain.plan.estimate is not None and plain.plan.estimate.decode_seconds == 0
+
+
+def test_resident_codes_stay_codes(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source", **SHAPE)
+    folder = prepare(tmp_path / "source", tmp_path / "codes", dtype="bfloat16", quantize="nf4").path
+    with lema_model(folder, dtype="bfloat16", strategy="resident") as model:
+        assert model.memory.plan.in_ram == (0, 1, 2, 3) and not model.memory.plan.mapped
+        trainer = model.get_trainer()
+        for _ in range(2):
+            trainer.train_step(padded_batch())
+        assert trainer.last_step.bytes_read == 0
+    with lema_model(tmp_path / "source", strategy="resident") as model:
+        assert model.memory.plan.mapped == (0, 1, 2, 3)
 
 
 def test_scratch_is_one_layers_and_no_more(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ..planning.plan import Estimate, MemoryPlan, ModelSizes, Workload
 from ..planning.policy import Budgets, resolve_budgets
 from ..planning.sizes import model_sizes
 from ..planning.step_time import counted, estimate
+from ..storage.codecs import Placement
 from ..typed import PLANNED, fields_with
 from .assembly import StoredModel, lora_settings
 from .dry_run import DryRun
@@ -74,6 +75,15 @@ class Outlook:
         if self._model.gbi is not None:
             return stored_bytes(self._model.gbi, self._model.adapter)
         return self.sizes.units, self.sizes.head if self.sizes.head_streams else 0
+
+    @functools.cached_property
+    def codes(self) -> bool:
+        """Whether layers are kept as codes, which are decoded at every use."""
+        gbi = self._model.gbi
+        if gbi is None:
+            return bool(self.sizes.decoded)
+        units = self._model.adapter.unit_sources(gbi)
+        return any(not isinstance(source.codec, Placement) for unit in units for source in unit)
 
     @functools.cached_property
     def sizes(self) -> ModelSizes:
