@@ -32,10 +32,14 @@ def methods() -> frozenset[str]:
     return frozenset().union(*(known.methods for known in FORMATS))
 
 
-def bits_of(method: str, settings: Mapping[str, Any]) -> float | None:
-    """Bits a value takes in files quantised by a method, as its settings say; None where they do not."""
+def bits_of(method: str, settings: Mapping[str, Any], dims: int) -> float | None:
+    """Bits a value takes in files quantised by a method, as its settings say; None where it is no code, or they do not.
+
+    Args:
+        dims: of the tensor: experts have three.
+    """
     known = next((known for known in FORMATS if method in known.methods), None)
-    return None if known is None else known.bits(settings)
+    return None if known is None or dims < (3 if known.experts_only else 2) else known.bits(settings)
 
 
 def find_stored(records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:
