@@ -38,8 +38,8 @@ def bits_of(method: str, settings: Mapping[str, Any], dims: int) -> float | None
     Args:
         dims: of the tensor: experts have three.
     """
-    known = next((known for known in FORMATS if method in known.methods), None)
-    return None if known is None or dims < (3 if known.experts_only else 2) else known.bits(settings)
+    able = (known for known in FORMATS if method in known.methods and dims >= (3 if known.experts_only else 2))
+    return next((bits for known in able if (bits := known.bits(settings)) is not None), None)
 
 
 def find_stored(records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:
