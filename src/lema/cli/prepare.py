@@ -5,16 +5,14 @@ It knows options and how to show progress; the work is `lema.prepare`'s.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .progress import progress_bar
 from .settings import usage_of
 
 if TYPE_CHECKING:
@@ -92,7 +90,7 @@ def prepare(
         kinds_of(quantize_also or ())
     with usage_of("--max-shard-size"):
         largest = parse_bytes(max_shard_size, "max_shard_size")
-    with _progress(not as_json) as progress:
+    with progress_bar(not as_json) as progress:
         try:
             prepared = make(
                 source,
@@ -153,26 +151,3 @@ def _show(prepared: Prepared) -> None:
             err=True,
         )
     typer.echo(f"Next:  lema plan {shlex.quote(str(prepared.path))}")
-
-
-@contextlib.contextmanager
-def _progress(wanted: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on standard error where that is a terminal."""
-    if not wanted or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, int] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done)  # type: ignore[arg-type]
-
-        yield show

@@ -50,6 +50,8 @@ class _Names:
 
     path: Path
     records: Mapping[str, TensorRecord]
+    is_gguf: bool = False
+    """A GGUF file as a source gives its tensors under transformers' names already."""
 
     @property
     def keys(self) -> list[str]:

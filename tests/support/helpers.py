@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lema
 from lema.engine.trainer import LemaTrainer
-from lema.planning.plain import plan_without_budget
+from lema.planning.plain import plan_without_budget, stored_bytes
 from lema.planning.plan import MemoryPlan
 
 transformers.logging.set_verbosity_error()
@@ -222,9 +222,10 @@ class Pair:
         self.model.close()
 
 
-def with_mapped(gbi: Any, adapter: Any, mapped: Sequence[int], device: str = "cpu", **changes: Any) -> MemoryPlan:
+def strategy_plan(
+    gbi: Any, adapter: Any, mapped: Sequence[int] = (), device: str = "cpu", strategy: str = "streaming", **changes: Any
+) -> MemoryPlan:
     """The plan of no budget, two slots a tier, but for some layers that are bound to the mapped files."""
-    plan = plan_without_budget(
-        gbi, adapter, device=device, strategy=lema.MemoryStrategy.STREAMING, host_slots=2, device_slots=2
-    )
-    return replace(plan, from_disk=tuple(unit for unit in plan.from_disk if unit not in mapped), **changes)
+    plan = plan_without_budget(*stored_bytes(gbi, adapter), device=device, strategy=lema.MemoryStrategy.parse(strategy))
+    left = tuple(unit for unit in plan.from_disk if unit not in mapped)
+    return replace(plan, from_disk=left, mapped=(*plan.mapped, *mapped), **changes)
