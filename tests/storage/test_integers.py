@@ -66,7 +66,7 @@ def test_gptq_that_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         without = {other: tensor for other, tensor in tensors.items() if other != name}
         with pytest.raises(MissingTensorError, match=rf"a\.qweight.*{name}"):
             find(GptqFormat(), without, quantised)
-        for wrong in (tensors[name][:2], tensors[name][:, :1], tensors[name].view(-1)):
+        for wrong in (tensors[name][:2], tensors[name][:, :1], tensors[name].reshape(-1)):
             with pytest.raises(ShapeMismatchError, match=rf"{name}"):
                 find(GptqFormat(), {**tensors, name: wrong}, quantised)
     with pytest.raises(ShapeMismatchError, match=r"a\.g_idx"):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from families import save_tiny
 from gguf_files import mixed_llama
+from lema.models.gguf import config_in
 
 
 def integers(bits: int, *shape: int) -> torch.Tensor:
@@ -27,7 +28,7 @@ def packed(values: torch.Tensor, bits: int, order: tuple[int, ...] | None = None
     if order is not None:
         grouped = grouped[..., list(order)]
     words = sum(grouped[..., place] << (bits * place) for place in range(fit))
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
 
 
 def scales_of(dtype: torch.dtype, *shape: int, extremes: bool = True) -> torch.Tensor:
@@ -232,7 +233,9 @@ def compressed_model(folder: Path, bits: int, symmetric: bool) -> tuple[Path, Pa
 def gguf_model(folder: Path) -> tuple[Path, Path]:
     """llama in blocks of many kinds in a GGUF file, and as transformers dequantises it."""
     source = mixed_llama(folder / "model.gguf")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source.name, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config_in(source), dtype=torch.float32)
+    model.load_state_dict(theirs.state_dict())
     model.save_pretrained(folder / "plain")
     return source, folder / "plain"
 
