@@ -8,9 +8,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from . import dial, gpu, larger_than_memory, memory, planning, proof, published, scaling, sft_trainer, small, speed
+from . import (
+    decoding,
+    dial,
+    gpu,
+    larger_than_memory,
+    memory,
+    planning,
+    proof,
+    published,
+    scaling,
+    sft_trainer,
+    small,
+    speed,
+)
 
 BENCHMARKS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "decoding": (decoding.main, "codes to values on the CPU, beside bitsandbytes' own functions"),
     "small": (small.main, "135M model in fp32: memory and step time beside PEFT with and without checkpointing"),
     "memory": (memory.main, "peak memory over models and batch shapes, predicted and measured, beside PEFT"),
     "speed": (speed.main, "step time beside PEFT and beside the limits: computation alone, reads alone, dd"),

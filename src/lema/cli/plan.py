@@ -127,7 +127,16 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "sizes_from": "weights" if planned.weights else "configuration",
         "hardware_from": "stated" if planned.stated else "measured",
         "hardware": json.loads(planned.hardware.to_json()),
+        "sizes": _sizes(planned),
         "budgets": {"ram_budget": planned.ram_budget, "vram_budget": planned.vram_budget},
         "peaks": {"host": planned.plan.host_peak, "device": planned.plan.device_peak},
         "plan": describe(planned.plan),
     }
+
+
+def _sizes(planned: Planned) -> dict[str, Any] | None:
+    if planned.outlook is None:
+        return None
+    sizes = planned.outlook.sizes
+    rate = sizes.decode_bytes_per_s if sizes.decoded else None
+    return {"layers": sum(sizes.units), "decoded": sum(sizes.decoded), "decode_bytes_per_s": rate}

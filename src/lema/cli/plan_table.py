@@ -50,6 +50,7 @@ def _kept(planned: Planned) -> Section:
     cut = "as its logits ask for" if plan.loss_chunk_size == "auto" else f"{chunk} positions at once"
     mapped = f", {len(plan.mapped)} mapped from the files" if plan.mapped else ""
     return [
+        *_codes(planned),
         ("layers", f"{device}{len(plan.in_ram)} in RAM, {len(plan.from_disk)} from disk{mapped}"),
         ("activations", f"kept in all {n} layers" if kept == n else activations),
         ("head", _head(plan)),
@@ -58,6 +59,17 @@ def _kept(planned: Planned) -> Section:
         ("micro-batch", f"{plan.micro_batch_size} of {config.batch_size} rows at once"),
         ("loss chunk", cut),
         ("slots", _slots(plan)),
+    ]
+
+
+def _codes(planned: Planned) -> Section:
+    sizes = planned.outlook.sizes if planned.outlook is not None else None
+    if sizes is None or not sizes.decoded:
+        return []
+    values = f"{format_bytes(sum(sizes.units))} of layers as codes, {format_bytes(sum(sizes.decoded))} as values"
+    rate = format_bytes(int(sizes.decode_bytes_per_s))
+    return [
+        ("weights", f"{values}, decoded at {rate}/s{' (assumed)' if planned.stated or not planned.weights else ''}")
     ]
 
 
@@ -100,6 +112,9 @@ def _time(planned: Planned) -> Section:
     busy = {"compute": estimate.compute_seconds, "disk": estimate.disk_seconds}
     if plan.device != "cpu":
         busy["link"] = estimate.link_seconds
+    if estimate.decode_seconds:
+        busy["compute"] -= estimate.decode_seconds
+        busy["decoding"] = estimate.decode_seconds
     return [
         (
             "step",

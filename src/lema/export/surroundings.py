@@ -35,6 +35,7 @@ def write_surroundings(checkpoint: Checkpoint, folder: Path, dtype: str | None) 
     """
     base = checkpoint.base_folder(weights=checkpoint.weights is None)
     config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)  # codes were decoded
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype

@@ -10,7 +10,8 @@ import copy
 import difflib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import MissingTensorError, ShapeMismatchError, UnsupportedError
-from ..storage.codecs import Placement
+from ..storage.codecs import Stored
 from ..storage.index import GlobalBinaryIndex, TensorRecord
 from ..storage.layout import ParameterSource
 from ..storage.placement import PlacedTensor, chunk, concatenate, stack
+from .gguf import place_gguf
 
 logger = logging.getLogger(__name__)
+
+NOTHING_CODED: Mapping[str, Stored] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,18 @@ class CheckpointMap:
     sources: dict[str, ParameterSource]
     tied: dict[str, str]
     """Name -> name it shares its tensor with."""
+    placed: dict[str, PlacedTensor] = field(default_factory=dict)
+    """Of which runs of which tensors each is made, those of codes taken as what they stand for."""
+    coded: Mapping[str, Stored] = field(default_factory=dict)
+    """Tensors that the files keep as codes, by the name they have in files without."""
 
 
 def map_checkpoint(
-    model: PreTrainedModel, expected: Mapping[str, torch.Tensor], gbi: GlobalBinaryIndex, dtype: torch.dtype
+    model: PreTrainedModel,
+    expected: Mapping[str, torch.Tensor],
+    gbi: GlobalBinaryIndex,
+    dtype: torch.dtype,
+    coded: Mapping[str, Stored] = NOTHING_CODED,
 ) -> CheckpointMap:
     """Find every parameter's source.
 
@@ -51,13 +63,17 @@ def map_checkpoint(
         model: the skeleton; its conversions and ties are asked for.
         expected: names and empty tensors of its state, before any LoRA.
         dtype: what floating parameters are computed in, unless transformers keeps one in float32.
+        coded: tensors that the files keep as codes, by the name they have in files without.
 
     Raises:
         MissingTensorError: parameters without a source; all are listed.
         ShapeMismatchError: stored shapes differ from the configuration's; all are listed.
         UnsupportedError: a conversion is more than placement.
     """
-    placed, unused = place_parameters(model, expected, gbi)
+    if gbi.is_gguf:
+        placed, unused = place_gguf(model.config, expected, gbi)
+    else:
+        placed, unused = place_parameters(model, expected, gbi, coded)
     tied = _ties(model, placed, gbi)
     for name, partner in tied.items():
         placed.setdefault(name, placed[partner])
@@ -74,10 +90,10 @@ def map_checkpoint(
         logger.info("%s: %d tensors are not used by %s: %s", gbi.path, len(unused), type(model).__name__, unused[:8])
     types = _DtypePlan(model, dtype)
     sources = {
-        name: ParameterSource(name, tuple(empty.shape), types.of(name, empty), Placement(placed[name].pieces))
+        name: ParameterSource(name, tuple(empty.shape), types.of(name, empty), placed[name].codec)
         for name, empty in expected.items()
     }
-    return CheckpointMap(sources, tied)
+    return CheckpointMap(sources, tied, {name: placed[name] for name in expected}, coded)
 
 
 class _DtypePlan:
@@ -95,33 +111,44 @@ class _DtypePlan:
 
 
 def place_parameters(
-    model: PreTrainedModel, expected: Mapping[str, torch.Tensor], gbi: GlobalBinaryIndex
+    model: PreTrainedModel,
+    expected: Mapping[str, torch.Tensor],
+    gbi: GlobalBinaryIndex,
+    coded: Mapping[str, Stored] = NOTHING_CODED,
 ) -> tuple[dict[str, PlacedTensor], list[str]]:
+    """Every parameter as runs of the checkpoint's tensors, and names of tensors that belong to none."""
+    tensors: dict[str, TensorRecord | Stored] = {name: gbi.record(name) for name in gbi.keys}
+    for stored in coded.values():
+        for name in stored.consumes:
+            tensors.pop(name, None)
+    tensors |= coded
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix, state = model.base_model_prefix, dict(expected)
     placed: dict[str, PlacedTensor] = {}
-    gathered: dict[str, tuple[WeightConverter, dict[str, list[TensorRecord]]]] = {}
+    gathered: dict[str, tuple[WeightConverter, dict[str, list[TensorRecord | Stored]]]] = {}
     unused: list[str] = []
-    for key in sorted(gbi.keys, key=dot_natural_key):
+    for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in expected and key in expected:
             name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
         if name not in expected:
             unused.append(key)
         elif pattern is None:
-            placed[name] = PlacedTensor.whole(gbi.record(key))
+            placed[name] = PlacedTensor.whole(tensors[key])
         else:
             _, records = gathered.setdefault(name, (by_pattern[pattern], {}))
-            records.setdefault(pattern, []).append(gbi.record(key))
+            records.setdefault(pattern, []).append(tensors[key])
     for name, (converter, records) in gathered.items():
         placed.update(_convert(name, converter, records))
     return placed, unused
 
 
-def _convert(name: str, converter: WeightConverter, records: dict[str, list[TensorRecord]]) -> dict[str, PlacedTensor]:
+def _convert(
+    name: str, converter: WeightConverter, records: dict[str, list[TensorRecord | Stored]]
+) -> dict[str, PlacedTensor]:
     """What transformers' conversion of these tensors would give, as placement."""
     collected: dict[str, list[PlacedTensor] | PlacedTensor] = {
         pattern: [PlacedTensor.whole(r) for r in group] for pattern, group in records.items()
@@ -144,7 +171,8 @@ def _convert(name: str, converter: WeightConverter, records: dict[str, list[Tens
             parts = chunk(_listed(group)[0], len(targets), operation.dim)
             collected = dict(zip(targets, parts, strict=True))
         else:
-            files = sorted({r.file.name for group in records.values() for r in group})
+            found = [tensor for group in records.values() for tensor in group]
+            files = sorted({record.file.name for tensor in found for record in _records(tensor)})
             raise UnsupportedError(
                 f"parameter {name!r} is made from {', '.join(r.name for g in records.values() for r in g[:2])}... in "
                 f"{', '.join(files)} by {kind}, which changes the order of its bytes and cannot be streamed. Load the "
@@ -157,6 +185,10 @@ def _convert(name: str, converter: WeightConverter, records: dict[str, list[Tens
 
 def _listed(group: list[PlacedTensor] | PlacedTensor) -> list[PlacedTensor]:
     return group if isinstance(group, list) else [group]
+
+
+def _records(tensor: TensorRecord | Stored) -> list[TensorRecord]:
+    return [tensor] if isinstance(tensor, TensorRecord) else [run.record for run in tensor.codec.runs]
 
 
 def _ties(model: PreTrainedModel, placed: Mapping[str, PlacedTensor], gbi: GlobalBinaryIndex) -> dict[str, str]:
@@ -178,9 +210,11 @@ def _ties(model: PreTrainedModel, placed: Mapping[str, PlacedTensor], gbi: Globa
 
 
 def _equal(gbi: GlobalBinaryIndex, a: PlacedTensor, b: PlacedTensor) -> bool:
-    if a.shape != b.shape or len(a.pieces) != 1 or len(b.pieces) != 1:
+    if a.shape != b.shape or len(a.parts) != 1 or len(b.parts) != 1:
         return False
-    left, right = gbi.view(a.pieces[0].record.name), gbi.view(b.pieces[0].record.name)
+    if not all(isinstance(placed.parts[0].tensor, TensorRecord) for placed in (a, b)):
+        return False
+    left, right = gbi.view(a.parts[0].tensor.name), gbi.view(b.parts[0].tensor.name)
     if left.dtype != right.dtype:
         return False
     return all(torch.equal(x, y) for x, y in zip(left.split(4096), right.split(4096), strict=True))

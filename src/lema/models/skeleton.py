@@ -37,6 +37,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
         if "/" in str(getattr(config, name, None)):  # a kernel of the hub that config.json names: code of strangers
             logger.warning("config.json names the kernel %s, which is not run", getattr(config, name))
             setattr(config, name, None)
+    _forget_codes(config)
     take_out_outputs(config)
     try:
         with apart_from_heap(), init_empty_weights(include_buffers=False):
@@ -55,6 +56,14 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
                 shared.setdefault(id(parameter), _hollow(parameter))
                 module._parameters[name] = shared[id(parameter)]
     return model
+
+
+def _forget_codes(config: PreTrainedConfig) -> None:
+    """Modules of the skeleton are plain ones, whatever the files keep: codes are decoded before a module sees them."""
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if hasattr(part, name):
+                delattr(part, name)
 
 
 def _hollow(parameter: torch.Tensor) -> nn.Parameter:

@@ -23,7 +23,7 @@ from .embedding import gathered_rows
 from .interceptor import Gate
 from .lora import LoRAManager
 from .outputs import router_loss_of
-from .quantised import refuse_codes, refuse_packed, refuse_quantised
+from .quantised import coded_tensors, refuse_codes, refuse_unknown
 from .skeleton import build_skeleton, find_layers
 from .stages import EmbeddingStage, HeadStage, layer_arguments, split_rest
 
@@ -49,7 +49,7 @@ class TransformersAdapter(LemaModelAdapter):
             if not model_type:
                 raise UnsupportedError("the model's configuration has no model_type: say which family it is")
             self.config = AutoConfig.for_model(model_type, **values)
-        refuse_quantised(self.config.to_dict(), self.config.name_or_path or self.config.model_type)
+        refuse_unknown(self.config.to_dict(), self.config.name_or_path or self.config.model_type)
         stored = getattr(self.config, "dtype", None)
         self.dtype = stored if isinstance(stored, torch.dtype) else torch.float32
         self._attn: str | None = None
@@ -144,8 +144,8 @@ class TransformersAdapter(LemaModelAdapter):
     def checkpoint_map(self, gbi: GlobalBinaryIndex) -> CheckpointMap:
         """Sources of every parameter in this index; see `map_checkpoint` for what it raises."""
         if self._map is None or self._map[0] is not gbi:
-            refuse_packed(gbi)
-            self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype))
+            coded = coded_tensors(self.config.to_dict(), gbi)
+            self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype, coded))
             refuse_codes(self._map[1].sources.values(), gbi.path)
         return self._map[1]
 
