@@ -135,7 +135,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
 
 
 def _sizes(planned: Planned) -> dict[str, Any] | None:
-    if planned.outlook is None:
+    if planned.outlook is None or planned.plan.estimate is None:  # a model that cannot be looked into
         return None
     sizes = planned.outlook.sizes
     rate = sizes.decode_bytes_per_s if sizes.decoded else None

@@ -63,8 +63,10 @@ def _kept(planned: Planned) -> Section:
 
 
 def _codes(planned: Planned) -> Section:
-    sizes = planned.outlook.sizes if planned.outlook is not None else None
-    if sizes is None or not sizes.decoded:
+    if planned.outlook is None or planned.plan.estimate is None:  # a model that cannot be looked into
+        return []
+    sizes = planned.outlook.sizes
+    if not sizes.decoded:
         return []
     values = f"{format_bytes(sum(sizes.units))} of layers as codes, {format_bytes(sum(sizes.decoded))} as values"
     rate = format_bytes(int(sizes.decode_bytes_per_s))

@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import torch
 
-_BYTES_A_THREAD = 1 << 15
-"""Of codes decoded at a time by each thread of a CPU: what that takes, 16 bytes a byte, stays in a core's own cache."""
+_BYTES_A_THREAD = 1 << 16
+"""Of codes decoded at a time by each thread of a CPU: what that takes, 16 bytes a byte, stays in caches near a core."""
 _ROWS_A_THREAD = 2
 _BYTES_ON_DEVICE = 1 << 22
 
