@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import load, model
 
 from families import save_tiny, tiny_config
 from helpers import lema_model, padded_batch
@@ -18,7 +17,7 @@ from lema.models.registry import get_adapter
 from lema.planning.decoding import decode_rate
 from lema.planning.footprint import Footprint
 from lema.planning.hardware import Hardware
-from lema.planning.plan import Choices
+from lema.planning.plan import Choices, LayerCost, LossCost, ModelSizes, Workload
 from lema.planning.planner import make_plan
 from lema.planning.sizes import model_sizes
 from lema.planning.step_time import estimate
@@ -33,15 +32,20 @@ SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_key_
 
 def test_decoding_is_part_of_both_sweeps_and_may_be_the_bound() -> None:
     hardware = Hardware.parse(MACHINE)
-    plain = replace(model(scratch=10), decoded=())
+    plain = ModelSizes(
+        units=(100_000_000,) * 8, scratch=10, head=0, head_streams=False, vocab=1000, embedding=0, rest=0, lora=1000
+    )
+    work = Workload(
+        1, 64, 10_000, lambda rows: LayerCost(1, 1, 1, 10**9, 10**9, 1), lambda positions: LossCost(1, 10**6)
+    )
     choices = Choices(device_layers=0, ram_layers=0)
-    plan = make_plan(plain, load(), hardware, dtype="float32", ram_budget=None, vram_budget=None, choices=choices)
-    without = estimate(plan, Footprint(plain, load(), "cpu"), hardware, "float32")
+    plan = make_plan(plain, work, hardware, dtype="float32", ram_budget=None, vram_budget=None, choices=choices)
+    without = estimate(plan, Footprint(plain, work, "cpu"), hardware, "float32")
     coded = replace(plain, decoded=(200_000_000,) * 8, decode_bytes_per_s=1e9)
-    found = estimate(plan, Footprint(coded, load(), "cpu"), hardware, "float32")
+    found = estimate(plan, Footprint(coded, work, "cpu"), hardware, "float32")
     assert without.decode_seconds == 0.0 and found.decode_seconds == pytest.approx(2 * 8 * 0.2)
     assert found.compute_seconds == pytest.approx(without.compute_seconds + found.decode_seconds)
-    slow = estimate(plan, Footprint(replace(coded, decode_bytes_per_s=1e7), load(), "cpu"), hardware, "float32")
+    slow = estimate(plan, Footprint(replace(coded, decode_bytes_per_s=1e7), work, "cpu"), hardware, "float32")
     assert slow.bound_by == "decoding" and slow.step_seconds > found.step_seconds
 
 

@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import lema
 from families import save_tiny
 from helpers import differing, lema_config, lema_model, lema_step, padded_batch, recording_trainer
+from lema.chat.chat_model import ChatModel
+from lema.cli.app import app
 from lema.config import QUANTIZED, LemaConfig
 from lema.errors import ConfigError
+from lema.export.merge import merge
 from lema.prepare import prepare
 from lema.prepare.cached import cached_folder, quantised
 from lema.prepare.encoders import ENCODERS
+from training_runs import make_model, write_rows
 
 
 @pytest.fixture
@@ -69,3 +74,28 @@ def test_nowhere_to_keep_them_is_said(source: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lema.prepare.cached.cache_folder", lambda: None)
     with pytest.raises(ConfigError, match="set LEMA_CACHE"):
         quantised(lema_config(source, quantize="nf4"))
+
+
+def test_a_run_trains_on_it_goes_on_and_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEMA_CACHE", str(tmp_path / "cache"))
+    model = make_model(tmp_path / "model")
+    settings = {
+        "model_name_or_path": str(model), "train_file": str(write_rows(tmp_path / "rows.jsonl")), "device": "cpu",
+        "output_dir": str(tmp_path / "out"), "dtype": "float32", "lora_target_modules": "all-linear", "lora_rank": 4,
+        "max_seq_length": 64, "max_steps": 2, "quantize": "int8", "logging_steps": 1,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    words = ["train", str(tmp_path / "run.yaml"), "--plain"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    (made,) = (tmp_path / "cache" / "quantized").iterdir()
+    result = CliRunner().invoke(app, [*words, "--set", "max_steps=3", "--resume", "auto"])
+    assert result.exit_code == 0, result.output
+    assert [*(tmp_path / "cache" / "quantized").iterdir()] == [made]
+    final = tmp_path / "out" / "final"
+    assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    assert lema.LemaConfig.from_pretrained(final).gbi_path == str(made)
+    with ChatModel.open(final, device="cpu", dtype="float32").model as streamed:
+        assert streamed.memory.stats.loads >= 0 and streamed.gbi.path == made
+    merged = merge(final, tmp_path / "merged")
+    assert merged.comparison is not None and merged.comparison.good

@@ -72,11 +72,15 @@ def quantisation_of(config: Mapping[str, Any]) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def stored_bits(config: Mapping[str, Any]) -> float | None:
-    """Bits a value of a layer's matrices takes in the model's files, as its configuration says; None: those it is
-    computed in, or not known."""
+def stored_bits(config: Mapping[str, Any], dims: int) -> float | None:
+    """Bits a value of a layer's matrix takes in the model's files, as its configuration says; None: those it is
+    computed in, or not known.
+
+    Args:
+        dims: of the matrix: experts in one tensor have three.
+    """
     settings, method = quantisation_settings(config), quantisation_of(config)
-    return None if settings is None or method is None else bits_of(method, settings)
+    return None if settings is None or method is None else bits_of(method, settings, dims)
 
 
 def coded_tensors(config: Mapping[str, Any], gbi: GlobalBinaryIndex) -> dict[str, Stored]:

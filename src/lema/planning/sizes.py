@@ -57,14 +57,14 @@ def model_sizes(adapter: TransformersAdapter, lora: int = 0, gbi: GlobalBinaryIn
 
 def _as_configured(adapter: TransformersAdapter) -> Callable[[Sequence[torch.Tensor]], tuple[int, int]]:
     """Bytes of a unit in files, and of its values that are codes there, by what the configuration says."""
-    bits = stored_bits(adapter.config.to_dict())
+    config = adapter.config.to_dict()
 
     def sizes(unit: Sequence[torch.Tensor]) -> tuple[int, int]:
-        if bits is None:
-            return sum(tensor.nbytes for tensor in unit), 0
-        codes = [tensor for tensor in unit if tensor.dim() > 1]
-        plain = sum(tensor.nbytes for tensor in unit if tensor.dim() <= 1)
-        stored = sum(int(tensor.numel() * bits / 8) for tensor in codes)
-        return plain + stored, sum(align_up(tensor.nbytes, ALIGNMENT) for tensor in codes)
+        stored = values = 0
+        for tensor in unit:
+            bits = stored_bits(config, tensor.dim())
+            stored += tensor.nbytes if bits is None else int(tensor.numel() * bits / 8)
+            values += 0 if bits is None else align_up(tensor.nbytes, ALIGNMENT)
+        return stored, values
 
     return sizes

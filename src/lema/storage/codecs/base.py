@@ -92,6 +92,8 @@ class Format(ABC):
     """As messages say it."""
     methods: frozenset[str] = frozenset()
     """What `quant_method` in config.json says for it."""
+    experts_only = False
+    """Whether it keeps nothing but experts as codes."""
 
     @abstractmethod
     def find(self, records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:

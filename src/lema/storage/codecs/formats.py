@@ -32,10 +32,14 @@ def methods() -> frozenset[str]:
     return frozenset().union(*(known.methods for known in FORMATS))
 
 
-def bits_of(method: str, settings: Mapping[str, Any]) -> float | None:
-    """Bits a value takes in files quantised by a method, as its settings say; None where they do not."""
-    known = next((known for known in FORMATS if method in known.methods), None)
-    return None if known is None else known.bits(settings)
+def bits_of(method: str, settings: Mapping[str, Any], dims: int) -> float | None:
+    """Bits a value takes in files quantised by a method, as its settings say; None where it is no code, or they do not.
+
+    Args:
+        dims: of the tensor: experts have three.
+    """
+    able = (known for known in FORMATS if method in known.methods and dims >= (3 if known.experts_only else 2))
+    return next((bits for known in able if (bits := known.bits(settings)) is not None), None)
 
 
 def find_stored(records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:

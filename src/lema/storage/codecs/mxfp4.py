@@ -75,6 +75,7 @@ class Mxfp4Format(Format):
 
     name = "MXFP4"
     methods = frozenset({"mxfp4"})
+    experts_only = True
 
     def find(self, records: Mapping[str, TensorRecord], settings: Mapping[str, Any] | None) -> dict[str, Stored]:
         """Every `NAME_blocks` of bytes with `NAME_scales`."""
