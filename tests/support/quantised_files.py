@@ -233,11 +233,16 @@ def compressed_model(folder: Path, bits: int, symmetric: bool) -> tuple[Path, Pa
 def gguf_model(folder: Path) -> tuple[Path, Path]:
     """llama in blocks of many kinds in a GGUF file, and as transformers dequantises it."""
     source = mixed_llama(folder / "model.gguf")
-    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source.name, dtype=torch.float32)
+    return source, dequantised(source, folder / "plain")
+
+
+def dequantised(source: Path, output: Path) -> Path:
+    """A folder of the float32 model that transformers makes of a GGUF file."""
+    theirs = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     model = AutoModelForCausalLM.from_config(config_in(source), dtype=torch.float32)
     model.load_state_dict(theirs.state_dict())
-    model.save_pretrained(folder / "plain")
-    return source, folder / "plain"
+    model.save_pretrained(output)
+    return output
 
 
 def _written(folder: Path, coded: Coded, plain: Coded, settings: Mapping[str, Any]) -> tuple[Path, Path]:
