@@ -1,0 +1,207 @@
+"""A tiny model of every family of the installed transformers, with every kind of layer that the family mixes.
+
+It knows how configurations name their sizes; it knows nothing of what is done with a model.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+CAUSAL = frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+IMAGE_TEXT = frozenset(
+    {
+        **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        **getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}),
+    }
+)
+VOCABULARY = 128
+PLAIN_TOKENS = (3, 100)
+"""Ids from the first to before the second are no special tokens of a tiny model."""
+_LAYERS, _MOST_LAYERS = 4, 6
+_HIDDEN, _HEADS, _KV_HEADS, _HEAD, _INNER, _EXPERT = 64, 4, 2, 16, 96, 32
+
+_SIZES: tuple[tuple[int, str], ...] = (
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input text_vocab_size decoder_vocab_size unpadded_vocab_size"),
+    (_HIDDEN, "hidden_size d_model n_embd emb_dim embed_dim dim embedding_dim embedding_size model_dim hidden_dim "
+    "word_embed_proj_dim lru_width attention_hidden_size projection_dim output_dim text_hidden_size input_dim_out "
+    "out_hidden_size projector_hidden_size hidden_size_global output_hidden_size moe_hidden_size "
+    "adapter_out_dim encoder_hidden_size cross_hidden_size backbone_hidden_size vision_hidden_size merged_hidden_size "
+    "projection_hidden_size audio_hidden_size conformer_hidden_size vision_output_dim_per output_embedding_size "
+    "input_embedding_size patch_embed_hidden_size linear_attn_hidden_size"),
+    (_INNER, "intermediate_size ffn_dim n_inner d_ff dff dim_ff d_inner ffn_hidden_size mlp_dim feed_forward_size "
+    "decoder_ffn_dim encoder_ffn_dim intermediate_size_mlp dense_intermediate_size block_ff_dim "
+    "projection_intermediate_size alignment_intermediate_size"),
+    (_EXPERT, "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size share_expert_dim "
+    "shared_experts_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size router_hidden_size "
+    "ple_embed_dim image_text_hidden_size moe_latent_size"),
+    (_HEADS, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
+    "decoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads linear_num_value_heads "
+    "linear_num_heads num_sliding_attention_heads swa_num_attention_heads index_n_heads resampler_n_heads "
+    "conf_num_attention_heads resampler_heads n_routed_experts num_experts num_local_experts moe_num_experts "
+    "num_global_attention_heads mamba_dt_rank d_rel num_positional_heads"),
+    (_KV_HEADS, "num_key_value_heads num_kv_heads n_head_kv kv_n_heads swa_num_key_value_heads linear_num_key_heads "
+    "num_query_groups num_global_key_value_heads num_experts_per_tok num_experts_per_token moe_k moe_topk "
+    "index_block_size num_expert_group_used sliding_num_key_value_heads"),
+    (_HEAD, "head_dim qk_rope_head_dim mamba_d_head mamba_head_dim mamba_headdim d_head d_kv v_head_dim qk_nope_head_dim index_head_dim attention_head_dim attention_head_size "
+    "kv_channels global_head_dim swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim dim_head "
+    "kv_lora_rank q_lora_rank o_lora_rank resampler_head_dim resampler_dim_head mamba_d_state ssm_state_size "
+    "state_size query_pre_attn_scalar swa_v_head_dim moe_router_dim"),
+    (8, "mamba_n_heads mamba_num_heads n_mamba_heads_ hidden_size_per_layer_input laurel_rank rotary_dim index_topk chunk_size mamba_chunk_size "
+    "block_size adapter_rank dim_model_base router_dim"),
+    (_LAYERS, "num_hidden_layers n_layer num_layers n_layers layers decoder_layers num_decoder_layers "
+    "sliding_window sliding_window_size attention_window_size local_attention attention_chunk_size window_size "
+    "max_window_layers"),
+    (2, "depth encoder_layers num_encoder_layers num_global_layers conf_num_hidden_layers resampler_depth "
+    "num_layers_per_stack no_rope_layer_interval layer_group_size interleave_moe_layer_step "
+    "attn_layer_period expert_layer_period sliding_window_pattern _sliding_window_pattern n_layers_per_attn_res_block "
+    "num_blocks num_kv_shared_layers index_topk_blocks index_local_blocks insert_layer_id "
+    "moe_layer_interval full_attention_interval num_nextn_layers"),
+    (1, "first_k_dense_replace num_dense_layers attn_layer_offset expert_layer_offset topk_group n_group "
+    "moe_layer_start_index num_expert_group decoder_sparse_step"),
+    (3, "moe_layer_end_index"),
+    (64, "max_position_embeddings n_positions n_ctx max_seq_len context_length max_source_positions model_max_length "
+    "max_target_positions original_max_position_embeddings rel_extent position_bias_num_buckets"),
+    (2 * _HEAD, "qk_head_dim"),
+    (2 * _HIDDEN, "mamba_d_ssm"),
+    (28, "image_size crop_size max_image_size"),
+    (14, "patch_size"),
+    (4096, "ngram_vocab_size_base"),
+)  # fmt: skip
+_OF_NAME = {name: size for size, names in _SIZES for name in names.split()}
+_TOWER_SIZES = {"num_hidden_layers": 2, "num_layers": 2, "depth": 2, "layers": 2, "num_key_value_heads": _HEADS}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+_TEXT = frozenset(("text_config", "llm_config", "language_config", "decoder", "decoder_config"))
+_PER_LAYER_MAPPINGS = ("rope_parameters", "rope_scaling")
+
+FAMILY: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "mamba2": {"num_heads": 8, "n_groups": 1},
+}
+"""What the names of a family's sizes do not tell."""
+
+
+def families() -> list[str]:
+    """Model types that transformers makes a causal or an image-text model of."""
+    return sorted(CAUSAL | IMAGE_TEXT)
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The family's default configuration with every size made small, and one layer or more of each kind that it has."""
+    default = AutoConfig.for_model(model_type)
+    return AutoConfig.for_model(model_type, **_merged(_small(default), FAMILY.get(model_type, {})))
+
+
+def make_tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model of the family, float32; no parameter is zero or one everywhere.
+
+    An image-text family gives its whole model, towers and all.
+    """
+    config = tiny_config(model_type)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = auto_class(model_type).from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(torch.nan_to_num(parameter).clamp_(-2, 2))
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def save_tiny(model_type: str, folder: Path, seed: int = 0) -> PreTrainedModel:
+    """Write such a model as its family is saved on the hub."""
+    model = make_tiny(model_type, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def auto_class(model_type: str) -> Any:
+    """transformers' auto class that makes the whole model of the family."""
+    if model_type not in IMAGE_TEXT:
+        return AutoModelForCausalLM
+    import transformers
+
+    named = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return transformers.AutoModelForImageTextToText if model_type in named else transformers.AutoModelForMultimodalLM
+
+
+def _small(config: PreTrainedConfig, tower: bool = False) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    settings = {name: value for name, value in vars(config).items() if name[0] != "_" or name in _OF_NAME}
+    depth = settings.get("num_hidden_layers") or settings.get("n_layer") or settings.get("num_layers")
+    kept = _kept_layers({n: v for n, v in settings.items() if isinstance(v, list | tuple)}, depth)
+    for name, value in settings.items():
+        if isinstance(value, PreTrainedConfig):
+            values[name] = {"model_type": value.model_type, **_small(value, name not in _TEXT)}
+        elif isinstance(value, bool) or value is None:
+            continue
+        elif isinstance(value, int):
+            found = _size(name, value, tower)
+            if found is not None:
+                values[name] = found
+        elif isinstance(value, float) and ("drop" in name or "pdrop" in name or "noise" in name or "jitter" in name):
+            values[name] = 0.0
+        elif isinstance(value, list | tuple) and depth and len(value) == depth and kept:
+            sized = [value[i] for i in kept]
+            values[name] = [_size(name, v, tower) or v if type(v) is int else v for v in sized]
+        elif name == "eos_token_id":
+            values[name] = 2
+        elif name in _PER_LAYER_MAPPINGS and isinstance(value, dict):
+            values[name] = _small_rope(value)
+    if kept and not tower:
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if name in values:
+                values[name] = len(kept)
+    return values
+
+
+def _size(name: str, value: int, tower: bool) -> int | None:
+    if name in _TOKENS:
+        return _TOKENS[name]
+    if name.endswith(("_token_id", "_token_index", "_start_id", "_end_id", "_newline_id", "_patch_id")):
+        return PLAIN_TOKENS[1] + sum(map(ord, name)) % (VOCABULARY - PLAIN_TOKENS[1])
+    if value <= 0 or name not in _OF_NAME:
+        return None
+    if tower and name in _TOWER_SIZES:
+        return _TOWER_SIZES[name]
+    return min(value, _OF_NAME[name]) if name in ("num_key_value_heads", "index_topk") else _OF_NAME[name]
+
+
+def _kept_layers(lists: dict[str, Any], depth: int | None) -> list[int]:
+    """Numbers of layers, as few as can be, that are of every kind there is; empty where no list tells kinds."""
+    told = [value for value in lists.values() if depth and len(value) == depth]
+    if not told or not depth:
+        return []
+    kinds = [tuple(map(str, kind)) for kind in zip(*told, strict=True)]
+    found = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:_MOST_LAYERS]
+    others = [i for i in range(depth) if i not in found]
+    return sorted(found + others[: max(0, _LAYERS - len(found))])
+
+
+def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    made = dict(rope)
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            made[name] = _small_rope(value)
+        elif name == "mrope_section":
+            half = _HEAD // 2
+            half = math.ceil(half * rope.get("partial_rotary_factor", 1.0))
+            made[name] = [half - 2 * (half // 3), half // 3, half // 3]
+        elif name == "original_max_position_embeddings":
+            made[name] = 32
+        elif name in ("short_factor", "long_factor"):
+            made[name] = list(value)[: _HEAD // 2]
+    return made
+
+
+def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    made = dict(values)
+    for path, value in others.items():
+        first, _, rest = path.partition(".")
+        made[first] = _merged(made.get(first, {}), {rest: value}) if rest else value
+    return made
