@@ -15,11 +15,13 @@ from ..machine.heap import HeapGuard
 from ..models.causal_lm import CausalLM
 from ..streaming.arguments import BatchRules
 from ..streaming.draws import Draws
+from ..streaming.layer_call import Batching
 from ..streaming.memory import TripleBufferManager
-from ..streaming.recompute import Batching, StreamedLayer
+from ..streaming.recompute import StreamedLayer
 from ..streaming.schedule import Schedule
 from .guards import guard, guard_peft
 from .loss.streamed_head import streamed_forward
+from .trial import fault_of_training
 
 _REFUSED_OUTPUTS = {
     "output_attentions": "attention weights",
@@ -62,6 +64,9 @@ class Attachment:
     ) -> None:
         self.lm = lm
         self.memory = memory
+        trained = any(parameter.requires_grad for parameter in lm.module.parameters())
+        self.fault = fault_of_training(lm) if trained else ""
+        """Why this model is not to be trained, though it can be asked; empty if it may be."""
         plan = memory.plan
         if micro_batch_size is None and plan.micro_batch_size < plan.batch:
             micro_batch_size = plan.micro_batch_size

@@ -24,8 +24,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
-from ..streaming.arguments import Arguments, named_leaves
-from ..streaming.recompute import take_apart, take_hidden
+from ..streaming.arguments import Arguments, hidden_of, named_leaves, take_hidden
 
 _CUTS = ((5, 6), (4, 7))
 """Tokens of the rows of each pack."""
@@ -196,7 +195,7 @@ def _run(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.
     args, kwargs = arguments
     run = type(layer).forward
     output = run(layer, hidden, *map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
-    return take_apart(output)[1][0]
+    return hidden_of(output)
 
 
 @contextmanager

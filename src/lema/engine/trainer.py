@@ -40,6 +40,7 @@ from .numerics import numerics
 from .resume_state import ResumeState
 from .step_report import StepReport, report_of
 from .trainables import Trainables
+from .trial import check_training
 from .turns import check_gradients_on, evaluating, in_turn
 from .window import Window
 
@@ -89,6 +90,7 @@ class LemaTrainer:
         """The model whose mode is switched: PEFT's around transformers', or the bare one."""
         peft_model = None if lora_manager is None else self.model
         self.streamer = streamer or attach(self.lm, self.memory, config.micro_batch_size, peft_model)
+        check_training(self.streamer.fault)
         self.layers = model_adapter.get_layer_metadata()
         self.trainables = Trainables(trained, optimizer, config, self.memory)
         self.optimizer = self.trainables.optimizer
@@ -140,7 +142,7 @@ class LemaTrainer:
             self._trim()
             result = self.loss(hidden, batch.targets, denominator, scale=self.loss_scale, with_logits=return_logits)
             self._trim()
-            hidden.backward(result.gradient)
+            result.backward(hidden)
             del hidden
             loss = self._checked_loss(result, batch, random_state)
             self.window.add(targets)

@@ -173,8 +173,9 @@ class TransformersCausalLM:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = self._output(last_hidden_state=hidden)
+        ids = stand_in_ids(self._model, *hidden.shape[:-1])  # Gemma 4 looks at their shape
         with self.interceptor.gate("decoder", self._decoder).taken_by(lambda *_, **__: rows):
-            logits: torch.Tensor = self._model.forward(use_cache=False).logits
+            logits: torch.Tensor = self._model.forward(input_ids=ids, use_cache=False).logits
         return logits
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:

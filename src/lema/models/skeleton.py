@@ -84,7 +84,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def stand_in_ids(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
+def stand_in_ids(model: PreTrainedModel, *shape: int) -> torch.Tensor:
     """Token ids `[rows, length]` for a forward that depends on no token; none is padding, of which models warn."""
     token = int(getattr(model.config, "pad_token_id", None) == 0)
-    return torch.full((rows, length), token, dtype=torch.long, device=model.device)
+    return torch.full(shape, token, dtype=torch.long, device=model.device)

@@ -14,6 +14,7 @@ import torch
 from ...config import LemaConfig
 from ...errors import UnsupportedError
 from ...models.causal_lm import CausalLM
+from ...models.trained import trained_outside
 from ...streaming.head import SLICE_BYTES, SlicedHead
 from ...streaming.memory import TripleBufferManager
 from ...streaming.timeline import COMPUTE
@@ -68,6 +69,7 @@ class HeadLoss:
         self._memory = memory
         self._config = config
         self._epilogue = ModelEpilogue(lm)
+        self._trained = list(trained_outside(lm.module, lm.layers).values())
         self._sliceable: bool | None = None
         self.smoothing = 0.0
         """Label smoothing, where there is a gradient: what is evaluated is the plain loss."""
@@ -79,6 +81,7 @@ class HeadLoss:
         """As `compute_loss`: `hidden` is `[batch, seq, hidden]`, `targets` `[batch, seq]`."""
         wanted: dict[str, Any] = {"scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy}
         wanted["smoothing"] = self.smoothing if with_gradient else 0.0
+        wanted["trained"] = self._trained if with_gradient else ()
         chunk = self._chunk_of(targets)
         pieces = head_pieces(self._memory)
         if pieces is not None:

@@ -13,8 +13,9 @@ from torch import nn
 from ...machine.heap import HeapGuard
 from ...streaming.arguments import BatchRules
 from ...streaming.draws import Draws
+from ...streaming.layer_call import Batching
 from ...streaming.memory import TripleBufferManager
-from ...streaming.recompute import Batching, StreamedLayer
+from ...streaming.recompute import StreamedLayer
 from .vocabulary import Head, HeadPieces
 
 
