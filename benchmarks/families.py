@@ -72,7 +72,7 @@ def examine(family: str, folder: Path) -> Outcome:
         return Outcome(family, "not trained", str(error), kind, layers)
     except LemaError as error:
         return Outcome(family, "refused", _line(error, folder), kind, layers)
-    except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
+    except Exception as error:  # whatever it is, it is the finding
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         return Outcome(family, "crash", f"{type(error).__name__}: {_line(error, folder)} ({where})", kind, layers)
@@ -95,7 +95,7 @@ class Plain:
             self.more = self._more_inputs()
             self.base.train()
             self.base(**self.batch(0), use_cache=False).loss.backward()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise PlainFailsError(f"{type(error).__name__}: {_line(error, folder)}") from error
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -254,12 +254,13 @@ def page(outcomes: Sequence[Outcome]) -> Iterator[str]:
     counts = {result: sum(o.result == result for o in outcomes) for result in RESULTS}
     yield "# Model families"
     yield ""
+    versions = f"transformers {transformers.__version__} (torch {torch.__version__}, PEFT {peft.__version__})"
     text = (
-        f"Every causal and image-text family of transformers {transformers.__version__} (torch {torch.__version__}, PEFT "
-        f"{peft.__version__}), made anew by `python -m {MODULE}`. Each is a tiny random model in float32 with every kind "
-        "of layer that the family mixes, of an image-text family the whole model, saved and loaded as on the hub. It is "
-        f"trained for {STEPS} steps of AdamW on padded rows of text by LEMA, streamed, and by plain transformers and "
-        "PEFT, from the same random adapter on the same modules: all linear ones of the text model."
+        f"Every causal and image-text family of {versions}, made anew by `python -m {MODULE}`. Each is a tiny random "
+        "model in float32 with every kind of layer that the family mixes, of an image-text family the whole model, "
+        f"saved and loaded as on the hub. It is trained for {STEPS} steps of AdamW on padded rows of text by LEMA, "
+        "streamed, and by plain transformers and PEFT, from the same random adapter on the same modules: all linear "
+        "ones of the text model."
     )
     yield from textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
     yield ""

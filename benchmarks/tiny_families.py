@@ -48,11 +48,13 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (_KV_HEADS, "num_key_value_heads num_kv_heads n_head_kv kv_n_heads swa_num_key_value_heads linear_num_key_heads "
     "num_query_groups num_global_key_value_heads num_experts_per_tok num_experts_per_token moe_k moe_topk "
     "index_block_size num_expert_group_used sliding_num_key_value_heads"),
-    (_HEAD, "head_dim qk_rope_head_dim mamba_d_head mamba_head_dim mamba_headdim d_head d_kv v_head_dim qk_nope_head_dim index_head_dim attention_head_dim attention_head_size "
+    (_HEAD, "head_dim qk_rope_head_dim mamba_d_head mamba_head_dim mamba_headdim d_head "
+    "d_kv v_head_dim qk_nope_head_dim index_head_dim attention_head_dim attention_head_size "
     "kv_channels global_head_dim swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim dim_head "
     "kv_lora_rank q_lora_rank o_lora_rank resampler_head_dim resampler_dim_head mamba_d_state ssm_state_size "
     "state_size query_pre_attn_scalar swa_v_head_dim moe_router_dim"),
-    (8, "mamba_n_heads mamba_num_heads n_mamba_heads_ hidden_size_per_layer_input laurel_rank rotary_dim index_topk chunk_size mamba_chunk_size "
+    (8, "mamba_n_heads mamba_num_heads "
+    "hidden_size_per_layer_input laurel_rank rotary_dim index_topk chunk_size mamba_chunk_size "
     "block_size adapter_rank dim_model_base router_dim"),
     (_LAYERS, "num_hidden_layers n_layer num_layers n_layers layers decoder_layers num_decoder_layers "
     "sliding_window sliding_window_size attention_window_size local_attention attention_chunk_size window_size "
@@ -79,9 +81,43 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_sta
 _TEXT = frozenset(("text_config", "llm_config", "language_config", "decoder", "decoder_config"))
 _PER_LAYER_MAPPINGS = ("rope_parameters", "rope_scaling")
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_GLM_ROPE = {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
+
 FAMILY: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "chameleon": {"vocabulary_map": {"<image>": 101}},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "dots3_note": {"text_config.num_key_value_heads": _HEADS},
+    "dots3_note_text": {"num_key_value_heads": _HEADS},
+    "emu3": {"vocabulary_map": {"<image>": 101, "<|extra_200|>": 102}},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]}},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": _HIDDEN // 4},
+    "glm46v": _GLM_ROPE,
+    "glm4v": _GLM_ROPE,
+    "glm4v_moe": {"text_config.rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
+    "glm5_next": {"text_config.num_key_value_heads": _HEADS},
+    "glm_ocr": _GLM_ROPE,
+    "glmga": _GLM_ROPE,
+    "hunyuan_v1_dense": {"head_dim": _HEAD},
+    "hunyuan_v1_moe": {"head_dim": _HEAD},
+    "hunyuan_vl": {"text_config.head_dim": _HEAD},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
     "mamba2": {"num_heads": 8, "n_groups": 1},
+    "ministral": {"head_dim": _HEAD},
+    "nemotron": {"num_key_value_heads": 2},
+    "paddleocr_vl": _GLM_ROPE,
+    "qwen2_5_omni_thinker": _GLM_ROPE,
+    "qwen2_5_vl": _GLM_ROPE,
+    "qwen2_vl": _GLM_ROPE,
+    "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 2},
+    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2},
+    "reformer": {"is_decoder": True},
+    "step3p7": {"text_config.sliding_window": 4},
 }
 """What the names of a family's sizes do not tell."""
 
@@ -134,7 +170,7 @@ def _small(config: PreTrainedConfig, tower: bool = False) -> dict[str, Any]:
     values: dict[str, Any] = {}
     settings = {name: value for name, value in vars(config).items() if name[0] != "_" or name in _OF_NAME}
     depth = settings.get("num_hidden_layers") or settings.get("n_layer") or settings.get("num_layers")
-    kept = _kept_layers({n: v for n, v in settings.items() if isinstance(v, list | tuple)}, depth)
+    kept = _kept_layers({n: v for n, v in settings.items() if isinstance(v, list | tuple)}, depth, tower)
     for name, value in settings.items():
         if isinstance(value, PreTrainedConfig):
             values[name] = {"model_type": value.model_type, **_small(value, name not in _TEXT)}
@@ -153,7 +189,9 @@ def _small(config: PreTrainedConfig, tower: bool = False) -> dict[str, Any]:
             values[name] = 2
         elif name in _PER_LAYER_MAPPINGS and isinstance(value, dict):
             values[name] = _small_rope(value)
-    if kept and not tower:
+    if "kv_lora_rank" in settings:  # latent attention has as many keys as queries
+        values["num_key_value_heads"] = values.get("num_attention_heads", _HEADS)
+    if kept:
         for name in ("num_hidden_layers", "n_layer", "num_layers"):
             if name in values:
                 values[name] = len(kept)
@@ -172,11 +210,13 @@ def _size(name: str, value: int, tower: bool) -> int | None:
     return min(value, _OF_NAME[name]) if name in ("num_key_value_heads", "index_topk") else _OF_NAME[name]
 
 
-def _kept_layers(lists: dict[str, Any], depth: int | None) -> list[int]:
+def _kept_layers(lists: dict[str, Any], depth: int | None, tower: bool) -> list[int]:
     """Numbers of layers, as few as can be, that are of every kind there is; empty where no list tells kinds."""
     told = [value for value in lists.values() if depth and len(value) == depth]
     if not told or not depth:
         return []
+    if tower:
+        return list(range(min(depth, 2)))
     kinds = [tuple(map(str, kind)) for kind in zip(*told, strict=True)]
     found = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:_MOST_LAYERS]
     others = [i for i in range(depth) if i not in found]

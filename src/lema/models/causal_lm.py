@@ -21,6 +21,7 @@ from .host_values import HostValues
 from .interceptor import Forward, Interceptor, replaced_forwards
 from .masks import padding_known
 from .skeleton import stand_in_ids
+from .towers import leave_out_unreached
 
 
 class CausalLM(Protocol):
@@ -78,6 +79,10 @@ def _output(hidden: torch.Tensor, items: int) -> Any:
     return hidden if items == 0 else (hidden, *[None] * (items - 1))
 
 
+class _Reached(BaseException):
+    """Ends a forward at its first layer; not an error, so nothing on the way may take it for one."""
+
+
 class TransformersCausalLM:
     """A transformers model driven in two halves by its own `forward`.
 
@@ -93,10 +98,50 @@ class TransformersCausalLM:
         self.interceptor = Interceptor()
         self.host_values = HostValues()
         """What of a running forward's inputs is on the host."""
-        base = getattr(model, model.base_model_prefix)
-        # OPT's causal model calls its decoder directly
-        self._decoder: nn.Module = base.decoder if isinstance(getattr(base, "decoder", None), nn.Module) else base
         self._output: type[ModelOutput] = BaseModelOutputWithPast
+        self.left_out: dict[str, nn.Module] = {}
+        """Towers that rows of text do not reach, by path; they are no part of the model here."""
+
+    @functools.cached_property
+    def _decoder(self) -> nn.Module:
+        """What is between the model's own forward and its layers: the outermost module that has these, has no head and
+        is called (OPT's and composite models reach past one)."""
+        head = self.head
+        around = [
+            module
+            for module in self._model.modules()
+            if module is not self._model
+            and any(part is self.layers for part in module.modules())
+            and all(part is not head for part in module.modules())
+        ]
+        called: list[nn.Module] = []
+        handles = [module.register_forward_pre_hook(lambda m, _: called.append(m)) for module in around]
+
+        def reached(*_: Any, **__: Any) -> Any:
+            raise _Reached
+
+        forwards = [reached] * len(self.layers)
+        try:
+            with replaced_forwards(self.layers, forwards), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self._model.forward(input_ids=stand_in_ids(self._model, 2, 3), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not called:
+            raise UnsupportedError(f"{type(self._model).__name__} does not call its decoder the way LEMA expects")
+        return called[0]
+
+    def leave_out_towers(self) -> None:
+        """Take out what a row of text does not reach, before anything is bound or adapted."""
+
+        def run() -> None:
+            passing = [lambda hidden, *_, **__: self.pass_on(hidden)] * len(self.layers)
+            with self.replaced_layers(passing), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self._first_half(self._model.forward, input_ids=stand_in_ids(self._model, 2, 3))
+
+        self.left_out = leave_out_unreached(self._model, self.layers, run)
 
     @property
     def module(self) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,11 @@ class CheckpointMap:
 
 
 def map_checkpoint(
-    model: PreTrainedModel, expected: Mapping[str, torch.Tensor], gbi: GlobalBinaryIndex, dtype: torch.dtype
+    model: PreTrainedModel,
+    expected: Mapping[str, torch.Tensor],
+    gbi: GlobalBinaryIndex,
+    dtype: torch.dtype,
+    left_out: Collection[str] = (),
 ) -> CheckpointMap:
     """Find every parameter's source.
 
@@ -51,6 +55,7 @@ def map_checkpoint(
         model: the skeleton; its conversions and ties are asked for.
         expected: names and empty tensors of its state, before any LoRA.
         dtype: what floating parameters are computed in, unless transformers keeps one in float32.
+        left_out: paths of modules that the skeleton lacks; their tensors are nobody's, and that is as it should be.
 
     Raises:
         MissingTensorError: parameters without a source; all are listed.
@@ -58,7 +63,7 @@ def map_checkpoint(
         UnsupportedError: a conversion is more than placement.
     """
     placed, unused = place_parameters(model, expected, gbi)
-    tied = _ties(model, placed, gbi)
+    tied = {a: b for a, b in _ties(model, placed, gbi).items() if a in expected and b in expected}
     for name, partner in tied.items():
         placed.setdefault(name, placed[partner])
     if missing := [name for name in expected if name not in placed]:
@@ -70,6 +75,7 @@ def map_checkpoint(
             f"{gbi.path} does not fit the model's configuration, {len(wrong)} tensors differ in shape:\n"
             + "\n".join(lines) + "\nUse the config.json that belongs to these weights."
         )  # fmt: skip
+    unused = [name for name in unused if not _lies_in(name, left_out)]
     if unused:
         logger.info("%s: %d tensors are not used by %s: %s", gbi.path, len(unused), type(model).__name__, unused[:8])
     types = _DtypePlan(model, dtype)
@@ -78,6 +84,12 @@ def map_checkpoint(
         for name, empty in expected.items()
     }
     return CheckpointMap(sources, tied)
+
+
+def _lies_in(stored: str, modules: Collection[str]) -> bool:
+    """Whether a stored name is one of these modules' tensors; files may leave out the first part of a path, or more."""
+    parts = {path.rpartition(".")[2] for path in modules}
+    return bool(parts.intersection(stored.split(".")[:-1]))
 
 
 class _DtypePlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -131,6 +132,7 @@ class LoRAManager(Trained):
             except ValueError as error:
                 raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
         self._refuse_outside(base, lm.layers)
+        _keep_off(peft_model.peft_config["default"], getattr(lm, "left_out", {}))
         self._layers = lm.layers
         self._peft = peft_model
         if self._pending is not None:
@@ -254,6 +256,24 @@ class LoRAManager(Trained):
                 f"LoRA on {', '.join(outside)} is not supported: head and embeddings are not trained. "
                 "Leave them out of target_modules, or name them in exclude_modules"
             )
+
+
+def _keep_off(config: LoraConfig, left_out: Mapping[str, nn.Module]) -> None:
+    """Name the targets of a model without its towers so that in the whole model they are the same modules."""
+    towers = [path for path, tower in left_out.items() if _takes_any(config, path, tower)]
+    targets = config.target_modules
+    if not towers or targets is None:
+        return
+    if isinstance(targets, str):
+        names = f"(?:{targets})"
+    else:
+        names = rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in sorted(targets))})"
+    config.target_modules = rf"(?!(?:{'|'.join(re.escape(path) for path in towers)})(?:\.|$)){names}"
+
+
+def _takes_any(config: LoraConfig, path: str, tower: nn.Module) -> bool:
+    names = (f"{path}.{name}" if name else path for name, module in tower.named_modules())
+    return any(check_target_module_exists(config, name) for name in names)
 
 
 @contextlib.contextmanager

@@ -20,16 +20,20 @@ from .base import LemaModelAdapter, bind_flat_buffer
 from .causal_lm import TransformersCausalLM
 from .checkpoint import CheckpointMap, map_checkpoint
 from .embedding import gathered_rows
+from .families import is_composite
 from .interceptor import Gate
 from .lora import LoRAManager
 from .outputs import router_loss_of
 from .quantised import refuse_codes, refuse_packed, refuse_quantised
-from .skeleton import build_skeleton, find_layers
+from .skeleton import build_skeleton, find_layers, refuse_other_layers
 from .stages import EmbeddingStage, HeadStage, layer_arguments, split_rest
 
 
 class TransformersAdapter(LemaModelAdapter):
-    """Adapter for any causal language model of transformers with one list of decoder layers.
+    """Adapter for any language model of transformers with one list of decoder layers.
+
+    Of a composite model, text with towers for images and sound, it is the whole model under its own names but for the
+    towers: what a row of text does not reach is left out.
 
     Args:
         config: the model's configuration, as a dict with `model_type` or as transformers' object.
@@ -75,7 +79,8 @@ class TransformersAdapter(LemaModelAdapter):
             state = fresh.state_dict()
             for name, buffer in fresh.named_buffers():
                 path, _, leaf = name.rpartition(".")
-                self._module_before_lora(path)._buffers[leaf] = buffer
+                if path in self._modules:  # towers are not
+                    self._modules[path]._buffers[leaf] = buffer
             self._expected = {name: state[name] for name in self._expected}
             self._map = None
             self.dtype = dtype
@@ -83,9 +88,6 @@ class TransformersAdapter(LemaModelAdapter):
     def _supported_attention(self, name: str) -> str:
         supported = name != "sdpa" or getattr(type(self.model), "_supports_sdpa", False)
         return name if supported else "eager"
-
-    def _module_before_lora(self, path: str) -> nn.Module:
-        return self._modules[path]
 
     @property
     def model(self) -> PreTrainedModel:
@@ -97,12 +99,15 @@ class TransformersAdapter(LemaModelAdapter):
         if self._model is None:
             model = build_skeleton(copy.deepcopy(self.config), self.dtype, self._attn)
             self._layers_path, layers = find_layers(model)
+            self._lm = TransformersCausalLM(model, layers, router_loss_of(self.config))
+            if is_composite(self.config):
+                self._lm.leave_out_towers()
+            refuse_other_layers(model, self._layers_path)
             self._modules = dict(model.named_modules())
             self._expected = dict(model.state_dict())
             for name in self._expected:
                 path, _, leaf = name.rpartition(".")
                 self._places[name] = (self._modules[path], leaf)
-            self._lm = TransformersCausalLM(model, layers, router_loss_of(self.config))
             self._model = model
         return self._model
 
@@ -121,13 +126,18 @@ class TransformersAdapter(LemaModelAdapter):
         """Decoder layers."""
         return len(self.causal_lm().layers)
 
+    @property
+    def left_out(self) -> dict[str, nn.Module]:
+        """Towers of a composite model, which rows of text do not reach, by path; their tensors are not read."""
+        return self.causal_lm().left_out
+
     # -- where tensors go ------------------------------------------------------------------------
 
     def checkpoint_map(self, gbi: GlobalBinaryIndex) -> CheckpointMap:
         """Sources of every parameter in this index; see `map_checkpoint` for what it raises."""
         if self._map is None or self._map[0] is not gbi:
             refuse_packed(gbi)
-            self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype))
+            self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype, self.left_out))
             refuse_codes(self._map[1].sources.values(), gbi.path)
         return self._map[1]
 
@@ -247,7 +257,8 @@ class TransformersAdapter(LemaModelAdapter):
         """Bytes of the head, of an input embedding that is not the head as well, and of all else that stays."""
         head_name = self._head_name()
         embedding: Any = self.model.get_input_embeddings()
-        tied = head_name is not None and bool(getattr(self.model.config, "tie_word_embeddings", False))
+        ties = self.model.all_tied_weights_keys
+        tied = head_name is not None and (head_name in ties or head_name in ties.values())
         head = self._expected[head_name].nbytes if head_name is not None else 0
         rows = 0 if tied else embedding.weight.nbytes
         names = [name for name in self._rest_names() if self._is_parameter(name)]
