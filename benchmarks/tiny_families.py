@@ -27,7 +27,7 @@ _LAYERS, _MOST_LAYERS = 4, 6
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD, _INNER, _EXPERT = 64, 4, 2, 16, 96, 32
 
 _SIZES: tuple[tuple[int, str], ...] = (
-    (VOCABULARY, "vocab_size vocab_size_per_layer_input text_vocab_size decoder_vocab_size unpadded_vocab_size"),
+    (VOCABULARY, "vocab_size encoder_hash_byte_group_vocab ngram_vocab_size audio_vocab_size vocab_size_per_layer_input text_vocab_size decoder_vocab_size unpadded_vocab_size"),
     (_HIDDEN, "hidden_size d_model n_embd emb_dim embed_dim dim embedding_dim embedding_size model_dim hidden_dim "
     "word_embed_proj_dim lru_width attention_hidden_size projection_dim output_dim text_hidden_size input_dim_out "
     "out_hidden_size projector_hidden_size hidden_size_global output_hidden_size moe_hidden_size "
@@ -122,25 +122,47 @@ FAMILY: dict[str, dict[str, Any]] = {
 """What the names of a family's sizes do not tell."""
 
 
+_NO_LAYER_INPUTS = {"text_config.hidden_size_per_layer_input": 0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gemma4:12B": _NO_LAYER_INPUTS,
+    "gemma4:26B": {
+        **_NO_LAYER_INPUTS, "text_config.enable_moe_block": True, "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": _EXPERT,
+    },
+    "gemma4:31B": {**_NO_LAYER_INPUTS, "text_config.attention_k_eq_v": True},
+    "gemma4:E2B": {
+        "text_config.num_kv_shared_layers": 2, "text_config.use_double_wide_mlp": True,
+        "text_config.num_hidden_layers": 6, "text_config.layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
+    "mistral3:ministral3": {"text_config": "ministral3"},
+}  # fmt: skip
+"""Sizes of a family that are built otherwise than its default: `FAMILY:SIZE` -> settings. A model type in place of a part
+stands for that type's own tiny configuration."""
+
+
 def families() -> list[str]:
-    """Model types that transformers makes a causal or an image-text model of."""
-    return sorted(CAUSAL | IMAGE_TEXT)
+    """Model types that transformers makes a causal or an image-text model of, and their variants."""
+    return sorted(CAUSAL | IMAGE_TEXT | set(VARIANTS))
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+def tiny_config(family: str) -> PreTrainedConfig:
     """The family's default configuration with every size made small, and one layer or more of each kind that it has."""
-    default = AutoConfig.for_model(model_type)
-    return AutoConfig.for_model(model_type, **_merged(_small(default), FAMILY.get(model_type, {})))
+    model_type = family.partition(":")[0]
+    others = {**FAMILY.get(model_type, {}), **VARIANTS.get(family, {})}
+    for part, value in others.items():
+        if part.endswith("_config") and isinstance(value, str):
+            others[part] = {"model_type": value, **_small(AutoConfig.for_model(value)), **FAMILY.get(value, {})}
+    return AutoConfig.for_model(model_type, **_merged(_small(AutoConfig.for_model(model_type)), others))
 
 
-def make_tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
+def make_tiny(family: str, seed: int = 0) -> PreTrainedModel:
     """A tiny random model of the family, float32; no parameter is zero or one everywhere.
 
     An image-text family gives its whole model, towers and all.
     """
-    config = tiny_config(model_type)
+    config = tiny_config(family)
     torch.manual_seed(seed)
-    model: PreTrainedModel = auto_class(model_type).from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_class(family).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -149,15 +171,16 @@ def make_tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def save_tiny(model_type: str, folder: Path, seed: int = 0) -> PreTrainedModel:
+def save_tiny(family: str, folder: Path, seed: int = 0) -> PreTrainedModel:
     """Write such a model as its family is saved on the hub."""
-    model = make_tiny(model_type, seed)
+    model = make_tiny(family, seed)
     model.save_pretrained(folder)
     return model
 
 
-def auto_class(model_type: str) -> Any:
+def auto_class(family: str) -> Any:
     """transformers' auto class that makes the whole model of the family."""
+    model_type = family.partition(":")[0]
     if model_type not in IMAGE_TEXT:
         return AutoModelForCausalLM
     import transformers

@@ -99,6 +99,8 @@ class Trainables:
         held = self.held()
         coordinator.add("gradients", [p.grad for p in held if p.grad is not None])
         window.normalize_gradients(held)
+        if self.masters is None:
+            self._buffer.drop_unreached(held)
         self.updates += 1
         norm = step_optimizer(self.optimizer, self.loss_scale, held, max_grad_norm, coordinator)
         self.place_state()

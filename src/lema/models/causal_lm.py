@@ -21,7 +21,7 @@ from .host_values import HostValues
 from .interceptor import Forward, Interceptor, replaced_forwards
 from .masks import padding_known
 from .skeleton import stand_in_ids
-from .towers import leave_out_unreached
+from .towers import LeftOut, leave_out_unreached
 
 
 class CausalLM(Protocol):
@@ -100,7 +100,7 @@ class TransformersCausalLM:
         """What of a running forward's inputs is on the host."""
         self._output: type[ModelOutput] = BaseModelOutputWithPast
         self.left_out: dict[str, nn.Module] = {}
-        """Towers that rows of text do not reach, by path; they are no part of the model here."""
+        """What rows of text do not reach, towers mostly, by path; it is no part of the model here."""
 
     @functools.cached_property
     def _decoder(self) -> nn.Module:
@@ -111,7 +111,7 @@ class TransformersCausalLM:
             module
             for module in self._model.modules()
             if module is not self._model
-            and any(part is self.layers for part in module.modules())
+            and any(part is self.layers[0] for part in module.modules())
             and all(part is not head for part in module.modules())
         ]
         called: list[nn.Module] = []
@@ -142,6 +142,7 @@ class TransformersCausalLM:
                 self._first_half(self._model.forward, input_ids=stand_in_ids(self._model, 2, 3))
 
         self.left_out = leave_out_unreached(self._model, self.layers, run)
+        self.layers = nn.ModuleList(layer for layer in self.layers if not isinstance(layer, LeftOut))
 
     @property
     def module(self) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from ..compat.adapter_file import load_original
@@ -132,6 +133,7 @@ class LoRAManager(Trained):
             except ValueError as error:
                 raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
         self._refuse_outside(base, lm.layers)
+        _refuse_tuples(base)
         _keep_off(peft_model.peft_config["default"], getattr(lm, "left_out", {}))
         self._layers = lm.layers
         self._peft = peft_model
@@ -256,6 +258,28 @@ class LoRAManager(Trained):
                 f"LoRA on {', '.join(outside)} is not supported: head and embeddings are not trained. "
                 "Leave them out of target_modules, or name them in exclude_modules"
             )
+
+
+def _refuse_tuples(base: nn.Module) -> None:
+    """Refuse linear modules that return more than their output, as routers of some mixtures do: PEFT fails on them."""
+    own = {
+        name: module.get_base_layer()
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear)
+    }
+    several = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for name, linear in own.items():
+            if type(linear).forward is not nn.Linear.forward:
+                output = linear(torch.empty(2, linear.in_features, dtype=linear.weight.dtype))
+                if not isinstance(output, torch.Tensor):
+                    several[name] = type(linear).__name__
+    if several:
+        name, kind = next(iter(several.items()))
+        raise UnsupportedError(
+            f"LoRA on {name} ({kind}) and {len(several) - 1} more is not possible: they return more than their output, "
+            f"and PEFT fails on that. Leave them out: exclude_modules: [{name.rpartition('.')[2]}]"
+        )
 
 
 def _keep_off(config: LoraConfig, left_out: Mapping[str, nn.Module]) -> None:

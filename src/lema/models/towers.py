@@ -1,11 +1,12 @@
-"""What of a model a row of text never reaches: towers for images and sound, left out of the skeleton.
+"""What of a model a row of text never reaches, left out of the skeleton: towers for images and sound, and layers that
+attend to what comes out of them.
 
 It knows modules and which of them a forward calls; it knows nothing of files or of what is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from torch import nn
@@ -28,11 +29,13 @@ class LeftOut(nn.Module):
         )
 
 
-def leave_out_unreached(model: nn.Module, layers: nn.Module, run: Callable[[], object]) -> dict[str, nn.Module]:
-    """Take out of a model what a forward does not call, outside its layers.
+def leave_out_unreached(
+    model: nn.Module, layers: Iterable[nn.Module], run: Callable[[], object]
+) -> dict[str, nn.Module]:
+    """Take out of a model what a forward does not call.
 
     Args:
-        layers: are all kept, as they are replaced while the forward runs.
+        layers: what is in one that is called is kept, as they are replaced while the forward runs.
         run: the forward, of text.
 
     Returns:
@@ -45,7 +48,7 @@ def leave_out_unreached(model: nn.Module, layers: nn.Module, run: Callable[[], o
     finally:
         for handle in handles:
             handle.remove()
-    kept = {*layers.modules(), *called}
+    kept = called.union(*(layer.modules() for layer in layers if layer in called))
     for embeddings in (
         "get_input_embeddings",
         "get_output_embeddings",
@@ -66,5 +69,5 @@ def _unreached(module: nn.Module, kept: set[nn.Module], prefix: str) -> Iterator
         if kept.isdisjoint(child.modules()):
             if next(child.parameters(), None) is not None:
                 yield path, child
-        elif child not in kept or not isinstance(child, nn.ModuleList):
+        else:
             yield from _unreached(child, kept, f"{path}.")

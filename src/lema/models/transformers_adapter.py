@@ -61,7 +61,7 @@ class TransformersAdapter(LemaModelAdapter):
         self._lm: TransformersCausalLM
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._expected: dict[str, torch.Tensor] = {}
-        self._layers_path = ""
+        self._unit_paths: list[str] = []
         self._map: tuple[GlobalBinaryIndex, CheckpointMap] | None = None
         self._streamed_head: str | None = None
 
@@ -98,11 +98,12 @@ class TransformersAdapter(LemaModelAdapter):
         """Make the skeleton and what is known of it, unless it is there."""
         if self._model is None:
             model = build_skeleton(copy.deepcopy(self.config), self.dtype, self._attn)
-            self._layers_path, layers = find_layers(model)
+            path, layers = find_layers(model)
             self._lm = TransformersCausalLM(model, layers, router_loss_of(self.config))
             if is_composite(self.config):
                 self._lm.leave_out_towers()
-            refuse_other_layers(model, self._layers_path)
+            refuse_other_layers(model, path)
+            self._unit_paths = [f"{path}.{i}" for i, layer in enumerate(layers) if layer in set(self._lm.layers)]
             self._modules = dict(model.named_modules())
             self._expected = dict(model.state_dict())
             for name in self._expected:
@@ -142,11 +143,12 @@ class TransformersAdapter(LemaModelAdapter):
         return self._map[1]
 
     def _unit_names(self, unit: int) -> list[str]:
-        prefix = f"{self._layers_path}.{unit}."
+        prefix = f"{self._unit_paths[unit]}."
         return [name for name in self._expected if name.startswith(prefix)]
 
     def _rest_names(self) -> list[str]:
-        return [name for name in self._expected if not name.startswith(f"{self._layers_path}.")]
+        prefixes = tuple(f"{path}." for path in self._unit_paths)
+        return [name for name in self._expected if not name.startswith(prefixes)]
 
     def unit_sources(self, gbi: GlobalBinaryIndex) -> list[list[ParameterSource]]:
         """Sources of each layer's parameters."""
@@ -275,7 +277,7 @@ class TransformersAdapter(LemaModelAdapter):
         """Embedding 0, blocks 1..n, head n + 1."""
         count = self.num_layers
         blocks = [
-            {"id": i + 1, "name": f"{self._layers_path}.{i}", "type": "block", "block_index": i} for i in range(count)
+            {"id": i + 1, "name": path, "type": "block", "block_index": i} for i, path in enumerate(self._unit_paths)
         ]
         return [
             {"id": 0, "name": "embedding", "type": "embedding"},
