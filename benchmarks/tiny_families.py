@@ -27,7 +27,8 @@ _LAYERS, _MOST_LAYERS = 4, 6
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD, _INNER, _EXPERT = 64, 4, 2, 16, 96, 32
 
 _SIZES: tuple[tuple[int, str], ...] = (
-    (VOCABULARY, "vocab_size encoder_hash_byte_group_vocab ngram_vocab_size audio_vocab_size vocab_size_per_layer_input text_vocab_size decoder_vocab_size unpadded_vocab_size"),
+    (VOCABULARY, "vocab_size encoder_hash_byte_group_vocab ngram_vocab_size audio_vocab_size "
+    "vocab_size_per_layer_input text_vocab_size decoder_vocab_size unpadded_vocab_size"),
     (_HIDDEN, "hidden_size d_model n_embd emb_dim embed_dim dim embedding_dim embedding_size model_dim hidden_dim "
     "word_embed_proj_dim lru_width attention_hidden_size projection_dim output_dim text_hidden_size input_dim_out "
     "out_hidden_size projector_hidden_size hidden_size_global output_hidden_size moe_hidden_size "
@@ -89,7 +90,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 101}},
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "dots3_note": {"text_config.num_key_value_heads": _HEADS},
     "dots3_note_text": {"num_key_value_heads": _HEADS},
@@ -99,14 +101,15 @@ FAMILY: dict[str, dict[str, Any]] = {
     "glm46v": _GLM_ROPE,
     "glm4v": _GLM_ROPE,
     "glm4v_moe": {"text_config.rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
-    "glm5_next": {"text_config.num_key_value_heads": _HEADS},
+    "glm5_next": {"text_config.num_key_value_heads": _HEADS, "text_config.index_kpool": 4},
     "glm_ocr": _GLM_ROPE,
     "glmga": _GLM_ROPE,
     "hunyuan_v1_dense": {"head_dim": _HEAD},
     "hunyuan_v1_moe": {"head_dim": _HEAD},
-    "hunyuan_vl": {"text_config.head_dim": _HEAD},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+    "hunyuan_vl": {"text_config.head_dim": _HEAD, **_GLM_ROPE},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4, "full_attn_idxs": [1, 3]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2, "num_hidden_layers": 4},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 1]], "spatial_target_layers": [1, 2]},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "ministral": {"head_dim": _HEAD},
     "nemotron": {"num_key_value_heads": 2},
@@ -136,8 +139,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "mistral3:ministral3": {"text_config": "ministral3"},
 }  # fmt: skip
-"""Sizes of a family that are built otherwise than its default: `FAMILY:SIZE` -> settings. A model type in place of a part
-stands for that type's own tiny configuration."""
+"""Sizes of a family that are built otherwise than its default: `FAMILY:SIZE` -> settings. A model type in place of a
+part stands for that type's own tiny configuration."""
 
 
 def families() -> list[str]:

@@ -1,4 +1,4 @@
-"""Models of text with towers beside it, trained on rows of text without the towers, beside plain PEFT on the whole model.
+"""Models of text with towers, trained on rows of text without the towers, beside plain PEFT on the whole model.
 
 The whole model gets the settings that LEMA saved with its adapter, so that names and targets are compared as well.
 """

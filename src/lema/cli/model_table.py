@@ -34,7 +34,7 @@ def left_out(found: Found) -> str:
 def adapters(found: Found) -> str:
     """Where adapters go, and how large they are."""
     listed = ", ".join(f"{name} x {count}" for name, count in found.targets.items())
-    return f"on {listed}; {_number(found.adapter_parameters)} parameters for each rank"
+    return f"on {listed}; {_number(found.adapter_parameters)} parameters"
 
 
 def _number(count: int) -> str:

@@ -20,7 +20,7 @@ from ..streaming.memory import TripleBufferManager
 from .host_optimizer import HostMasters
 from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer, keep_state_apart, scale_learning_rate, set_adamw
-from .update import GradientBuffer, step_optimizer
+from .update import GradientBuffer, drop_zeros, step_optimizer
 from .window import Window
 
 
@@ -97,10 +97,10 @@ class Trainables:
         have their gradients to be looked at.
         """
         held = self.held()
+        unreached = self._buffer.unreached(held)
         coordinator.add("gradients", [p.grad for p in held if p.grad is not None])
         window.normalize_gradients(held)
-        if self.masters is None:
-            self._buffer.drop_unreached(held)
+        drop_zeros(unreached)
         self.updates += 1
         norm = step_optimizer(self.optimizer, self.loss_scale, held, max_grad_norm, coordinator)
         self.place_state()

@@ -53,8 +53,7 @@ class GradientBuffer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._bytes: torch.Tensor | None = None
-        self._watched: set[nn.Parameter] = set()
-        self._reached: set[nn.Parameter] = set()
+        self._versions: dict[nn.Parameter, tuple[int, int]] = {}
 
     def place(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give every parameter a gradient of zeros in the buffer."""
@@ -63,18 +62,22 @@ class GradientBuffer:
             on_cpu = self._device.type == "cpu"
             self._bytes = page_aligned(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8).to(self._device)
         self._bytes.zero_()
-        self._reached.clear()
-        for parameter in self._watched.symmetric_difference(parameters):
-            parameter.register_post_accumulate_grad_hook(self._reached.add)
-            self._watched.add(parameter)
         offset = 0
         for parameter in parameters:
-            parameter.grad = typed_view(self._bytes, offset, parameter.dtype, parameter.shape)
+            gradient = typed_view(self._bytes, offset, parameter.dtype, parameter.shape)
+            parameter.grad = gradient
+            self._versions[parameter] = (gradient.data_ptr(), gradient._version)
             offset += parameter.numel() * parameter.dtype.itemsize
 
-    def drop_unreached(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take the zeros from parameters that no backward of this window reached: an optimizer lets weights decay and
-        moments fade by a gradient of zeros, and does neither where there is none."""
-        for parameter in self._watched.intersection(parameters) - self._reached:
-            if parameter.grad is not None and not bool(parameter.grad.any()):
-                parameter.grad = None
+    def unreached(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of the parameters to whose gradient nothing was added since it was placed."""
+        placed = ((parameter, self._versions.get(parameter)) for parameter in parameters)
+        return [p for p, version in placed if p.grad is not None and version == (p.grad.data_ptr(), p.grad._version)]
+
+
+def drop_zeros(parameters: Sequence[nn.Parameter]) -> None:
+    """Take gradients of zeros away: an optimizer lets weights decay and moments fade by them, and does neither where
+    there is no gradient."""
+    for parameter in parameters:
+        if parameter.grad is not None and not bool(parameter.grad.any()):
+            parameter.grad = None

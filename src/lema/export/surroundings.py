@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..models.families import auto_name_of
 from .checkpoint import Checkpoint
 
 TOKENIZER_FILES = (
@@ -48,9 +49,10 @@ def write_surroundings(checkpoint: Checkpoint, folder: Path, dtype: str | None) 
         f"{dtype or 'the type the base is stored in'}."
     )
     title = f"{_name(checkpoint)} with a LoRA adapter merged in"
+    auto = auto_name_of(config)
     use = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        f"from transformers import {auto}, AutoTokenizer", "",
+        f'model = {auto}.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")',
     ]  # fmt: skip
     card = _card(checkpoint, _license(base / CARD), "transformers", "merged", title, text, use)
     (folder / CARD).write_text(card, encoding="utf-8")

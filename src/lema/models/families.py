@@ -5,11 +5,12 @@ It knows transformers' mappings; it builds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
 
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
@@ -57,3 +58,19 @@ def class_of(auto: Any, config: PreTrainedConfig) -> Any:
         return found
     named = set(getattr(config, "architectures", None) or ())
     return next((made for made in found if made.__name__ in named), found[0])
+
+
+def auto_name_of(values: Mapping[str, Any]) -> str:
+    """Name of the auto class that loads the whole model of a config.json; that of causal models where none is known."""
+    try:
+        config = AutoConfig.for_model(**values)
+    except (
+        StrictDataclassError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # what no class of transformers takes
+        return _AUTO[0]
+    auto = auto_class_of(config)
+    return _AUTO[0] if auto is None else str(auto.__name__)

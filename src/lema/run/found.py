@@ -19,6 +19,7 @@ from ..config import LemaConfig
 from ..engine.assembly import lora_settings
 from ..engine.trial import fault_of_training
 from ..errors import ConfigError, LemaError
+from ..models.base import LemaModelAdapter
 from ..models.locate import adapter_for, local_path
 from ..models.lora import LoRAManager
 from ..models.transformers_adapter import TransformersAdapter
@@ -46,7 +47,7 @@ class Found:
     targets: dict[str, int] = field(default_factory=dict)
     """Modules that adapters take by their last name, and how many of each."""
     adapter_parameters: int = 0
-    """Of rank 1; a rank of r has r times as many."""
+    """Of the rank that was asked for."""
     weights: str = ""
     """Whether the weights are here, and are this model's."""
     refused: list[str] = field(default_factory=list)
@@ -77,6 +78,28 @@ def look_at(config: LemaConfig) -> Found:
     except LemaError as error:
         found.refused.append(str(error))
     return found
+
+
+def describe(adapter: LemaModelAdapter, model: str, adapted: nn.Module | None = None) -> Found:
+    """What is known of a model that is accepted; of an adapter of one's own no more than its name.
+
+    Args:
+        model: as it was named.
+        adapted: the same model with adapters on; None: where they go is left open.
+    """
+    found = Found(model, type(adapter).__name__)
+    if isinstance(adapter, TransformersAdapter):
+        _describe(found, adapter)
+    if adapted is not None:
+        _count_adapters(found, adapted)
+    return found
+
+
+def _count_adapters(found: Found, adapted: nn.Module) -> None:
+    own = {name: p for name, p in adapted.named_parameters() if ".lora_" in name}
+    modules = dict.fromkeys(name.partition(".lora_")[0] for name in own)
+    found.targets = dict(Counter(name.rpartition(".")[2] for name in modules))
+    found.adapter_parameters = sum(p.numel() for p in own.values())
 
 
 def _describe(found: Found, adapter: TransformersAdapter) -> None:
@@ -125,12 +148,9 @@ def _weights(found: Found, adapter: TransformersAdapter, config: LemaConfig, pat
 
 
 def _adapters(found: Found, adapter: TransformersAdapter, config: LemaConfig) -> None:
-    """Put adapters of rank 1 on, and try the model with them."""
-    manager = LoRAManager({**lora_settings(config, adapter), "r": 1, "rank_pattern": {}}, device="cpu", seed=0)
+    manager = LoRAManager(lora_settings(config, adapter), device="cpu", seed=0)
     manager.attach(adapter)
-    modules = {name.partition(".lora_")[0]: None for name, _ in manager.named_parameters()}
-    found.targets = dict(Counter(name.rpartition(".")[2] for name in modules))
-    found.adapter_parameters = sum(p.numel() for _, p in manager.named_parameters())
+    _count_adapters(found, manager.peft_model)
     with torch.random.fork_rng(devices=[]):
         if fault := fault_of_training(adapter.causal_lm()):
             found.refused.append(fault)

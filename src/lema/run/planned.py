@@ -26,6 +26,7 @@ from ..planning import probe as probing
 from ..planning.hardware import Hardware
 from ..planning.plan import MemoryPlan
 from ..storage.index import GlobalBinaryIndex
+from .found import Found, describe
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class Planned:
     """Sizes are those of the weight files; False: they follow from the model's configuration."""
     adapter: LemaModelAdapter
     """The model without its weights."""
+
+    @property
+    def found(self) -> Found:
+        """What the model is found to be, and where its adapters go."""
+        adapted = self.outlook.run.lm.module if self.outlook is not None else None
+        return describe(self.adapter, self.config.model_name_or_path, adapted)
 
     @property
     def sized(self) -> LemaConfig:
