@@ -98,6 +98,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 101, "<|extra_200|>": 102}},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]}},
     "fun_asr_nano": {"adaptor_config.intermediate_size": _HIDDEN // 4},
+    "gemma4": {"vision_config": "gemma4_vision", "audio_config": "gemma4_audio"},
     "glm46v": _GLM_ROPE,
     "glm4v": _GLM_ROPE,
     "glm4v_moe": {"text_config.rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
@@ -119,7 +120,24 @@ FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_vl": _GLM_ROPE,
     "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 2},
     "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
+    "zamba": {
+        "attention_hidden_size": 2 * _HIDDEN,
+        "attention_head_dim": 2 * _HEAD,
+        "num_key_value_heads": _HEADS,
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {
+        "attention_hidden_size": 2 * _HIDDEN,
+        "attention_head_dim": 2 * _HEAD,
+        "num_key_value_heads": _HEADS,
+        "num_query_groups": _HEADS,
+        "num_hidden_layers": 6,
+        "hybrid_layer_ids": [2, 5],
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},
     "step3p7": {"text_config.sliding_window": 4},
 }
 """What the names of a family's sizes do not tell."""

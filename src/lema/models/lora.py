@@ -51,6 +51,10 @@ _REFUSED = {
 }
 
 
+_UNPREPARED = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What code of a linear module of a family's own can raise on an input of a form it is not made for."""
+
+
 class LoRAManager(Trained):
     """Owner of a model's LoRA parameters.
 
@@ -271,7 +275,10 @@ def _refuse_tuples(base: nn.Module) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for name, linear in own.items():
             if type(linear).forward is not nn.Linear.forward:
-                output = linear(torch.empty(2, linear.in_features, dtype=linear.weight.dtype))
+                try:
+                    output = linear(torch.empty(2, linear.in_features, dtype=linear.weight.dtype))
+                except _UNPREPARED:
+                    continue
                 if not isinstance(output, torch.Tensor):
                     several[name] = type(linear).__name__
     if several:
