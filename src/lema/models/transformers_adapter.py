@@ -58,6 +58,7 @@ class TransformersAdapter(LemaModelAdapter):
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._expected: dict[str, torch.Tensor] = {}
         self._layers_path = ""
+        self._shared: frozenset[str] = frozenset()
         self._map: tuple[GlobalBinaryIndex, CheckpointMap] | None = None
         self._streamed_head: str | None = None
 
@@ -102,6 +103,7 @@ class TransformersAdapter(LemaModelAdapter):
             for name in self._expected:
                 path, _, leaf = name.rpartition(".")
                 self._places[name] = (self._modules[path], leaf)
+            self._shared = self._shared_by_layers(model)
             self._lm = TransformersCausalLM(model, layers, router_loss_of(self.config))
             self._model = model
         return self._model
@@ -133,10 +135,16 @@ class TransformersAdapter(LemaModelAdapter):
 
     def _unit_names(self, unit: int) -> list[str]:
         prefix = f"{self._layers_path}.{unit}."
-        return [name for name in self._expected if name.startswith(prefix)]
+        return [name for name in self._expected if name.startswith(prefix) and name not in self._shared]
 
     def _rest_names(self) -> list[str]:
-        return [name for name in self._expected if not name.startswith(f"{self._layers_path}.")]
+        layers = f"{self._layers_path}."
+        return [name for name in self._expected if not name.startswith(layers) or name in self._shared]
+
+    def _shared_by_layers(self, model: PreTrainedModel) -> frozenset[str]:
+        """Parameters that more than one layer has, as Zamba's blocks are: they stay, for no slot is theirs alone."""
+        tied = (name for pair in model.all_tied_weights_keys.items() for name in pair)
+        return frozenset(name for name in tied if name.startswith(f"{self._layers_path}."))
 
     def unit_sources(self, gbi: GlobalBinaryIndex) -> list[list[ParameterSource]]:
         """Sources of each layer's parameters."""
@@ -250,7 +258,8 @@ class TransformersAdapter(LemaModelAdapter):
         tied = head_name is not None and bool(getattr(self.model.config, "tie_word_embeddings", False))
         head = self._expected[head_name].nbytes if head_name is not None else 0
         rows = 0 if tied else embedding.weight.nbytes
-        names = [name for name in self._rest_names() if self._is_parameter(name)]
+        tied_names = frozenset(self.model.all_tied_weights_keys)
+        names = [name for name in self._rest_names() if self._is_parameter(name) and name not in tied_names]
         total = sum(
             self._expected[name].nbytes
             for name in names
