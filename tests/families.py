@@ -140,7 +140,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of a few thousand parameters; all dropout off."""
     values = {**_SMALL, **_DROPOUT_OFF, **_OWN.get(family, {}), **overrides}
     default = AutoConfig.for_model(family)
-    known = {name for name in values if hasattr(default, name) or name in _OWN.get(family, {}) or name in overrides}
+    wanted = {*_OWN.get(family, {}), *overrides}  # of some a default may not be asked: they differ by layer
+    known = {name for name in values if name in wanted or hasattr(default, name)}
     return AutoConfig.for_model(family, **{name: values[name] for name in known})
 
 

@@ -30,6 +30,7 @@ from helpers import (
     recording_trainer,
     relative,
 )
+from lema.errors import UnsupportedError
 from lema.export.merge import merge
 from lema.planning import probe
 from lema.planning.hardware import Hardware
@@ -56,7 +57,9 @@ MACHINE = Hardware(
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     family, settings = POPULAR[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    save_tiny(family, folder, **settings)
+    whole = save_tiny(family, folder, **settings)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, save_original_format=False)  # experts in one piece, so that activations may be kept
     made = Pair.of(folder, lora_target_modules=TARGETS.get(family, "all-linear"), loss_chunk_size=None)
     yield made
     made.close()
@@ -146,7 +149,11 @@ def test_saved_loaded_by_peft_and_merged(pair: Pair, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(pair.folder, attn_implementation="eager")
     again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     assert not differing(dict(adapter_of(pair.plain)), dict(adapter_of(again)))
-    again.merge_and_unload().save_pretrained(tmp_path / "peft")
+    if pair.plain.config.model_type == "zamba2":
+        with pytest.raises(UnsupportedError, match="ties"):
+            merge(tmp_path / "adapter", tmp_path / "merged", base=pair.folder)
+        return
+    again.merge_and_unload().save_pretrained(tmp_path / "peft", save_original_format=False)
     merge(tmp_path / "adapter", tmp_path / "merged", base=pair.folder)
     expected, found = (
         {name: t for file in (tmp_path / which).glob("*.safetensors") for name, t in load_file(file).items()}

@@ -119,6 +119,18 @@ def test_a_module_that_nothing_calls_is_refused() -> None:
     assert fault_of_training(lm).startswith("nothing that LlamaForCausalLM computes of text uses model.never_called")
 
 
+def test_an_adapter_that_its_layer_does_not_use_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_tiny("glm_moe_dsa", tmp_path)
+    with lema_model(tmp_path) as model:
+        trainer = recording_trainer(model)
+        trainer.train_step(padded_batch())
+        assert "no gradient" not in caplog.text
+        for _ in range(2):
+            trainer.train_step(padded_batch())
+    (said,) = [record.getMessage() for record in caplog.records if "no gradient" in record.message]
+    assert "model.layers.*.self_attn.indexer.wk" in said and "o_proj" not in said and "exclude_modules" in said
+
+
 def made_llama() -> Any:
     adapter = get_adapter("llama", tiny_config("llama").to_dict())
     LoRAManager({"target_modules": ["q_proj"]}, device="cpu").attach(adapter)
@@ -131,8 +143,9 @@ def made_llama() -> Any:
 def test_the_trial_needs_no_weights_of_layers_or_head_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = made_llama()
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a layer or the head was run")
+    def refuse(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        assert hidden.shape[1] == 0, "a layer or the head was run"
+        return hidden.new_empty(2, 0, 99)
 
     for part in (*lm.layers, lm.head):
         monkeypatch.setattr(part, "forward", refuse)

@@ -189,14 +189,20 @@ class TransformersAdapter(LemaModelAdapter):
         return found[0] if found and type(head) is nn.Linear else None
 
     def gathered_by_rows(self) -> frozenset[str]:
-        """The input embedding, unless it is the head as well."""
+        """The tables of tokens, but not one that is the head as well."""
         tied = self._ties()
+        return frozenset(name for name in self._tables() if name not in tied and name not in tied.values())
+
+    def _tables(self) -> list[str]:
+        """The input embedding's weight, and those of embeddings that are larger still, as Gemma's of all layers."""
         embedding = self.model.get_input_embeddings()
-        return frozenset(
-            name
-            for name, (module, leaf) in self._places.items()
-            if module is embedding and leaf == "weight" and name not in tied and name not in tied.values()
-        )
+        sizes = {
+            name: self._expected[name].nbytes
+            for name in self._rest_names()
+            if isinstance(self._places[name][0], nn.Embedding) and self._is_parameter(name)
+        }
+        own = sum(nbytes for name, nbytes in sizes.items() if self._places[name][0] is embedding)
+        return [name for name, nbytes in sizes.items() if nbytes > own or self._places[name][0] is embedding]
 
     def _is_parameter(self, name: str) -> bool:
         module, leaf = self._places[name]
@@ -252,19 +258,16 @@ class TransformersAdapter(LemaModelAdapter):
         ]
 
     def around(self) -> tuple[int, int, int]:
-        """Bytes of the head, of an input embedding that is not the head as well, and of all else that stays."""
+        """Bytes of the head, of tables of tokens that are not the head as well, and of all else that stays."""
         head_name = self._head_name()
-        embedding: Any = self.model.get_input_embeddings()
-        tied = head_name is not None and bool(getattr(self.model.config, "tie_word_embeddings", False))
+        tied = frozenset(self.model.all_tied_weights_keys)
+        shared = tied.union(self.model.all_tied_weights_keys.values())
         head = self._expected[head_name].nbytes if head_name is not None else 0
-        rows = 0 if tied else embedding.weight.nbytes
-        tied_names = frozenset(self.model.all_tied_weights_keys)
-        names = [name for name in self._rest_names() if self._is_parameter(name) and name not in tied_names]
-        total = sum(
-            self._expected[name].nbytes
-            for name in names
-            if name != head_name and self._places[name][0] is not embedding
-        )
+        tables = self._tables()
+        rows = sum(self._expected[name].nbytes for name in tables if head_name is None or name not in shared)
+        left_out = {*tied, *tables, head_name}
+        names = [name for name in self._rest_names() if self._is_parameter(name) and name not in left_out]
+        total = sum(self._expected[name].nbytes for name in names)
         return head, rows, total
 
     # -- a layer alone ---------------------------------------------------------------------------
