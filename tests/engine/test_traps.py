@@ -52,7 +52,7 @@ from lema.models.skeleton import build_skeleton
 from lema.storage.index import GlobalBinaryIndex
 from lema.storage.reader import ReadJob
 from lema.storage.views import page_aligned, typed_view
-from lema.streaming import recompute as streamed_layer
+from lema.streaming import layer_call as streamed_layer
 from lema.streaming.arguments import BatchRules, check_replayable
 from lema.streaming.memory import TripleBufferManager
 

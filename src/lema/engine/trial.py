@@ -134,9 +134,10 @@ def _settings_of_loss(lm: CausalLM) -> str:
 def _tried(lm: CausalLM) -> Iterator[dict[str, torch.Tensor]]:
     """Inside the block layers and head are stand-ins, and gradients can be had: a batch to run."""
     device = getattr(lm.module, "device", torch.device("cpu"))
-    ids = torch.arange(_ROWS * _LENGTH).view(_ROWS, _LENGTH) % (lm.vocab_size - 1) + 1
+    length = min(_LENGTH, lm.max_positions or _LENGTH)
+    ids = torch.arange(_ROWS * length).view(_ROWS, length) % (lm.vocab_size - 1) + 1
     mask = torch.ones_like(ids)
-    mask[1, -2:] = 0
+    mask[1, length - length // 3 :] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE_INDEX)}
     head = lm.head
     heads, forwards = ([head], [_head(head)]) if type(head) is nn.Linear else ([], [])

@@ -190,6 +190,6 @@ def _join(parts: list[torch.Tensor | None], dim: int | None) -> torch.Tensor | N
     if (len(found) <= 1 and len(parts) == len(found)) or not found:
         return found[0] if found else None
     if dim is None:
-        return functools.reduce(torch.Tensor.add_, found)
+        return functools.reduce(torch.add, found)
     assert len(found) == len(parts), "some rows of a batch got a gradient and others none"
     return torch.cat(found, dim)
