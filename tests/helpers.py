@@ -186,6 +186,7 @@ class Pair:
     folder: Path
     plain: PeftModel
     model: lema.LemaModel
+    targets: Any = "all-linear"
     extras: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -199,7 +200,7 @@ class Pair:
         first = differing(dict(adapter_of(plain)), dict(adapter_of(model.hf_model)))
         assert not first, f"initial LoRA differs: {first}"
         randomise(plain, model.hf_model)
-        return cls(folder, plain, model)
+        return cls(folder, plain, model, targets)
 
     def reference(self, batch: Batch) -> Gradients:
         """Gradients of plain PEFT in float64."""
@@ -208,7 +209,7 @@ class Pair:
 
     def _double(self) -> PeftModel:
         if "double" not in self.extras:
-            double = plain_model(self.folder, torch.float64).to(torch.float64)
+            double = plain_model(self.folder, torch.float64, targets=self.targets).to(torch.float64)
             double.get_base_model().set_experts_implementation("eager")  # grouped_mm has no float64
             own = adapter_of(self.plain)
             with torch.no_grad():

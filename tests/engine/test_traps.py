@@ -52,7 +52,7 @@ from lema.models.skeleton import build_skeleton
 from lema.storage.index import GlobalBinaryIndex
 from lema.storage.reader import ReadJob
 from lema.storage.views import page_aligned, typed_view
-from lema.streaming import recompute as streamed_layer
+from lema.streaming import layer_call as streamed_layer
 from lema.streaming.arguments import BatchRules, check_replayable
 from lema.streaming.memory import TripleBufferManager
 
@@ -396,25 +396,24 @@ def test_use_cache_is_forced_off_under_gradients(pair: Pair, in_config: bool) ->
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"shared_kv_states": {}}, "shared_kv_states, a dict"),
-        ({"states": [torch.zeros(1)]}, "states, a list"),
-        ({"positions": (torch.zeros(1), {})}, r"positions\[1\], a dict"),
-        ({"per_layer_input": torch.zeros(1, requires_grad=True)}, "per_layer_input, a tensor that requires a gradient"),
-        ({"pair": (torch.zeros(1), torch.zeros(1, requires_grad=True))}, r"pair\[1\], a tensor"),
+        ({"states": set()}, "states, a set"),
+        ({"positions": (torch.zeros(1), {"of": object()})}, r"positions\[1\]\['of'\], a object"),
         ({"past_key_values": DynamicCache()}, "past_key_values"),
+        ({"caches": [DynamicCache()]}, r"caches\[0\]"),
     ],
 )
 def test_arguments_a_replay_would_not_see_again_are_refused_by_name(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(UnsupportedError, match=match):
         check_replayable("layer 3 (Made)", (), arguments)
     check_replayable("layer 3", (torch.zeros(2), None), {"a": (torch.zeros(1), 2.0), "b": "eager", "c": torch.float32})
+    check_replayable("layer 3", ([torch.zeros(2, requires_grad=True)],), {"shared": {"keys": (torch.zeros(1),)}})
 
 
-def test_a_layer_called_with_a_shared_container_is_refused_in_place(pair: Pair) -> None:
+def test_a_layer_called_with_an_object_it_could_write_to_is_refused_in_place(pair: Pair) -> None:
     layer = pair.model.adapter.causal_lm().layers[0]
     hidden = torch.zeros(1, 2, 32, requires_grad=True)
     with pytest.raises(UnsupportedError, match=r"layer 0 .*shared"):
-        layer(hidden, shared={})
+        layer(hidden, shared=set())
 
 
 def test_needs_input_grad_is_honoured(pair: Pair) -> None:

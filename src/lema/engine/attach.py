@@ -5,6 +5,7 @@ It knows a model's parts and the memory manager; it knows nothing of losses, opt
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from ..streaming.recompute import StreamedLayer
 from ..streaming.schedule import Schedule
 from .guards import guard, guard_peft
 from .loss.streamed_head import streamed_forward
-from .trial import fault_of_training
+from .trial import fault_of_training, kinds_of
+
+logger = logging.getLogger(__name__)
 
 _REFUSED_OUTPUTS = {
     "output_attentions": "attention weights",
@@ -79,6 +82,7 @@ class Attachment:
         ]
         for unit in plan.keep_activations:
             self.layers[unit].keeps_graph = True
+        self._told = False
         self._put_in_place(peft_model)
 
     def _put_in_place(self, peft_model: nn.Module | None) -> None:
@@ -104,13 +108,27 @@ class Attachment:
         self.heap.close()
 
     def prepare(self, batch: int) -> None:
-        """Learn how to cut the layers' arguments, if a batch of this many rows will be cut."""
-        if len(self.batching.cuts(batch)) > 1:
+        """Learn how to cut the layers' arguments, by a forward that cannot run inside of another, where they may be cut."""
+        if self.batching.micro_batch_size is not None:
             _ = self.batching.rules
 
     def lowest_trainable(self) -> int:
         """The deepest layer a gradient has to reach; the number of layers if there is none."""
         return next((s.unit for s in self.layers if s.trainables()), len(self.layers))
+
+    def _tell_of_unused(self) -> None:
+        """Say once, when there has been a backward, to which adapters of layers no gradient leads."""
+        if self._told or all(layer.unused is None for layer in self.layers):
+            return
+        self._told = True
+        without = {id(p) for layer in self.layers for p in (layer.unused or {}).values()}
+        inside = {id(p) for layer in self.layers for p in layer.trainables()}
+        named = [(n, id(p)) for n, p in self.lm.module.named_parameters() if id(p) in inside] if without else []
+        if unused := kinds_of(n for n, p in named if p in without) - kinds_of(n for n, p in named if p not in without):
+            logger.warning(
+                "no gradient leads to %s: adapters there learn nothing, as with transformers + PEFT; leave them out "
+                "with exclude_modules", ", ".join(sorted(unused)),
+            )  # fmt: skip
 
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -124,6 +142,7 @@ class Attachment:
         count = len(self.layers)
         lowest = self.lowest_trainable() if torch.is_grad_enabled() else count
         if lowest < count:
+            self._tell_of_unused()
             kwargs.setdefault("use_cache", False)
             self.memory.predict(Schedule.training(count, lowest))
             self.draws.begin(self.memory.compute_device)

@@ -4,17 +4,18 @@ gives.
 It knows how to run a model on a few tokens with stand-ins for its layers and its head, so that no weight of theirs is
 needed; it knows nothing of files, memory or steps.
 
-Layers compute their own gradients by construction: autograd is asked for every trained parameter of a layer. What a
-family does around them is its own affair: modules between decoder and head, a loss with more in it than the tokens',
-adapters on modules that text does not reach. So the same few tokens go through the model's own `forward(labels=...)`
-and through the two halves that a step is made of, the loss in one piece and in chunks, and all must agree.
+Layers compute their own gradients by construction: autograd is asked for every trained parameter of a layer; where
+there is none to be had, as for what only chooses positions, `Attachment` says so after a step. What a family does
+around them is its own affair: modules between decoder and head, a loss with more in it than the tokens', adapters on
+modules that text does not reach. So the same few tokens go through the model's own `forward(labels=...)` and through
+the two halves that a step is made of, the loss in one piece and in chunks, and all must agree.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ _LOSS = 1e-5
 """Both ways run the same operations on the same logits; only the division by the targets may come elsewhere."""
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, NotImplementedError)
 """What code of a model can raise where it is run on values that it is not made for."""
-
 Gradients = Sequence[torch.Tensor | None]
 
 
@@ -67,8 +67,8 @@ def _compared(lm: CausalLM, family: str, outside: dict[str, nn.Parameter], batch
     wanted = list(outside.values())
     state = RandomState.now(device)
     with state.replayed():
-        own_loss: torch.Tensor = lm.module(**batch, use_cache=False).loss
-        own = _gradients([(own_loss, None)], wanted)
+        loss: torch.Tensor = lm.module(**batch, use_cache=False).loss
+        own, own_loss = _gradients([(loss, None)], wanted), float(loss.detach())
     if unused := [name for name, gradient in zip(outside, own, strict=True) if gradient is None]:
         return (
             f"nothing that {family} computes of text uses {_listed(unused)}, so an adapter there would get no "
@@ -82,10 +82,10 @@ def _compared(lm: CausalLM, family: str, outside: dict[str, nn.Parameter], batch
             result = compute_loss(lm, hidden, targets, count, chunk_size=chunk, trained=wanted)
             beside = {id(parameter): gradient for parameter, gradient in result.beside}
             found = _gradients([(hidden, result.gradient)], wanted)
-        if abs(result.loss - float(own_loss)) > _LOSS * abs(float(own_loss)):
+        if abs(result.loss - own_loss) > _LOSS * abs(own_loss):
             return (
                 f"the loss of {family} is not that of the next tokens alone: its own forward says "
-                f"{float(own_loss):.6g}, the tokens {result.loss:.6g} on the same logits{_settings_of_loss(lm)}"
+                f"{own_loss:.6g}, the tokens {result.loss:.6g} on the same logits{_settings_of_loss(lm)}"
             )
         found = [_added(g, beside.get(id(p))) for g, p in zip(found, wanted, strict=True)]
         if lost := [n for n, a, b in zip(outside, own, found, strict=True) if not _alike(a, b)]:
@@ -108,7 +108,13 @@ def _alike(own: torch.Tensor | None, found: torch.Tensor | None) -> bool:
     if own is None or found is None:
         return own is found
     rounding = 1e-3 if own.dtype is torch.float32 else 0.1
-    return bool((own - found).float().norm() <= rounding * own.float().norm() + 1e-12)
+    difference = (own - found).float().nan_to_num()  # where its own is NaN there is nothing to be compared
+    return bool(difference.norm() <= rounding * own.float().nan_to_num().norm() + 1e-12)
+
+
+def kinds_of(names: Iterable[str]) -> set[str]:
+    """Modules that parameters of adapters belong to, alike in all layers and for one of several experts."""
+    return {re.sub(r"\.\d+(?=\.|$)", ".*", re.split(r"\.lora_", name)[0]) for name in names}
 
 
 def _listed(names: list[str]) -> str:
@@ -128,9 +134,10 @@ def _settings_of_loss(lm: CausalLM) -> str:
 def _tried(lm: CausalLM) -> Iterator[dict[str, torch.Tensor]]:
     """Inside the block layers and head are stand-ins, and gradients can be had: a batch to run."""
     device = getattr(lm.module, "device", torch.device("cpu"))
-    ids = torch.arange(_ROWS * _LENGTH).view(_ROWS, _LENGTH) % (lm.vocab_size - 1) + 1
+    length = min(_LENGTH, lm.max_positions or _LENGTH)
+    ids = torch.arange(_ROWS * length).view(_ROWS, length) % (lm.vocab_size - 1) + 1
     mask = torch.ones_like(ids)
-    mask[1, -2:] = 0
+    mask[1, length - length // 3 :] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE_INDEX)}
     head = lm.head
     heads, forwards = ([head], [_head(head)]) if type(head) is nn.Linear else ([], [])

@@ -43,6 +43,10 @@ class CausalLM(Protocol):
         """The output embedding, where it is a module of its own."""
 
     @property
+    def returns_several(self) -> bool:
+        """Whether layers return more than their hidden states, so that a layer may be given another's."""
+
+    @property
     def vocab_size(self) -> int:
         """Size of the vocabulary."""
 
@@ -277,6 +281,7 @@ class ComposedCausalLM(nn.Module):
         self.interceptor = Interceptor()
         self.layers: Any = nn.ModuleList(ComposedBlock(adapter) for _ in range(num_blocks))
         self._vocab_size: int | None = None
+        self.returns_several = False
 
     @property
     def module(self) -> nn.Module:

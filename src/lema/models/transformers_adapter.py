@@ -62,6 +62,7 @@ class TransformersAdapter(LemaModelAdapter):
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._expected: dict[str, torch.Tensor] = {}
         self._unit_paths: list[str] = []
+        self._shared: frozenset[str] = frozenset()
         self._map: tuple[GlobalBinaryIndex, CheckpointMap] | None = None
         self._streamed_head: str | None = None
 
@@ -109,6 +110,7 @@ class TransformersAdapter(LemaModelAdapter):
             for name in self._expected:
                 path, _, leaf = name.rpartition(".")
                 self._places[name] = (self._modules[path], leaf)
+            self._shared = self._shared_by_layers(model)
             self._model = model
         return self._model
 
@@ -144,11 +146,19 @@ class TransformersAdapter(LemaModelAdapter):
 
     def _unit_names(self, unit: int) -> list[str]:
         prefix = f"{self._unit_paths[unit]}."
-        return [name for name in self._expected if name.startswith(prefix)]
+        return [name for name in self._expected if name.startswith(prefix) and name not in self._shared]
 
     def _rest_names(self) -> list[str]:
-        prefixes = tuple(f"{path}." for path in self._unit_paths)
-        return [name for name in self._expected if not name.startswith(prefixes)]
+        layers = self._in_layers()
+        return [name for name in self._expected if not name.startswith(layers) or name in self._shared]
+
+    def _in_layers(self) -> tuple[str, ...]:
+        return tuple(f"{path}." for path in self._unit_paths)
+
+    def _shared_by_layers(self, model: PreTrainedModel) -> frozenset[str]:
+        """Parameters that more than one layer has, as Zamba's blocks are: they stay, for no slot is theirs alone."""
+        tied = (name for pair in model.all_tied_weights_keys.items() for name in pair)
+        return frozenset(name for name in tied if name.startswith(self._in_layers()))
 
     def unit_sources(self, gbi: GlobalBinaryIndex) -> list[list[ParameterSource]]:
         """Sources of each layer's parameters."""
@@ -193,14 +203,20 @@ class TransformersAdapter(LemaModelAdapter):
         return found[0] if found and type(head) is nn.Linear else None
 
     def gathered_by_rows(self) -> frozenset[str]:
-        """The input embedding, unless it is the head as well."""
+        """The tables of tokens, but not one that is the head as well."""
         tied = self._ties()
+        return frozenset(name for name in self._tables() if name not in tied and name not in tied.values())
+
+    def _tables(self) -> list[str]:
+        """The input embedding's weight, and those of embeddings that are larger still, as Gemma's of all layers."""
         embedding = self.model.get_input_embeddings()
-        return frozenset(
-            name
-            for name, (module, leaf) in self._places.items()
-            if module is embedding and leaf == "weight" and name not in tied and name not in tied.values()
-        )
+        sizes = {
+            name: self._expected[name].nbytes
+            for name in self._rest_names()
+            if isinstance(self._places[name][0], nn.Embedding) and self._is_parameter(name)
+        }
+        own = sum(nbytes for name, nbytes in sizes.items() if self._places[name][0] is embedding)
+        return [name for name, nbytes in sizes.items() if nbytes > own or self._places[name][0] is embedding]
 
     def _is_parameter(self, name: str) -> bool:
         module, leaf = self._places[name]
@@ -256,19 +272,16 @@ class TransformersAdapter(LemaModelAdapter):
         ]
 
     def around(self) -> tuple[int, int, int]:
-        """Bytes of the head, of an input embedding that is not the head as well, and of all else that stays."""
+        """Bytes of the head, of tables of tokens that are not the head as well, and of all else that stays."""
         head_name = self._head_name()
-        embedding: Any = self.model.get_input_embeddings()
-        ties = self.model.all_tied_weights_keys
-        tied = head_name is not None and (head_name in ties or head_name in ties.values())
+        tied = frozenset(self.model.all_tied_weights_keys)
+        shared = tied.union(self.model.all_tied_weights_keys.values())
         head = self._expected[head_name].nbytes if head_name is not None else 0
-        rows = 0 if tied else embedding.weight.nbytes
-        names = [name for name in self._rest_names() if self._is_parameter(name)]
-        total = sum(
-            self._expected[name].nbytes
-            for name in names
-            if name != head_name and self._places[name][0] is not embedding
-        )
+        tables = self._tables()
+        rows = sum(self._expected[name].nbytes for name in tables if head_name is None or name not in shared)
+        left_out = {*tied, *tables, head_name}
+        names = [name for name in self._rest_names() if self._is_parameter(name) and name not in left_out]
+        total = sum(self._expected[name].nbytes for name in names)
         return head, rows, total
 
     # -- a layer alone ---------------------------------------------------------------------------

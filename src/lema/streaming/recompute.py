@@ -53,12 +53,20 @@ class StreamedLayer:
         self.draws = draws
         self.keeps_graph = False
         """Whether the forward keeps its graph; where weights were reloaded since, the backward recomputes after all."""
+        self.unused: dict[int, nn.Parameter] | None = None
+        """Trained parameters that no backward so far had a gradient for; None before the first."""
         self.module = layer
         self._forward = type(layer).forward
 
     def trainables(self) -> list[nn.Parameter]:
         """The layer's parameters that want a gradient now."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def note(self, parameters: list[nn.Parameter], gradients: list[torch.Tensor | None]) -> None:
+        """Remember what a backward had no gradient for, and never had before."""
+        if self.unused is None or self.unused:
+            without = {id(p): p for p, g in zip(parameters, gradients, strict=True) if g is None}
+            self.unused = without if self.unused is None else {k: p for k, p in without.items() if k in self.unused}
 
     def run(self, hidden: torch.Tensor, arguments: Arguments) -> Any:
         """The layer's own forward."""
@@ -80,7 +88,7 @@ class StreamedLayer:
             return self._without_graph(hidden, arguments)
         check_replayable(self.name, *arguments)
         call = LayerCall.of(self, hidden, arguments)
-        outputs = _Replayed.apply(call, len(inputs), hidden, *inputs, *parameters)
+        outputs = _Replayed.apply(self, call, len(inputs), hidden, *inputs, *parameters)
         return call.rebuild(list(outputs), arguments)
 
     def _without_graph(self, hidden: torch.Tensor, arguments: Arguments) -> Any:
@@ -95,18 +103,20 @@ class _Replayed(torch.autograd.Function):
     """Boundary activation in, layer recomputed in the backward, unless its graph was kept and is still good."""
 
     @staticmethod
-    def forward(ctx: Any, call: LayerCall, count: int, hidden: torch.Tensor, *rest: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, layer: StreamedLayer, call: LayerCall, count: int, hidden: torch.Tensor, *rest: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """`rest` are as many inputs as counted, and the layer's parameters."""
-        memory, unit = call.layer.memory, call.layer.unit
+        memory, unit = layer.memory, layer.unit
         ctx.graphs = []
         with memory.use(unit, Phase.FORWARD):
-            if call.layer.keeps_graph:
+            if layer.keeps_graph:
                 ctx.generation = memory.generation(unit)
                 ctx.graphs, outputs = call.forward_with_graph(hidden, [hidden.requires_grad, *[True] * count])
             else:
                 outputs = call.forward(hidden)
-        call.layer.heap.relieve()
-        ctx.call = call
+        layer.heap.relieve()
+        ctx.layer, ctx.call = layer, call
         ctx.parameters = rest[count:]
         ctx.boundaries = _BESIDE_A_GRAPH if ctx.graphs else memory.boundaries
         ctx.boundaries.save(ctx, unit, hidden)
@@ -123,13 +133,14 @@ class _Replayed(torch.autograd.Function):
     def _gradients(
         ctx: Any, hidden: torch.Tensor, output_gradients: tuple[torch.Tensor | None, ...]
     ) -> tuple[torch.Tensor | None, ...]:
+        layer: StreamedLayer = ctx.layer
         call: LayerCall = ctx.call
-        ends = 3 + len(call.inputs)
-        of_inputs, of_parameters = ctx.needs_input_grad[2:ends], ctx.needs_input_grad[ends:]
+        ends = 4 + len(call.inputs)
+        of_inputs, of_parameters = ctx.needs_input_grad[3:ends], ctx.needs_input_grad[ends:]
         wanted = [p for p, needed in zip(ctx.parameters, of_parameters, strict=True) if needed]
         parts: list[list[torch.Tensor | None]] = []
         sums: list[torch.Tensor | None] = [None] * len(wanted)
-        memory, unit = call.layer.memory, call.layer.unit
+        memory, unit = layer.memory, layer.unit
         graphs: list[LayerGraph] = ctx.graphs
         with memory.use(unit, Phase.BACKWARD):
             good = bool(graphs) and ctx.generation == memory.generation(unit)
@@ -153,11 +164,13 @@ class _Replayed(torch.autograd.Function):
                 sums = [_add(total, gradient) for total, gradient in zip(sums, gradients[len(asked) :], strict=True)]
                 del graph, pairs, asked
         graphs.clear()
-        call.layer.heap.relieve()
+        layer.note(wanted, sums)
+        layer.heap.relieve()
         dims = [dim for dim, needed in zip(call.dims, of_inputs, strict=True) if needed]
         joined = iter([_join(pieces, dim) for dim, *pieces in zip(dims, *parts, strict=True)])
         found = iter(sums)
         return (
+            None,
             None,
             None,
             *(next(joined) if needed else None for needed in of_inputs),
@@ -177,6 +190,6 @@ def _join(parts: list[torch.Tensor | None], dim: int | None) -> torch.Tensor | N
     if (len(found) <= 1 and len(parts) == len(found)) or not found:
         return found[0] if found else None
     if dim is None:
-        return functools.reduce(torch.Tensor.add_, found)
+        return functools.reduce(torch.add, found)
     assert len(found) == len(parts), "some rows of a batch got a gradient and others none"
     return torch.cat(found, dim)

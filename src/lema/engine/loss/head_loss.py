@@ -88,7 +88,7 @@ class HeadLoss:
             with self._memory.timeline.span(COMPUTE, "head and loss"):
                 return self._by_pieces(hidden, targets, denominator, pieces, chunk, with_logits, wanted)
         with head_held(self._memory):
-            if chunk is not None and self._slices_head():
+            if chunk is not None and self._slices_head(hidden):
                 chunk, nbytes = wide_piece(chunk, targets.numel())
                 sliced = SlicedHead(self._epilogue.linear.weight, nbytes)
                 return self._by_pieces(hidden, targets, denominator, sliced, chunk, with_logits, wanted)
@@ -110,14 +110,12 @@ class HeadLoss:
             with torch.no_grad():
                 return dataclasses.replace(result, logits=epilogue(hidden, head))
 
-    def _slices_head(self) -> bool:
+    def _slices_head(self, hidden: torch.Tensor) -> bool:
         """Whether a chunked loss may cut the vocabulary too, which the family has to allow."""
         if self._sliceable is None:
-            device = torch.device(self._config.device)
             try:
                 weight = self._epilogue.linear.weight
-                nothing = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=device)
-                self._epilogue.check(SlicedHead(weight).ranges, nothing)
+                self._epilogue.check(SlicedHead(weight).ranges, hidden.new_empty(0, hidden.shape[-1]))
                 self._sliceable = True
             except UnsupportedError as error:
                 logger.info("the loss is cut by positions only: %s", error)
