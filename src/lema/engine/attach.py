@@ -107,8 +107,8 @@ class Attachment:
         self.lm.interceptor.take_off(*_NAMES)
         self.heap.close()
 
-    def prepare(self, batch: int) -> None:
-        """Learn how to cut the layers' arguments, by a forward that cannot run inside of another, where they may be cut."""
+    def prepare(self) -> None:
+        """Learn how to cut the layers' arguments where they may be cut, by a forward that cannot run inside of another."""
         if self.batching.micro_batch_size is not None:
             _ = self.batching.rules
 

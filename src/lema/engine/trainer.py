@@ -217,7 +217,7 @@ class LemaTrainer:
                 "the budget; set batch_size and max_seq_length to what train_step is given",
                 batch.num_tokens, plan.batch, plan.seq,
             )  # fmt: skip
-        self.streamer.prepare(len(batch.model_inputs["input_ids"]))
+        self.streamer.prepare()
         return batch
 
     def _forward(self, batch: Batch) -> torch.Tensor:
