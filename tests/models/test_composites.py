@@ -237,8 +237,10 @@ def test_names_alone_and_patterns_stay_off_the_towers(gemma3: Path, tmp_path: Pa
 
 
 def test_a_tower_that_is_asked_says_that_rows_are_text() -> None:
-    with pytest.raises(UnsupportedError, match=r"model\.vision_tower \(SiglipVisionModel\) is left out.*text alone"):
-        LeftOut("model.vision_tower", "SiglipVisionModel")(torch.zeros(1))
+    tower = LeftOut("model.vision_tower", torch.nn.Linear(2, 2, dtype=torch.float64))
+    assert (tower.device, tower.dtype) == (torch.device("cpu"), torch.float64)
+    with pytest.raises(UnsupportedError, match=r"model\.vision_tower \(Linear\) is left out.*text alone"):
+        tower(torch.zeros(1))
 
 
 def test_the_text_alone_of_a_composite_is_a_model_too(gemma3: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class Attachment:
         self.heap.close()
 
     def prepare(self) -> None:
-        """Learn how to cut the layers' arguments where they may be cut, by a forward that cannot run inside of another."""
+        """Learn how to cut the arguments of layers where they may be cut: no forward runs inside another."""
         if self.batching.micro_batch_size is not None:
             _ = self.batching.rules
 

@@ -9,17 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from ..errors import UnsupportedError
 
 
 class LeftOut(nn.Module):
-    """Stands where a tower was; calling it says that rows hold text alone."""
+    """Stands where a tower was; calling it says that rows hold text alone.
 
-    def __init__(self, path: str, kind: str) -> None:
+    Forwards of text ask some towers where they are and in what type, so it has these, and no parameters.
+    """
+
+    def __init__(self, path: str, tower: nn.Module) -> None:
         super().__init__()
-        self.path, self.kind = path, kind
+        self.path, self.kind = path, type(tower).__name__
+        self.config = getattr(tower, "config", None)
+        self.nothing = nn.Buffer(next(tower.parameters()).new_empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.nothing.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the tower would compute in."""
+        return self.nothing.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         """`UnsupportedError`."""
@@ -59,7 +75,7 @@ def leave_out_unreached(
     found = dict(_unreached(model, kept, ""))
     for path, module in found.items():
         parent, _, leaf = path.rpartition(".")
-        model.get_submodule(parent)._modules[leaf] = LeftOut(path, type(module).__name__)
+        model.get_submodule(parent)._modules[leaf] = LeftOut(path, module)
     return found
 
 
