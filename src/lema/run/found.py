@@ -108,7 +108,8 @@ def _describe(found: Found, adapter: TransformersAdapter) -> None:
     found.family = f"{adapter.config.model_type} ({type(model).__name__})"
     found.dtype = str(adapter.dtype).removeprefix("torch.")
     found.parameters = sum(parameter.numel() for parameter in model.parameters())
-    found.layers_path = next(name for name, module in model.named_modules() if module is lm.layers)
+    blocks = [layer["name"] for layer in adapter.get_layer_metadata() if layer["type"] == "block"]
+    found.layers_path = blocks[0].rpartition(".")[0]
     found.layers = dict(Counter(_kinds(adapter)))
     found.left_out = {
         path: (type(tower).__name__, sum(parameter.nbytes for parameter in tower.parameters()))
