@@ -249,6 +249,23 @@ def test_names_alone_and_patterns_stay_off_the_towers(gemma3: Path, tmp_path: Pa
         assert ours == set(adapter_of(loaded))
 
 
+def test_sdpa_is_the_texts_alone_and_exact_too(gemma3: Path, tmp_path: Path) -> None:
+    with lema_model(gemma3, attn_implementation="sdpa") as model:
+        config: Any = model.hf_model.config
+        assert config.get_text_config()._attn_implementation == "sdpa"
+        assert config.vision_config._attn_implementation == "eager"
+        model.save_pretrained(tmp_path)
+        settings = LoraConfig.from_pretrained(str(tmp_path))
+        settings.inference_mode = False
+        base = auto_class("gemma3").from_pretrained(gemma3, attn_implementation="sdpa")
+        plain = get_peft_model(base, settings).train()
+        randomise(plain, model.hf_model)
+        expected_loss, expected = plain_step(plain, padded_batch())
+        loss, found = lema_step(model, padded_batch())
+    assert relative(loss, expected_loss) <= 1e-6
+    assert not differing(expected, found)
+
+
 def test_a_tower_that_is_asked_says_that_rows_are_text() -> None:
     tower = LeftOut("model.vision_tower", torch.nn.Linear(2, 2, dtype=torch.float64))
     assert (tower.device, tower.dtype) == (torch.device("cpu"), torch.float64)

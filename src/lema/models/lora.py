@@ -137,7 +137,7 @@ class LoRAManager(Trained):
             except ValueError as error:
                 raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
         self._refuse_outside(base, lm.layers)
-        _refuse_tuples(base)
+        _refuse_unlike_linear(base)
         _keep_off(peft_model.peft_config["default"], getattr(lm, "left_out", {}))
         self._layers = lm.layers
         self._peft = peft_model
@@ -264,29 +264,35 @@ class LoRAManager(Trained):
             )
 
 
-def _refuse_tuples(base: nn.Module) -> None:
-    """Refuse linear modules that return more than their output, as routers of some mixtures do: PEFT fails on them."""
+def _refuse_unlike_linear(base: nn.Module) -> None:
+    """Refuse modules that are linear by name and compute something else, such as routers that return their choice as
+    well: PEFT adds to one output, of the linear's shape."""
     own = {
         name: module.get_base_layer()
         for name, module in base.named_modules()
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear)
     }
-    several = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        for name, linear in own.items():
-            if type(linear).forward is not nn.Linear.forward:
-                try:
-                    output = linear(torch.empty(2, linear.in_features, dtype=linear.weight.dtype))
-                except _UNPREPARED:
-                    continue
-                if not isinstance(output, torch.Tensor):
-                    several[name] = type(linear).__name__
-    if several:
-        name, kind = next(iter(several.items()))
+    unlike = {
+        name: type(linear).__name__
+        for name, linear in own.items()
+        if type(linear).forward is not nn.Linear.forward and not _is_like_linear(linear)
+    }
+    if unlike:
+        name, kind = next(iter(unlike.items()))
         raise UnsupportedError(
-            f"LoRA on {name} ({kind}) and {len(several) - 1} more is not possible: they return more than their output, "
-            f"and PEFT fails on that. Leave them out: exclude_modules: [{name.rpartition('.')[2]}]"
+            f"LoRA on {name} ({kind}) and {len(unlike) - 1} more is not possible: they do not return one output of a "
+            f"linear module's shape, and PEFT fails on that. Leave them out: exclude_modules: "
+            f"[{name.rpartition('.')[2]}]"
         )
+
+
+def _is_like_linear(module: nn.Linear) -> bool:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        try:
+            output = module(torch.empty(1, 2, module.in_features, dtype=module.weight.dtype))
+        except _UNPREPARED:
+            return False
+    return isinstance(output, torch.Tensor) and tuple(output.shape) == (1, 2, module.out_features)
 
 
 def _keep_off(config: LoraConfig, left_out: Mapping[str, nn.Module]) -> None:
