@@ -29,8 +29,7 @@ from ..models.transformers_adapter import TransformersAdapter
 from ..planning.plan import LayerCost, LossCost, ModelSizes, Workload
 from ..planning.sizes import model_sizes
 from ..storage.index import GlobalBinaryIndex
-from ..streaming.arguments import Arguments, hidden_of, take_hidden
-from ..streaming.trees import writable
+from ..streaming.arguments import Arguments, containers, hidden_of, take_hidden
 from .loss.positions import loss_of_piece
 
 logger = logging.getLogger(__name__)
@@ -266,7 +265,7 @@ def _run_alone(lm: TransformersCausalLM, unit: int, shape: tuple[int, int]) -> _
     try:
         return _LayerRun(layer, arguments)
     except _ANYTHING:
-        if not (lm.returns_several or any(True for _ in writable(arguments))):
+        if not (lm.returns_several or containers(arguments)):
             raise
         return _LayerRun(layer, layer_arguments(lm, unit, shape, fed=True))
 

@@ -25,8 +25,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
-from ..streaming.arguments import Arguments, changed_leaves, hidden_of, named_leaves, take_hidden
-from ..streaming.trees import writable
+from ..streaming.arguments import Arguments, changed_leaves, containers, hidden_of, named_leaves, take_hidden
 
 _CUTS = ((5, 6), (4, 7))
 """Tokens of the rows of each pack."""
@@ -88,8 +87,8 @@ def _fault(lm: CausalLM) -> str:
         together = _rows_first(packs[0].hidden, sum(_CUTS[0]))[pack, first:]
         if _differ(together, _rows_first(alone[pack][0].hidden, second)[0]):
             return "what its first layer is given does not restart with the positions"
-    if lm.returns_several or any(True for call in packs for _ in writable(call.arguments)):
-        return _fault_of_all(lm)
+    if lm.returns_several or any(containers(call.arguments) for call in packs):
+        return _fault_of_all(lm, packs[0].hidden)
     for number in _kinds(lm, packs):
         try:
             leaks = _leaks(lm, number, packs[number], [calls[number] for calls in alone])
@@ -104,15 +103,21 @@ def _of_layer(lm: CausalLM, number: int) -> str:
     return f"in its layer {number} ({type(lm.layers[number]).__name__}) a row changes with the row before it"
 
 
-def _fault_of_all(lm: CausalLM) -> str:
-    """Why rows would not be kept apart by layers that need what earlier ones made, so that all run in their order."""
-    half = lm.module.dtype not in (torch.float32, torch.float64)  # type: ignore[union-attr]
+def _fault_of_all(lm: CausalLM, hidden: torch.Tensor) -> str:
+    """Why rows would not be kept apart by layers that need what earlier ones made, so that all run in their order; the
+    first is given random values shaped like these hidden states of the packs."""
+    half = lm.module.dtype not in (torch.float32, torch.float64)
     device = getattr(lm.module, "device", torch.device("cpu"))
     tolerance = _ROUNDING_OF_HALF if half else _ROUNDING if device.type == "cpu" else _ROUNDING_OF_DEVICES
     try:
         with _in_full(device.type):
-            packs = _outputs(lm, [torch.cat([torch.arange(n) for n in cut]) for cut in _CUTS])
-            alone = [_outputs(lm, [torch.arange(second)]) for _, second in _CUTS]
+            shape = _rows_first(hidden, sum(_CUTS[0])).shape
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+            packs = _outputs(lm, [torch.cat([torch.arange(n) for n in cut]) for cut in _CUTS], values)
+            alone = [
+                _outputs(lm, [torch.arange(second)], values[pack : pack + 1, first:])
+                for pack, (first, second) in enumerate(_CUTS)
+            ]
     except _FAILURES as error:
         return f"its layers cannot be tried on them ({type(error).__name__}: {error})"
     for number, outputs in enumerate(packs):
@@ -123,14 +128,18 @@ def _fault_of_all(lm: CausalLM) -> str:
     return ""
 
 
-def _outputs(lm: CausalLM, positions: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Hidden states after each layer for a batch of these positions, which are the token ids, too."""
+def _outputs(lm: CausalLM, positions: list[torch.Tensor], values: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states after each layer for a batch of these positions, the first layer being given `[batch, seq, ..]`."""
     found: list[torch.Tensor] = []
 
     def runs(layer: nn.Module) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _tried(layer, args[0].dtype if args else kwargs["hidden_states"].dtype):
-                output = type(layer).forward(layer, *args, **kwargs)
+            hidden, rest = take_hidden(args, kwargs)
+            if not found:
+                seq = _seq_dim(hidden, values.shape[1])
+                hidden = values.movedim((0, 1), (seq - 1, seq)).contiguous()
+            with _tried(layer, hidden.dtype):
+                output = type(layer).forward(layer, hidden, *rest[0], **rest[1])
             found.append(hidden_of(output))
             if len(found) == len(lm.layers):
                 raise _Enough
@@ -144,8 +153,12 @@ def _outputs(lm: CausalLM, positions: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _rows_first(hidden: torch.Tensor, length: int) -> torch.Tensor:
     """Hidden states as `[batch, seq, ..]`, where the family has another dimension before them."""
-    seq = next(d for d in range(1, hidden.dim()) if hidden.shape[d] == length)
+    seq = _seq_dim(hidden, length)
     return hidden.movedim((seq - 1, seq), (0, 1))
+
+
+def _seq_dim(hidden: torch.Tensor, length: int) -> int:
+    return next(d for d in range(1, hidden.dim()) if hidden.shape[d] == length)
 
 
 def _calls(lm: CausalLM, positions: list[torch.Tensor]) -> list[_Call]:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
-from .trees import changed, leaves, take_apart
+from .trees import changed, leaves, take_apart, writable
 
 _SCALARS = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
@@ -52,6 +52,12 @@ def changed_leaves(arguments: Arguments, change: Any) -> Arguments:
         tuple(changed(f"argument {i}", value, change) for i, value in enumerate(args, 1)),
         {name: changed(name, value, change) for name, value in kwargs.items()},
     )
+
+
+def containers(arguments: Arguments) -> list[Any]:
+    """Lists and dictionaries among the arguments, which a layer may write to."""
+    args, kwargs = arguments
+    return [container for value in (*args, *kwargs.values()) for container in writable(value)]
 
 
 def of_a_layer(value: Any) -> Any:

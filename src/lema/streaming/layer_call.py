@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import UnsupportedError
-from .arguments import Arguments, BatchRules, changed_leaves, is_of_a_layer, named_leaves, of_a_layer
+from .arguments import Arguments, BatchRules, changed_leaves, containers, is_of_a_layer, named_leaves, of_a_layer
 from .draws import Draws
 from .randomness import RandomState
-from .trees import put_together, take_apart, writable
+from .trees import put_together, take_apart
 
 
 @dataclass(slots=True)
@@ -155,12 +155,12 @@ class LayerCall:
 
     def run(self, hidden: torch.Tensor, arguments: Arguments) -> list[torch.Tensor]:
         """Tensors of all that the layer returns and writes to its containers; their places go into the template."""
-        containers = list(writable(arguments))
-        before = [copy.copy(container) for container in containers]
+        given = containers(arguments)
+        before = [copy.copy(container) for container in given]
         output = self.layer.run(hidden, arguments)
         written = {
             number: writes
-            for number, (was, container) in enumerate(zip(before, containers, strict=True))
+            for number, (was, container) in enumerate(zip(before, given, strict=True))
             if (writes := self._written(was, container))
         }
         self.template, tensors = take_apart((output, written))
@@ -246,13 +246,13 @@ class LayerCall:
         hidden, *others = tensors
         output, written = put_together(self.template, [hidden, *map(of_a_layer, others)])
         if written:
-            containers = list(writable(arguments))
+            given = containers(arguments)
             for number, writes in written.items():
                 for key, value in writes.items():
-                    if isinstance(containers[number], list) and key == len(containers[number]):
-                        containers[number].append(value)
+                    if isinstance(given[number], list) and key == len(given[number]):
+                        given[number].append(value)
                     else:
-                        containers[number][key] = value
+                        given[number][key] = value
         return output
 
 

@@ -155,7 +155,7 @@ class _Replayed(torch.autograd.Function):
                 if not pairs or not (asked or wanted):
                     parts.append([None] * len(asked))
                     continue
-                gradients = list(
+                gradients: list[torch.Tensor | None] = list(
                     torch.autograd.grad(
                         [o for o, _ in pairs], [*asked, *wanted], [g for _, g in pairs], allow_unused=True
                     )
