@@ -134,7 +134,9 @@ def _head(model: Any) -> str:
         return "none of its own"
     if type(head) is not nn.Linear:
         return f"{type(head).__name__}, which has to stay in memory"
-    tied = head.weight is model.get_input_embeddings().weight
+    path = next(name for name, module in model.named_modules() if module is head)
+    ties = model.all_tied_weights_keys
+    tied = f"{path}.weight" in {*ties, *ties.values()}
     return f"{head.out_features} x {head.in_features}, {'tied to' if tied else 'apart from'} the embedding"
 
 
