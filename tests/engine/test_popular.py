@@ -85,7 +85,7 @@ def test_loss_and_every_gradient_are_plain_pefts(pair: Pair) -> None:
         assert not differing(expected, found)
 
 
-@pytest.mark.parametrize(("micro", "chunk"), [(1, 3), (2, None)])
+@pytest.mark.parametrize(("micro", "chunk"), [(1, 3), pytest.param(2, None, marks=pytest.mark.long)])
 def test_a_batch_in_pieces_is_as_exact_as_plain_peft(pair: Pair, micro: int, chunk: int | None) -> None:
     batch = padded_batch(5, 9)
     expected_loss, plain = plain_step(pair.plain, batch)
@@ -101,6 +101,7 @@ def test_a_batch_in_pieces_is_as_exact_as_plain_peft(pair: Pair, micro: int, chu
     assert_as_exact_as_plain(pair.reference(batch), plain, found)
 
 
+@pytest.mark.long
 def test_unequal_calls_are_the_one_large_batch(pair: Pair) -> None:
     whole = padded_batch(5, 9)
     expected_loss, plain = plain_step(pair.plain, whole)
