@@ -20,6 +20,7 @@ from helpers import (
     Pair,
     adapter_of,
     assert_as_exact_as_plain,
+    cut_into,
     differing,
     lema_model,
     lema_step,
@@ -90,13 +91,8 @@ def test_a_batch_in_pieces_is_as_exact_as_plain_peft(pair: Pair, micro: int, chu
     batch = padded_batch(5, 9)
     expected_loss, plain = plain_step(pair.plain, batch)
     trainer = recording_trainer(pair.model)
-    streamer = pair.model._streamer
-    assert streamer is not None
-    streamer.batching.micro_batch_size, trainer.config.loss_chunk_size = micro, chunk
-    try:
+    with cut_into(pair.model, micro, chunk):
         loss, found = lema_step(pair.model, batch, trainer)
-    finally:
-        streamer.batching.micro_batch_size, trainer.config.loss_chunk_size = None, None
     assert relative(loss, expected_loss) <= 1e-6
     assert_as_exact_as_plain(pair.reference(batch), plain, found)
 
