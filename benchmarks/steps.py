@@ -159,32 +159,29 @@ def _peft(options: argparse.Namespace, ids: Any) -> Driver:
 def _lema_summary(model: Any, predict: bool) -> dict[str, Any]:
     """The plan in force, what it predicted, and the budgets; without a budget, on request what one would predict."""
     config, plan = model.config, model.memory.plan
-    asked = _plan_of_default(model) if predict and not plan.predicted else plan
+    asked = _counted(model) if predict else plan
     return {
         "strategy": config.strategy.value,
         "ram_budget_bytes": config.ram_budget,
         "vram_budget_bytes": config.vram_budget,
-        "planned": plan.predicted,
+        "planned": bool(plan.host_bytes),
         "plan": _plan_summary(asked),
     }
 
 
-def _plan_of_default(model: Any) -> Any:
-    """What a searched plan says of the decisions taken without a budget: made afterwards, for its prediction alone."""
-    from lema.config import MemoryStrategy
-    from lema.engine.assembly import assemble_plan
+def _counted(model: Any) -> Any:
+    """The plan with what it takes: predicted afterwards, where it was made without a budget."""
+    from lema.engine.assembly import StoredModel
+    from lema.engine.outlook import Outlook
 
-    if model.config.strategy is MemoryStrategy.RESIDENT:  # views of the mapped files, which no plan makes
-        return None
-    head = model.config.head or ("streamed" if model.memory.streams_head else "resident")
-    return assemble_plan(model.config.replace(ram_layers=0, keep_activations=0, head=head), model.adapter, model.gbi)
+    return Outlook(model.config, StoredModel(model.adapter, model.gbi)).counted(model.memory.plan)
 
 
 def _plan_summary(plan: Any) -> dict[str, Any] | None:
     """What a plan decided and predicted, in numbers."""
     from lema.planning.footprint import DEVICE_CONTEXT
 
-    if plan is None or not plan.predicted:
+    if not plan.host_bytes:
         return None
     estimate = plan.estimate
     return {

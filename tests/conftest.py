@@ -11,7 +11,7 @@ import tempfile
 
 import pytest
 
-pytest_plugins = ["virtual_device.plugin", "training_fixtures"]
+pytest_plugins = ["virtual_device.plugin", "shared_fixtures"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

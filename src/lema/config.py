@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, ValidationInfo
 from .errors import ConfigError
 from .json_file import read_object
 from .machine.choices import DTYPES, default_device
-from .paths import PathText
+from .paths import MaybePath, PathText
 from .targets import as_targets
 from .typed import (
     PLANNED,
@@ -110,7 +110,7 @@ class ModelSettings:
     """Hub id, directory, or a single `.safetensors` file."""
     model_type: str | None = None
     """Adapter name; None: read from the model's own config."""
-    gbi_path: Annotated[PathText | None, SAME_NUMBERS] = None
+    gbi_path: Annotated[MaybePath, SAME_NUMBERS] = None
     """Weights, when they are not where the model is: a `.safetensors` file or a directory."""
     device: Annotated[str, BeforeValidator(_device), SAME_NUMBERS] = "cuda"
     """Where layers are computed: 'cpu', or an accelerator as torch names it: 'cuda', 'cuda:1', 'xpu'; 'auto': the
@@ -143,9 +143,9 @@ class AdapterSettings:
     a regular expression is matched with the whole path of a module."""
     exclude_modules: Annotated[list[str] | str | None, BeforeValidator(_targets)] = None
     """Modules that get no LoRA although they are among the targets, in the same forms."""
-    adapter_name_or_path: Annotated[PathText | None, SAME_NUMBERS] = None
-    """Directory of an adapter to train further: its weights, rank, alpha and targets are taken, dropout is the
-    config's. None: a new adapter."""
+    adapter_name_or_path: Annotated[MaybePath, SAME_NUMBERS] = None
+    """Directory or hub id of an adapter to train further: its weights, rank, alpha and targets are taken, dropout is
+    the config's. None: a new adapter."""
 
 
 @dataclass

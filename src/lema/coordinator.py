@@ -13,17 +13,34 @@ T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
 
+class StepAbandoned(BaseException):
+    """What is under way is left, and what it made is dropped: by a second signal, for want of time, or because another
+    rank has left it.
+
+    Not an `Exception`: nobody in between is to handle it.
+    """
+
+
 class Coordinator:
-    """A run of one process, which settles everything with itself; one of several overrides all of this."""
+    """A run of one process, which settles everything with itself; one of several overrides all of this.
+
+    Every question but `abandon` and `fail` waits for the other ranks. Where one of these has left what they are in, the
+    wait ends by `StepAbandoned`, and where one has failed, by `RankError`.
+    """
 
     rank = 0
-    """This process's number; the first, 0, is the one that writes."""
+    """This process's number."""
     world_size = 1
     """How many processes there are."""
 
-    def total(self, what: str, number: Number) -> Number:
-        """The sum of the ranks' numbers."""
-        return number
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes what the run leaves behind: the first one does."""
+        return self.rank == 0
+
+    def totals(self, what: str, numbers: Sequence[Number]) -> list[Number]:
+        """Each number summed over the ranks."""
+        return list(numbers)
 
     def add(self, what: str, tensors: Sequence[Any]) -> None:
         """Replace tensors by their sums over the ranks, in place."""
@@ -36,5 +53,11 @@ class Coordinator:
         """The first rank's value."""
         return value
 
+    def meet(self, what: str) -> None:
+        """Return when all ranks are here."""
+
     def abandon(self, what: str) -> None:
-        """Tell ranks that wait for this one that it has left what they are in."""
+        """Leave what the ranks are in, and return when all have left it."""
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks that this one has ended by an error, and wait for none."""

@@ -51,6 +51,10 @@ class BindingError(LemaError, RuntimeError):
     """Parameters bound to streamed memory were moved, cast, merged or asked for as a whole."""
 
 
+class PlanError(LemaError, ValueError):
+    """A memory plan does not fit the model or the device it was given for."""
+
+
 class StreamingError(LemaError, RuntimeError):
     """The slot protocol was misused: a unit acquired twice, released unacquired, or used after close."""
 
@@ -69,6 +73,10 @@ class DeviceMemoryError(DeviceError, MemoryError):
 
 class CheckpointError(LemaError):
     """A training checkpoint is incomplete, damaged, or belongs to another run."""
+
+
+class RankError(LemaError, RuntimeError):
+    """Another process of the run has ended by an error; says which one and by what."""
 
 
 class CallbackError(LemaError, RuntimeError):

@@ -8,26 +8,31 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .config import LemaConfig
-from .engine.assembly import assemble_lora, assemble_memory, compute_dtype
-from .engine.attach import Attachment, attach
+from .coordinator import Coordinator
+from .engine.assembly import StoredModel, assemble_lora, compute_dtype
+from .engine.attach import attach
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
 from .engine.generation import generate, take_end_tokens
+from .engine.outlook import Outlook
 from .engine.trainer import LemaTrainer
 from .errors import DeviceError
+from .machine.heap import resident_bytes
 from .models.base import LemaModelAdapter
-from .models.locate import adapter_for, local_path, weights_path
+from .models.locate import adapter_for, adapter_path, local_path, weights_path
 from .models.lora import ADAPTER_CONFIG, LoRAManager
 from .models.trained import Trained
 from .planning.plan import MemoryPlan
+from .planning.policy import plan_for
 from .storage.index import GlobalBinaryIndex
-from .streaming.memory import TripleBufferManager
+
+Kind = TypeVar("Kind", bound=LemaTrainer)
 
 
 class LemaModel:
@@ -35,8 +40,8 @@ class LemaModel:
 
     Args:
         config: settings.
-        adapter: the model family, for weights without a config.json beside them.
-        plan: what to keep where, made for this configuration; None: made here.
+        adapter: the model, where it was made already, or for weights without a config.json beside them.
+        plan: what to keep where, made for this configuration and these weights; None: made here.
 
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
@@ -48,24 +53,36 @@ class LemaModel:
         self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None
     ) -> None:
         self.config = config
-        compute_dtype(config)
+        dtype = compute_dtype(config)
         model_path = local_path(config.model_name_or_path, "*.json")
         self._folder = model_path if model_path.is_dir() else model_path.parent
         self.adapter = adapter or adapter_for(config, model_path)
         self.gbi = GlobalBinaryIndex(weights_path(config))
-        self.memory: TripleBufferManager = assemble_memory(config, self.adapter, self.gbi, plan)
+        floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
+        self.adapter.configure(dtype, config.attn_implementation)
+        model = StoredModel(self.adapter, self.gbi)
+        plan = plan or plan_for(Outlook(config, model))
+        self.attachment = attach(
+            model,
+            plan,
+            config.device,
+            num_readers=config.num_readers,
+            prefetch_depth=config.prefetch_depth,
+            floor=floor,
+        )
+        """The model and its weights, until `close`."""
+        self.memory = self.attachment.memory
         if config.leave_out_router_loss:
             self.adapter.causal_lm().router_loss = None
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
-        self._streamer: Attachment | None = None
-        self._adapter_source: Path | None = None
+        self._has_adapter = False
 
     def initialize_lora(self) -> None:
-        """Make the adapters' parameters and install the streamed layers; further calls do nothing."""
-        if self._streamer is not None:
-            return
-        with explained(self.config.device, self.memory.plan):
-            self._install()
+        """Make the adapters' parameters; further calls do nothing."""
+        if not self._has_adapter:
+            with explained(self.config.device, self.memory.plan):
+                self._install()
+            self._has_adapter = True
 
     @property
     def _trained(self) -> Trained:
@@ -76,14 +93,14 @@ class LemaModel:
         if self.lora_manager is not None:
             peft_model = self.lora_manager.attach(self.adapter)
             if self.config.adapter_name_or_path is not None:
-                check_base_of_adapter(Path(self.config.adapter_name_or_path), self.gbi.fingerprint())
-                self.lora_manager.load_pretrained(self.config.adapter_name_or_path)
+                folder = adapter_path(self.config.adapter_name_or_path)
+                check_base_of_adapter(folder, self.gbi.fingerprint())
+                self.lora_manager.load_pretrained(folder)
             base = getattr(peft_model, "base_model", None)
             if base is not None:
                 peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
-        around = self.lora_manager.peft_model if self.lora_manager is not None else None
-        self._streamer = attach(self.adapter.causal_lm(), self.memory, self.config.micro_batch_size, around)
-        self.hf_model.eval()
+            self.attachment.guard(peft_model)
+        self._trained.attach(self.adapter).eval()
 
     @property
     def hf_model(self) -> nn.Module:
@@ -97,9 +114,7 @@ class LemaModel:
         return self._trained.get_trainable_parameters()
 
     def get_trainer(
-        self,
-        optimizer: torch.optim.Optimizer | None = None,
-        resume_from: str | os.PathLike[str] | None = None,
+        self, optimizer: torch.optim.Optimizer | None = None, resume_from: str | os.PathLike[str] | None = None
     ) -> LemaTrainer:
         """A trainer for this model.
 
@@ -107,17 +122,17 @@ class LemaModel:
             optimizer: over `get_trainable_parameters()`; None: AdamW with the config's learning rate.
             resume_from: a directory written by `save_checkpoint`; training goes on bit for bit.
         """
+        return self.trainer_of(LemaTrainer, optimizer, resume_from)
+
+    def trainer_of(
+        self, kind: type[Kind], optimizer: torch.optim.Optimizer | None = None,
+        resume_from: str | os.PathLike[str] | None = None, coordinator: Coordinator | None = None,
+    ) -> Kind:  # fmt: skip
+        """As `get_trainer`, of a class of its kind, and as one of several processes."""
         self.initialize_lora()
+        parts = self.config, self.adapter, self.gbi, self.lora_manager, optimizer, self.memory
         with explained(self.config.device, self.memory.plan):
-            trainer = LemaTrainer(
-                self.config,
-                self.adapter,
-                self.gbi,
-                self.lora_manager,
-                optimizer,
-                self.memory,
-                streamer=self._streamer,
-            )
+            trainer = kind(*parts, attachment=self.attachment, coordinator=coordinator)
         if resume_from is not None:
             trainer.load_checkpoint(resume_from)
         return trainer
@@ -171,8 +186,7 @@ class LemaModel:
         """End the reading threads and give the files back."""
         self.memory.close()
         self.gbi.close()
-        if self._streamer is not None:
-            self._streamer.heap.close()
+        self.attachment.heap.close()
 
     def __enter__(self) -> LemaModel:
         return self

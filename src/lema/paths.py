@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ValidationInfo
@@ -20,13 +19,15 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 def _as_path(value: Any, info: ValidationInfo) -> str:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text:
-        raise ValueError("must be text: it must be a path")
+        raise ValueError("must be a path, as text" if text else "must be a path, and is empty")
     return expanded(str(info.field_name), text)
 
 
 PATH = BeforeValidator(_as_path)
 PathText = Annotated[str, PATH]
 """Of a setting that is a path, or may be one."""
+MaybePath = Annotated[PathText | None, BeforeValidator(lambda value: None if value == "" else value)]
+"""Of one that may be left out, which earlier versions wrote as an empty text."""
 
 
 def expanded(name: str, text: str) -> str:
@@ -67,24 +68,8 @@ def expanded(name: str, text: str) -> str:
 
 def _there(text: str) -> tuple[str, str]:
     """An absolute path, or one that begins with a dot, as the part of it that exists and what comes after."""
-    if not text.startswith(("/", "./", "../")):
-        return "", text
-    path = Path(text)
-    for folder in (path, *path.parents):
-        if "$" in str(folder) and os.path.lexists(folder):
-            return text[: _length(text, folder)], text[_length(text, folder) :]
+    if text.startswith(("/", "./", "../")):
+        for end in (len(text), *(match.start() for match in reversed([*re.finditer("/", text)]))):
+            if "$" in text[:end] and os.path.lexists(text[:end]):
+                return text[:end], text[end:]
     return "", text
-
-
-def _length(text: str, folder: Path) -> int:
-    """Characters of the text that say this folder: as many names, however they are separated."""
-    names = sum(1 for part in folder.parts if part != "/")
-    end = 0
-    for match in re.finditer(r"[^/]+", text):
-        if match[0] == ".":
-            continue
-        names -= 1
-        end = match.end()
-        if names == 0:
-            break
-    return end

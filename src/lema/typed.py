@@ -10,12 +10,16 @@ import difflib
 import functools
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from numbers import Integral
+from numbers import Real as RealNumber
 from types import UnionType
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 from pydantic.dataclasses import dataclass as typed_dataclass
+from pydantic.dataclasses import rebuild_dataclass
 from typing_extensions import dataclass_transform
 
 from .errors import ConfigError, LemaError
@@ -52,9 +56,20 @@ PLANNED = Role(affects_numerics=False, planner_owned=True)
 def settings(cls: C) -> C:
     """A dataclass whose values are brought to their types where nothing is lost, as 3 to 3.0 and "1e-4" to 0.0001.
 
-    Making one raises `ConfigError` for a value that is refused, and `TypeError` for a name that there is not.
+    Making one raises `ConfigError` for a value that is refused, and `TypeError` for a name that there is not. A plain
+    dataclass below it, whose own `__init__` stores what it is given, has its inherited fields checked all the same.
     """
-    made: Any = typed_dataclass(config=ConfigDict(strict=True, extra="forbid"))(cls)
+    checked = getattr(cls, "__post_init__", None)
+
+    def __post_init__(self: Any) -> None:
+        if type(self) is not made and not hasattr(type(self).__init__, "__wrapped__"):
+            for name, value in vars(made(**{name: getattr(self, name) for name in kinds_of(made)})).items():
+                setattr(self, name, value)
+        elif checked is not None:
+            checked(self)
+
+    typing.cast(Any, cls).__post_init__ = __post_init__
+    made: Any = typed_dataclass(config=ConfigDict(strict=True, extra="forbid", defer_build=True))(cls)
     validated = made.__init__
 
     @functools.wraps(validated)
@@ -66,6 +81,9 @@ def settings(cls: C) -> C:
             )
         if twice := named.keys() & kwargs.keys():
             raise TypeError(f"{cls.__name__}: {min(twice)} is given twice")
+        if not made.__pydantic_complete__:  # with the first that is made, for importing is to be quick
+            rebuild_dataclass(made)
+            made.__init__ = __init__
         try:
             validated(self, **named, **kwargs)
         except ValidationError as error:
@@ -110,13 +128,21 @@ def _wanted(kinds: Sequence[Any]) -> str:
 
 
 def _number(value: Any) -> Any:
-    """The number that a text says; anything else as it is."""
-    if isinstance(value, str):
-        text = value.strip()
-        try:
+    """An int or a float for any kind of real number, and for a text that says one; anything else as it is."""
+    if isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, str):
+            text = value.strip()
             value = int(text) if text.removeprefix("-").isdecimal() else float(text)
-        except ValueError:
-            return value
+        elif isinstance(value, Integral):
+            value = int(value)
+        elif isinstance(value, RealNumber | Decimal):
+            value = float(value)
+    except OverflowError:
+        raise ValueError(_TOO_LARGE) from None
+    except ValueError:
+        return value
     if isinstance(value, int) and abs(value) > LARGEST:
         raise ValueError(_TOO_LARGE)
     return value
@@ -124,7 +150,10 @@ def _number(value: Any) -> Any:
 
 def _real(value: Any) -> Any:
     value = _number(value)
-    return float(value) if type(value) is int else value
+    if type(value) is int:
+        return float(value)
+    strange = hasattr(value, "__float__") and not isinstance(value, bool | float)
+    return repr(value) if strange else value  # numpy's bools and arrays of one number, which pydantic takes for floats
 
 
 def whole(value: Any) -> Any:

@@ -17,9 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import lema
-from data_helpers import CHATML, VOCABULARY, chat, make_tokenizer, write_jsonl
-from families import save_tiny
+from chat_models import save_base, save_learned
+from data_helpers import CHATML, chat, make_tokenizer, write_jsonl
 from lema.chat import ChatModel, Conversation, Sampling
 from lema.cli.app import app
 from lema.data.render import ChatRenderer
@@ -37,33 +36,13 @@ GREEDY = Sampling(max_new_tokens=24, temperature=0)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    save_tiny("llama", folder, vocab_size=VOCABULARY, max_position_embeddings=96, initializer_range=0.8)
-    make_tokenizer(CHATML).save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"), positions=96)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that has learned one answer by heart."""
-    folder = tmp_path_factory.mktemp("run") / "final"
-    config = lema.LemaConfig(
-        str(base), device="cpu", dtype="float32", lora_rank=16, lora_target_modules="all-linear", learning_rate=1e-2,
-        save_steps=0,
-    )  # fmt: skip
-    tokenizer = make_tokenizer(CHATML)
-    row = ChatRenderer(tokenizer).training(chat(QUESTION, ANSWER))
-    with lema.LemaModel(config) as model:
-        trainer = model.get_trainer()
-        for _ in range(300):
-            _, loss = trainer.train_step(torch.tensor([row.input_ids]), torch.tensor([row.labels]))
-            assert loss is not None
-            if loss < 0.02:
-                break
-        assert loss < 0.02, "the answer must be certain for what follows"
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_learned(base, tmp_path_factory.mktemp("run") / "final", [(QUESTION, ANSWER)], rank=16, loss=0.02)
 
 
 @pytest.fixture(scope="module")

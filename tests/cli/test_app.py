@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+import lema.cli.extensions
 import lema.export.check
 from lema.cli.app import app
 from lema.training.checkpoints import CheckpointFolder
@@ -100,6 +103,37 @@ def test_a_verb_of_a_package_that_is_left_out_says_how_to_get_it(tmp_path: Path)
 def test_verbs_of_packages_are_there() -> None:
     for words in (("demo",), ("data", "build"), ("data", "validate"), ("kaggle", "run")):
         assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
+
+
+def test_a_verb_of_others_takes_no_name_that_is_taken_or_empty(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app, group, other = typer.Typer(), typer.Typer(), typer.Typer()
+    app.command("train")(lambda: None)
+    app.add_typer(group, name="data")
+
+    @group.command()
+    def build_all() -> None:
+        """A verb that has its function's name."""
+
+    def entries(group: str) -> list[Mock]:
+        names = ("", "data.", "train", "data", "data.build-all", "fresh", "fresh", "data.fresh", "nowhere.fresh")
+        brought = {"fresh": Mock(return_value=build_all), "data.fresh": Mock(return_value=other)}
+        made = [Mock(load=brought.get(name, Mock(return_value=build_all)), value="their.module:verb") for name in names]
+        for entry, name in zip(made, names):
+            entry.name, entry.dist.name = name, "somebody-elses"
+        return made
+
+    monkeypatch.setattr(lema.cli.extensions, "entry_points", entries)
+    lema.cli.extensions.add_verbs({"": app, "data": group})
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 7 and all("somebody-elses (their.module:verb)" in line for line in said)
+    for name, why in (("''", "no name"), ("'data.'", "no name"), ("'train'", "already"), ("'data'", "already"),
+                      ("'data.build-all'", "already"), ("'fresh'", "already"),
+                      ("'nowhere.fresh'", "where")):  # fmt: skip
+        assert sum(f"the verb {name} of" in line and why in line for line in said) == 1, (name, said)
+    assert [each.name for each in app.registered_commands] == ["train", "fresh"]
+    assert [each.name for each in group.registered_groups] == ["fresh"]
 
 
 def test_nothing_of_a_run_is_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

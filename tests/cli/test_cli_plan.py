@@ -24,16 +24,17 @@ from lema.cli.app import app
 from lema.cli.plan_table import show
 from lema.cli.settings import parse_settings, parse_value
 from lema.config import LemaConfig
-from lema.engine import assembly
-from lema.engine.assembly import assemble_plan
+from lema.engine.assembly import StoredModel
+from lema.engine.outlook import Outlook
 from lema.machine import device
 from lema.machine import memory as budget
 from lema.machine.memory import format_bytes
 from lema.model import LemaModel
 from lema.models.registry import get_adapter
-from lema.planning import probe
+from lema.planning import policy, probe
 from lema.planning.hardware import Hardware
 from lema.planning.plan import MemoryPlan, describe
+from lema.planning.policy import plan_for
 from lema.run import planned as verb
 
 pytestmark = pytest.mark.timeout(120)
@@ -124,7 +125,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return Hardware("a processor", "cpu", 0, 16 * GB, 1e9, float("inf"), rates, "measured")
 
     monkeypatch.setattr(probe, "profile", profile)
-    monkeypatch.setattr(assembly, "free_ram", lambda: 10 * GB)
+    monkeypatch.setattr(policy, "free_ram", lambda: 10 * GB)
     return refreshed
 
 
@@ -136,7 +137,7 @@ def expected_plan(path: Path, machine: str, **settings: Any) -> MemoryPlan:
         values.setdefault("vram_budget", hardware.vram_bytes - hardware.vram_bytes // 10)
     config = LemaConfig(str(path), device=hardware.device, **values)
     values = json.loads(path.read_text())
-    return assemble_plan(config, get_adapter("llama", values), None, hardware)
+    return plan_for(Outlook(config, StoredModel(get_adapter("llama", values), None), hardware))
 
 
 # -- the numbers -----------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_nothing_of_this_machine_is_asked_for_another_one(write: Write, monkeypa
         raise AssertionError("this machine was asked")
 
     for owner, names in (
-        (probe, ("profile", "measure")), (assembly, ("free_ram", "device_memory", "check_device")),
+        (probe, ("profile", "measure")), (policy, ("free_ram", "device_memory")),
         (budget, ("free_ram", "total_ram")), (device, ("accelerator_module",)),
         (torch.cuda, ("_lazy_init", "get_device_capability", "mem_get_info", "get_device_name")),
         (torch.accelerator, ("synchronize",)),

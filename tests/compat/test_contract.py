@@ -38,24 +38,17 @@ from helpers import (
     relative,
 )
 from lema import LemaConfig, LemaModel, LemaTrainer, MemoryStrategy
+from lema.core.memory import TripleBufferManager
 from lema.engine.loss_scale import LossScale
 from lema.models import GPT2Adapter, LlamaAdapter, get_adapter, register_adapter
 from lema.models.base import LemaModelAdapter, bind_flat_buffer
 from lema.models.lora import LoRAManager
 from lema.storage.index import GlobalBinaryIndex
-from lema.streaming.memory import TripleBufferManager
 
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny("llama", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,8 @@ def test_schemas_are_one_form() -> None:
         for name, tools in (
             ("tools", [whole]), ("tools", [bare]), ("functions", [bare]), ("tools", json.dumps([bare])),
             ("tools", [json.dumps(whole)]), ("tools", [{"type": "function", **bare}]),
-            ("functions", json.dumps([bare])),
+            ("functions", json.dumps([bare])), ("functions", [{**bare, "parameters": json.dumps(bare["parameters"])}]),
+            ("tools", [{"type": "function", "function": {**bare, "parameters": json.dumps(bare["parameters"])}}]),
         )
     }  # fmt: skip
     assert len(texts) == 1 and '"default": null' in texts.pop()
@@ -239,6 +240,10 @@ def test_a_mark_on_a_turn_that_is_not_the_assistants(tmp_path: Path) -> None:
         ({"messages": chat("q", "a", system="s"), "system": "t"}, "system is there twice"),
         ({"messages": ask(call("{oops"))}, r"call 1: arguments is text that is not JSON"),
         ({"messages": ask(call("[1]"))}, r"call 1: arguments is a list, not an object"),
+        ({"messages": ask(call('{"a": [NaN]}'))}, "call 1: arguments has nan, a number that JSON has no word for"),
+        ({"messages": ask(call('{"a": 1e999}'))}, "call 1: arguments has inf"),
+        ({"messages": ask({"role": "assistant", "content": "a", "should_learn": False})}, "has should_learn, which"),
+        ({"messages": chat("q", "a"), "sample_weight": 0.5}, r"has sample_weight.*columns: \{sample_weight: null\}"),
         ({"messages": ask(call({}, function_call={"name": "f"}))}, "tool_calls and function_call"),
         ({"messages": ask({"role": "assistant", "tool_calls": [{"function": {}}]})}, "call 1 has no name"),
         ({"messages": chat("q", "a"), "tools": "[oops"}, "tools is text that is not JSON"),
@@ -252,6 +257,12 @@ def test_a_mark_on_a_turn_that_is_not_the_assistants(tmp_path: Path) -> None:
 def test_what_would_mean_something_else_is_refused_by_name(row: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         read(row, TEMPLATES["as JSON"])
+
+
+def test_an_end_token_in_a_content_is_not_doubled() -> None:
+    for ending in ("<|im_end|>", "<|im_end|>\n", " <|im_end|>"):
+        assert "a<|im_end|>\n" in read({"messages": chat("q", f"a{ending}")}).replace(" ", "")
+        assert "<|im_end|><|im_end|>" not in read({"messages": chat("q", f"a{ending}", "r", f"b{ending}")})
 
 
 def test_preferences_are_named() -> None:
@@ -298,6 +309,16 @@ def test_fields_that_nothing_reads_are_named(tmp_path: Path, caplog: pytest.LogC
     data = load_data(config, make_tokenizer(), max_seq_length=64, rows_per_step=1, seed=0)
     assert data.summary["train"]["sample"]["unused_fields"]["id"] == 3
     assert "fields that are not used: id, tools, messages.annotations" in caplog.text
+
+
+def test_a_field_that_no_sample_meets_is_named_with_its_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": "a", **({"late": 1} if i == 1 else {})} for i in range(600)]
+    config = DataConfig(train_file=str(write_jsonl(tmp_path / "rows.jsonl", rows)), shuffle=False)
+    data = load_data(config, make_tokenizer(), max_seq_length=64, rows_per_step=4, seed=0)
+    assert "not used" not in caplog.text
+    for _ in range(data.train.steps_per_epoch + 1):
+        next(data.train)
+    assert caplog.text.count("rows.jsonl, line 2: fields that are not used: late") == 1
 
 
 # -- text that is none ---------------------------------------------------------------------------

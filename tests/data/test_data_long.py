@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_helpers import CHATML, chat, encoder, make_metaspace_tokenizer, make_tokenizer, write_jsonl
-from lema.data import ListRows, TokenDataset, open_rows, prefix
+from data_helpers import CHATML, LLAMA2, MARKED, chat, encoder, make_metaspace_tokenizer, make_tokenizer, write_jsonl
+from lema.data import ListRows, TokenDataset, open_rows, prefix, tokens, turns
 from lema.data.survey import survey
 from lema.data.tokens import Tokens
 from lema.errors import InputError
@@ -34,11 +34,12 @@ def _dataset(kind: str, row: dict[str, Any], template: str | None = CHATML, **mo
 
 def _rows(size: int) -> dict[str, tuple[str, dict[str, Any], str | None]]:
     words = "one two three " * (size // 14)
-    turns = [turn for number in range(size // 400) for turn in (f"question {number}", "answer " * 50)]
+    talk = [turn for number in range(size // 400) for turn in (f"question {number}", "answer " * 50)]
     return {
         "an answer": ("messages", {"messages": chat("q", words)}, CHATML),
+        "a marked answer": ("messages", {"messages": chat("q", words)}, MARKED),
         "a question": ("messages", {"messages": chat("q " + words, "a")}, CHATML),
-        "many turns": ("messages", {"messages": chat(*turns)}, CHATML),
+        "many turns": ("messages", {"messages": chat(*talk)}, CHATML),
         "a text": ("text", {"text": words}, None),
         "one word": ("text", {"text": "x" * size}, None),
         "a completion": ("prompt_completion", {"prompt": "q", "completion": words}, None),
@@ -115,6 +116,73 @@ def test_a_row_far_too_long_is_dropped_refused_and_counted() -> None:
         _dataset("text", row, too_long="error")[0]
     found = survey(_dataset("text", row), [0])
     assert found.truncated == found.kept == 1 and found.lengths[0] > 100_000 and not found.whole
+
+
+# -- many turns ----------------------------------------------------------------------------------
+
+_ALONE = "{% for m in messages %}{{ m.role|upper }}: {{ m.content }}\n{% endfor %}"
+_MANY_TURNS = {
+    "headers": CHATML, "no headers": LLAMA2, "marked": MARKED,
+    "cut at each prompt": _ALONE + "{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+    "numbered": CHATML.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}").replace(
+        ">assistant", ">assistant {{ messages|length + 1 }}"
+    ),
+    "another end": CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+}  # fmt: skip
+
+
+def _talk(turns: int) -> list[dict[str, str]]:
+    return chat(*(f"{'answer' if n % 2 else 'question'} {n} of many" for n in range(turns)), system="one two")
+
+
+@pytest.mark.parametrize("on_prompt", [False, True])
+@pytest.mark.parametrize("name", _MANY_TURNS)
+def test_turns_found_from_those_near_them_are_those_of_the_whole(
+    name: str, on_prompt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = encoder(make_tokenizer(_MANY_TURNS[name]), "messages", train_on_prompt=on_prompt)
+    row = {"messages": _talk(90)}
+    monkeypatch.setattr(turns, "_WHOLE", 1 << 30)
+    monkeypatch.setattr(tokens, "_REACH", 1 << 30)
+    whole = encode(row)
+    monkeypatch.setattr(turns, "_WHOLE", 8)
+    monkeypatch.setattr(tokens, "_REACH", 200)
+    assert encode(row) == whole and whole.num_targets > 90
+
+
+def test_a_turn_far_back_that_is_rewritten_is_still_refused() -> None:
+    forgets = CHATML.replace("{{ m.content }}", "{{ m.content if loop.revindex < 60 else 'gone' }}")
+    with pytest.raises(InputError, match=r"differently once it is answered: .* became .*gone"):
+        encoder(make_tokenizer(forgets), "messages")({"messages": _talk(90)[1:]})
+    late = "{{ ' late' if m.role == 'user' and loop.index > 50 and messages|length > 80 }}"
+    longer = CHATML.replace("{{ m.role }}", "{{ m.role }}" + late)
+    with pytest.raises(InputError, match=r"rewrites message 5\d once others follow"):
+        encoder(make_tokenizer(longer), "messages")({"messages": _talk(90)[1:]})
+
+
+@pytest.mark.parametrize("name", ["headers", "marked", "cut at each prompt"])
+def test_what_turns_cost_grows_as_their_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer(_MANY_TURNS[name])
+    encode = encoder(tokenizer, "messages")
+    written, read = [], []
+    render, call = type(tokenizer).apply_chat_template, type(tokenizer)._encode_plus
+
+    def counted(self: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        written.append(len(messages))
+        return render(self, messages, *args, **kwargs)
+
+    def counted_text(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(len(text))
+        return call(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", counted_text)
+    cost = []
+    for count in (200, 400):
+        written.clear(), read.clear()
+        encode({"messages": _talk(count)})
+        cost.append((sum(written), sum(read)))
+    assert all(twice < 2.4 * once for once, twice in zip(*cost, strict=True)), cost
 
 
 # -- memory --------------------------------------------------------------------------------------

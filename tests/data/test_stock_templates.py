@@ -160,6 +160,15 @@ def test_what_is_learned_is_shown() -> None:
         assert spans(name) == shown[name], name
 
 
+def test_reasoning_that_a_variable_switches_on() -> None:
+    tokenizer = stock_tokenizer(STOCK["deepseek_v3_1"])
+    row = ChatRenderer(tokenizer, None, {"thinking": True}).training(CONVERSATIONS["reasoning"])
+    assert learned_text(tokenizer, row) == "three four</think>five six<｜end▁of▁sentence｜>"
+    assert "chat_template_kwargs can set the template's thinking" in refusal(
+        ChatRenderer(stock_tokenizer(STOCK["deepseek_v3_1"])), CONVERSATIONS["reasoning"]
+    )
+
+
 if __name__ == "__main__":
     text = json.dumps({name: spans(name) for name in sorted(STOCK)}, indent=1, ensure_ascii=False)
     SHOWN.write_text(text + "\n", encoding="utf-8")

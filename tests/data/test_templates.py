@@ -116,6 +116,7 @@ def test_text_that_begins_with_the_first_token_has_it_once_and_never_as_a_target
     for row in (
         encoder(tokenizer, "text")({"text": text}),
         encoder(tokenizer, "text")({"text": "one two"}),
+        encoder(tokenizer, "text")({"text": "<|endoftext|>" * 3 + "one two"}),
         encoder(tokenizer, "prompt_completion")({"prompt": "<|endoftext|>one", "completion": " two"}),
         encoder(tokenizer, "prompt_completion", train_on_prompt=True)(
             {"prompt": "<|endoftext|>one", "completion": " two"}

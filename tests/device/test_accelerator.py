@@ -11,26 +11,23 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_boundaries import Replayed, layer
-from test_simulated import Run, Shape
 
+from device_tiers import UNITS, noise, tier_of
 from lema.errors import DeviceError, StreamingError
-from lema.storage.layout import PAGE, Move
+from lema.storage.layout import PAGE
 from lema.storage.views import page_aligned
 from lema.streaming import accelerator as accelerator_module
 from lema.streaming import pins as pins_module
 from lema.streaming.accelerator import PIECE_BYTES, STAGING_BYTES, AcceleratorBackend, DeviceEvent, HostPins, cut
 from lema.streaming.boundaries import BoundaryStore, Handle, KeptBoundaries, OffloadedBoundaries
-from lema.streaming.device_tier import DeviceTier
-from lema.streaming.schedule import Phase, Schedule
-from lema.streaming.simulated import SimulatedDevice, SimulatedEvent
-from lema.streaming.slot_cache import Load, SlotCache
-from lema.streaming.tiers import Tier
+from lema.streaming.schedule import AccessSchedule, Phase
+from replayed import Replayed, layer
+from simulated import SimulatedDevice, SimulatedEvent
+from simulated_tiers import Run, Shape
 
 pytestmark = pytest.mark.timeout(120)
 needs_device = pytest.mark.accelerator
@@ -152,7 +149,7 @@ def test_a_device_that_is_lost_is_told_to_everybody_and_its_host_slot_stays(tmp_
 
     run = Run(tmp_path, Shape(1, units=5, depth=1), device=LosesTheDevice)
     with pytest.raises(RuntimeError, match="device lost"):
-        run.sweep(Schedule.training(5).accesses)
+        run.sweep(AccessSchedule.training(5).accesses)
     assert run.end() == []
 
 
@@ -197,10 +194,6 @@ def pinned(backend: AcceleratorBackend, nbytes: int) -> torch.Tensor:
     if not backend.pin(buffer):
         pytest.skip("pinning is refused here")
     return buffer
-
-
-def noise(nbytes: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def wait(backend: AcceleratorBackend, *names: str) -> None:
@@ -309,35 +302,12 @@ def test_copies_leave_the_current_stream_of_every_thread_alone(backend: Accelera
 
 # --- the tier ---------------------------------------------------------------------------------------------
 
-UNITS = 6
-
-
-def tier_of(backend: AcceleratorBackend, pool: ThreadPoolExecutor, contents: list[torch.Tensor], pin: bool) -> Any:
-    """Host cache, tier and host buffers; units are written into their host slots by the pool's threads."""
-    slots = {unit: unit % 2 for unit in range(UNITS)}
-    sizes = {unit: len(content) for unit, content in enumerate(contents)}
-    buffers = [page_aligned(max(sizes.values())) for _ in range(2)]
-    if pin and not all(backend.pin(buffer) for buffer in buffers):
-        pytest.skip("pinning is refused here")
-    moves = {unit: [Move(0, 0, size)] for unit, size in sizes.items()}
-    plan = Schedule.training(UNITS)
-
-    def read(load: Load) -> None:
-        buffers[load.slot].fill_(0xFF)
-        buffers[load.slot][: sizes[load.unit]].copy_(contents[load.unit])
-        host.finished(load)
-
-    host = SlotCache(slots, plan.loads(slots), 2, lambda load: pool.submit(read, load))
-    return SimpleNamespace(
-        host=host, plan=plan, tier=DeviceTier(backend, Tier(host, buffers), slots, plan, 2, moves), buffers=buffers
-    )
-
 
 @needs_device
 @pytest.mark.parametrize("pin", [True, False], ids=["pinned", "staged"])
 def test_the_tier_brings_the_right_bytes_under_load(backend: AcceleratorBackend, busy: Any, pin: bool) -> None:
     contents = [noise((8 << 20) + 4096 * unit + unit, unit) for unit in range(UNITS)]
-    accesses = [*Schedule.training(UNITS).accesses] * 3
+    accesses = [*AccessSchedule.training(UNITS).accesses] * 3
     seen = [torch.empty(len(contents[access.unit]), dtype=torch.uint8, device=backend.device) for access in accesses]
     with ThreadPoolExecutor(2) as pool:
         parts = tier_of(backend, pool, contents, pin)

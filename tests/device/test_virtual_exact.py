@@ -13,34 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from test_tiers import LAYERS, PLANS, batch
 from typer.testing import CliRunner
 
-from families import FAMILIES, save_tiny
+from families import FAMILIES
 from helpers import (
-    Gradients,
-    Recorder,
     differing,
-    lema_config,
     lema_model,
     lema_step,
     padded_batch,
     plain_model,
     plain_step,
     randomise,
-    recorded,
     recording_trainer,
     relative,
 )
 from lema.cli.app import app
-from lema.engine.trainer import LemaTrainer
-from lema.models import get_adapter
-from lema.models.lora import LoRAManager
 from lema.planning.plan import MemoryPlan
-from lema.storage.index import GlobalBinaryIndex
-from lema.streaming.accelerator import AcceleratorBackend
-from lema.streaming.memory import TripleBufferManager
+from spreads import LAYERS, PLANS, batch
 from training_runs import StopAfter, adapter_bytes, history, make_model, settings_of, train, write_rows
+from virtual_engine import DTYPES, Engine
 
 pytestmark = [
     pytest.mark.accelerator,
@@ -48,7 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @pytest.fixture(scope="session")
@@ -58,65 +48,11 @@ def device() -> str:
     return found.type
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folder of a tiny model, made once."""
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def get(family: str, **overrides: Any) -> Path:
-        key = (family, *sorted(overrides.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(family)
-            save_tiny(family, made[key], **overrides)
-        return made[key]
-
-    return get
-
-
 @pytest.fixture(params=["llama", "gpt2"])
 def folder(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Path:
     if request.param == "gpt2":
         return tiny("gpt2", n_layer=LAYERS, num_hidden_layers=LAYERS)
     return tiny("llama", num_hidden_layers=LAYERS, tie_word_embeddings=False)
-
-
-class Engine:
-    """The low-level parts put together over the device and a plan; a context that closes them."""
-
-    def __init__(self, folder: Path, plan: MemoryPlan, device: str, stepping: bool = False, **settings: Any) -> None:
-        self.config = lema_config(folder, device=device, **settings)
-        config = json.loads((folder / "config.json").read_text())
-        adapter = get_adapter(config["model_type"], config)
-        adapter.configure(DTYPES[self.config.dtype], self.config.attn_implementation)
-        gbi = GlobalBinaryIndex(folder)
-        plan = replace(plan, device=device)
-        self.memory = TripleBufferManager(
-            gbi, adapter, device=device, plan=plan, backend=AcceleratorBackend(device), poison=True
-        )
-        lora = {"r": 4, "alpha": 8, "target_modules": "all-linear", "dropout": self.config.lora_dropout}
-        self.lora = LoRAManager(lora, device=device, seed=7)
-        self.lora.attach(adapter)
-        optimizer = None if stepping else Recorder(self.lora.get_trainable_parameters())
-        self.trainer = LemaTrainer(self.config, adapter, gbi, self.lora, optimizer, self.memory)
-
-    def adopt(self, plain: torch.nn.Module) -> None:
-        """Take a plain model's adapter."""
-        randomise(plain, self.trainer.model)
-        if self.trainer.trainables.masters is not None:
-            self.trainer.trainables.masters.copy_from_model()
-
-    def step(self, seed: int) -> tuple[float, Gradients]:
-        torch.manual_seed(seed)
-        _, loss = self.trainer.train_step(batch())
-        assert loss is not None
-        found = recorded(self.trainer, self.trainer.model)
-        return loss, {name: gradient.cpu() for name, gradient in found.items()}
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.memory.close()
 
 
 class Plain:

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_accelerator import UNITS, noise, tier_of
 
+from device_tiers import UNITS, noise, tier_of
 from lema.storage.views import page_aligned
 from lema.streaming import accelerator as accelerator_module
 from lema.streaming.accelerator import AcceleratorBackend, DeviceEvent, DeviceStream
 from lema.streaming.boundaries import Handle, OffloadedBoundaries
-from lema.streaming.schedule import Schedule
+from lema.streaming.schedule import AccessSchedule
 from virtual_device.controls import Controls
 
 pytestmark = [pytest.mark.accelerator, pytest.mark.timeout(60)]
@@ -80,7 +80,7 @@ def without(places: str, events: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def wrong_units(backend: AcceleratorBackend) -> list[int]:
     """Units of one training step that computation did not find as they are on disk."""
     contents = [noise(NBYTES + 512 * unit, unit) for unit in range(UNITS)]
-    accesses = Schedule.training(UNITS).accesses
+    accesses = AccessSchedule.training(UNITS).accesses
     seen = [torch.empty(len(contents[access.unit]), dtype=torch.uint8, device=backend.device) for access in accesses]
     with ThreadPoolExecutor(2) as pool:
         parts = tier_of(backend, pool, contents, pin=True)

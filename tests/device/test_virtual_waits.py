@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_tiers import LAYERS, PLANS, batch
-from test_virtual_exact import Engine
 
 from families import save_tiny
 from lema.streaming.accelerator import DeviceEvent
+from spreads import LAYERS, PLANS, batch
 from virtual_device.controls import Blocking, Controls
+from virtual_engine import Engine
 
 pytestmark = [
     pytest.mark.accelerator,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import nn
 import lema
 from families import save_tiny
 from helpers import adapter_of, gradients_of, lema_config, padded_batch
-from lema.engine.attach import attach
-from lema.errors import BindingError
-from lema.models.interceptor import Interceptor, replaced_forwards
+from lema.engine.assembly import StoredModel
+from lema.engine.attach import Attachment, attach
+from lema.errors import BindingError, PlanError
+from lema.models.interceptor import Interceptor
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -28,8 +30,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def bare(folder: Path, **settings: Any) -> tuple[lema.LemaModel, nn.Module | None]:
-    """A model whose weights have their places and whose layers do not wait for them yet."""
+    """A model whose weights have their places and whose layers do not wait for them any more."""
     model = lema.LemaModel(lema_config(folder, **settings))
+    model.attachment.detach()
     if model.lora_manager is None:
         return model, None
     peft_model: nn.Module = model.lora_manager.attach(model.adapter)
@@ -38,6 +41,13 @@ def bare(folder: Path, **settings: Any) -> tuple[lema.LemaModel, nn.Module | Non
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
     return model, peft_model
+
+
+def attached(model: lema.LemaModel, peft_model: nn.Module | None) -> Attachment:
+    """The model attached by its plan once more."""
+    attachment = attach(StoredModel(model.adapter, model.gbi), model.memory.plan)
+    attachment.guard(peft_model)
+    return attachment
 
 
 def traces(module: nn.Module) -> dict[str, int]:
@@ -69,7 +79,7 @@ def test_a_model_is_as_it_was_after_detach_and_can_be_attached_again(
     before, names = traces(whole), lm.interceptor.names
     results = []
     for _ in range(2):
-        attachment = attach(lm, model.memory, peft_model=peft_model)
+        attachment = attached(model, peft_model)
         assert traces(whole) != before
         assert {"layers", "sweeps", "guards"} <= {*lm.interceptor.names}
         results.append(step(whole))
@@ -87,9 +97,9 @@ def test_attaching_takes_off_what_was_attached_before(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     model, peft_model = bare(tmp_path)
     lm = model.adapter.causal_lm()
-    attach(lm, model.memory, peft_model=peft_model)
+    attached(model, peft_model)
     once = set(traces(peft_model or lm.module))
-    second = attach(lm, model.memory, peft_model=peft_model)
+    second = attached(model, peft_model)
     assert set(traces(peft_model or lm.module)) == once
     assert len(lm.module._forward_pre_hooks) == 1
     second.detach()
@@ -97,11 +107,19 @@ def test_attaching_takes_off_what_was_attached_before(tmp_path: Path) -> None:
     model.close()
 
 
+def test_a_plan_for_another_device_is_refused(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    with lema.LemaModel(lema_config(tmp_path)) as model:
+        plan = dataclasses.replace(model.memory.plan, device="cuda")
+        with pytest.raises(PlanError, match="device='cuda', and this model computes on 'cpu'"):
+            attach(StoredModel(model.adapter, model.gbi), plan, "cpu")
+
+
 def test_what_somebody_else_put_on_top_is_left_to_them(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     model, peft_model = bare(tmp_path)
     lm = model.adapter.causal_lm()
-    attachment = attach(lm, model.memory, peft_model=peft_model)
+    attachment = attached(model, peft_model)
     layer = lm.layers[1]
     ours, theirs = layer.forward, lambda *args, **kwargs: ours(*args, **kwargs)
     layer.forward = theirs
@@ -115,13 +133,13 @@ def test_what_somebody_else_put_on_top_is_left_to_them(tmp_path: Path) -> None:
 
 
 def test_forwards_replaced_twice_come_back_in_order() -> None:
-    shared = nn.Identity()
-    with replaced_forwards([shared, shared], [lambda x: x + 1, lambda x: x + 2]):
+    shared, own = nn.Identity(), Interceptor()
+    with own.replaced([shared, shared], [lambda x: x + 1, lambda x: x + 2]):
         assert shared(1) == 3
-        with replaced_forwards([shared], [lambda x: -x]):
-            assert shared(1) == -1
+        with own.replaced([shared], [lambda x: -x]):
+            assert shared(1) == -1 and len(own.names) == 2
         assert shared(1) == 3
-    assert "forward" not in shared.__dict__
+    assert "forward" not in shared.__dict__ and not own.names
 
 
 def test_a_gate_goes_with_its_module_when_that_is_copied() -> None:

@@ -45,22 +45,23 @@ from helpers import (
     recording_trainer,
     relative,
 )
-from lema.engine import assembly
-from lema.engine.assembly import assemble_plan
+from lema.engine.assembly import StoredModel
 from lema.engine.loss.streamed_head import StreamedHead
 from lema.engine.loss_scale import LossScale
+from lema.engine.outlook import Outlook
 from lema.engine.trainer import LemaTrainer
 from lema.errors import ConfigError, ReadError, UnsupportedError
 from lema.models import get_adapter
 from lema.models.base import LemaModelAdapter
 from lema.models.lora import LoRAManager
-from lema.planning import footprint, probe
+from lema.planning import footprint, policy, probe
 from lema.planning.hardware import Hardware
 from lema.planning.plan import MemoryPlan, evenly
+from lema.planning.policy import plan_for
 from lema.storage.index import GlobalBinaryIndex
 from lema.streaming.layer_call import LayerGraph
-from lema.streaming.memory import TripleBufferManager
 from lema.streaming.recompute import StreamedLayer
+from lema.streaming.weight_store import WeightStore
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -77,21 +78,6 @@ MACHINE = Hardware(
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "profile", lambda device, path=None: MACHINE)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of a tiny model, made once."""
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def get(family: str, **overrides: Any) -> Path:
-        key = (family, *sorted(overrides.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(family)
-            save_tiny(family, made[key], **overrides)
-        return made[key]
-
-    return get
 
 
 @pytest.fixture
@@ -160,7 +146,7 @@ class Llama:
         """Over slots that are poisoned before each load."""
         adapter = get_adapter("llama", json.loads((self.folder / "config.json").read_text()))
         adapter.configure(torch.float32, "eager")
-        memory = TripleBufferManager(GlobalBinaryIndex(self.folder), adapter, device="cpu", plan=plan, poison=True)
+        memory = WeightStore(GlobalBinaryIndex(self.folder), adapter, plan, "cpu", poison=True)
         settings = {"r": RANK, "alpha": ALPHA, "target_modules": "all-linear", **(lora or {})}
         manager = LoRAManager(settings, device="cpu", seed=SEED)
         manager.attach(adapter)
@@ -599,7 +585,8 @@ def budget_for(folder: Path, **settings: Any) -> int:
     config = lema_config(folder, batch_size=ROWS, max_seq_length=LENGTH, ram_budget="2GB", **settings)
     adapter = get_adapter("llama", json.loads((folder / "config.json").read_text()))
     adapter.configure(torch.float32, "eager")
-    return math.ceil(assemble_plan(config, adapter, GlobalBinaryIndex(folder)).host_peak / 0.96)
+    outlook = Outlook(config, StoredModel(adapter, GlobalBinaryIndex(folder)))
+    return math.ceil(plan_for(outlook).host_peak / 0.96)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "streaming"])
@@ -607,8 +594,8 @@ def budget_for(folder: Path, **settings: Any) -> int:
 def test_ways_to_say_a_budget(tiny: Any, budget: int | str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     if budget == "auto":
-        free = assembly.free_ram
-        monkeypatch.setattr(assembly, "free_ram", lambda: asked.append(free()) or asked[-1])
+        free = policy.free_ram
+        monkeypatch.setattr(policy, "free_ram", lambda: asked.append(free()) or asked[-1])
     pair = pair_of(tiny("llama"), ram_budget=budget, strategy=strategy)
     plan, batch = plan_of(pair), padded_batch(ROWS, LENGTH)
     nbytes = {"2 GiB": 2 << 30}.get(str(budget), 2 * 10**9) if not asked else asked[0] - max(asked[0] // 10, 256 << 20)

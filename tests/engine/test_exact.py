@@ -23,6 +23,7 @@ from helpers import (
     Recorder,
     adapter_of,
     assert_as_exact_as_plain,
+    cut_into,
     differing,
     gradients_of,
     lema_config,
@@ -35,7 +36,7 @@ from helpers import (
     recorded,
     recording_trainer,
     relative,
-    with_mapped,
+    strategy_plan,
 )
 from lema.engine.loss_scale import LossScale
 from lema.engine.trainer import LemaTrainer
@@ -43,8 +44,8 @@ from lema.models import get_adapter
 from lema.models.lora import LoRAManager
 from lema.prepare.demo_model import locate_smollm2, smollm2_folder
 from lema.storage.index import GlobalBinaryIndex
-from lema.streaming.memory import TripleBufferManager
-from lema.streaming.schedule import Schedule
+from lema.streaming.schedule import AccessSchedule
+from lema.streaming.weight_store import WeightStore
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -52,21 +53,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
 FEW = ("llama", "gpt2", "gemma2", "cohere", "granite", "mixtral")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of a tiny model, made once."""
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def get(family: str, **overrides: Any) -> Path:
-        key = (family, *sorted(overrides.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(family)
-            save_tiny(family, made[key], **overrides)
-        return made[key]
-
-    return get
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -107,15 +93,8 @@ def test_a_batch_in_pieces_is_as_exact_as_plain_peft(
     expected_loss, plain = plain_step(family_pair.plain, batch)
     reference = family_pair.reference(batch)
     trainer = recording_trainer(family_pair.model)
-    streamer = family_pair.model._streamer
-    assert streamer is not None
-    streamer.batching.micro_batch_size = micro
-    trainer.config.loss_chunk_size = chunk
-    try:
+    with cut_into(family_pair.model, micro, chunk):
         loss, found = lema_step(family_pair.model, batch, trainer)
-    finally:
-        streamer.batching.micro_batch_size = None
-        trainer.config.loss_chunk_size = None
     assert relative(loss, expected_loss) <= 1e-6
     assert found.keys() == plain.keys()
     assert_as_exact_as_plain(reference, plain, found)
@@ -384,9 +363,7 @@ def _low_level(
     gbi = GlobalBinaryIndex(folder)
     settings = {"r": RANK, "alpha": ALPHA, "target_modules": "all-linear", **(lora or {})}
     manager = LoRAManager(settings, device="cpu", seed=SEED)
-    if mapped:
-        memory["plan"] = with_mapped(gbi, adapter, mapped)
-    buffers = TripleBufferManager(gbi, adapter, device="cpu", **memory)
+    buffers = WeightStore(gbi, adapter, strategy_plan(gbi, adapter, mapped), "cpu", **memory)
     manager.attach(adapter)
     return LemaTrainer(config, adapter, gbi, manager, Recorder(manager.get_trainable_parameters()), buffers)
 
@@ -411,7 +388,7 @@ def test_adapters_on_middle_layers_only_visit_only_what_a_gradient_needs(six_lay
     assert not differing(expected, recorded(trainer, trainer.model))
     assert [u for u, phase in visits if phase == "forward" and u < 6] == [0, 1, 2, 3, 4, 5]
     assert [u for u, phase in visits if phase == "backward" and u < 6] == [5, 4, 3, 2]
-    assert trainer.memory._tier.cache._schedule == Schedule.training(6, 2)
+    assert trainer.memory._tier.cache._schedule == AccessSchedule.training(6, 2)
     # two slots: at the turn 5 and 4 are there, at the next step 3 and 2 are: 0, 1, 2, 3, 4, 5 and 3, 2
     assert trainer.last_step is not None
     assert trainer.last_step.loads == 8
@@ -454,7 +431,7 @@ def test_a_layer_larger_than_many_pieces(tmp_path: Path) -> None:
         num_key_value_heads=16,
     )  # fmt: skip
     pair = Pair.of(tmp_path)
-    assert pair.model.memory.slot_bytes / 2 > 165 << 20
+    assert pair.model.memory._tier.host_bytes / 2 > 165 << 20
     batch = padded_batch(2, 6)
     expected_loss, expected = plain_step(pair.plain, batch)
     loss, found = lema_step(pair.model, batch)

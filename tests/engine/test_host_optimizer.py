@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import lema
-from families import save_tiny
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -37,13 +36,6 @@ def trained(folder: Path, steps: list[torch.Tensor], resume: Path | None = None,
     trainer = model.get_trainer(resume_from=resume)
     losses = [trainer.train_step(ids, ids)[1] for ids in steps]
     return trainer, losses
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny("llama", folder)
-    return folder
 
 
 def adapters(trainer: Any) -> list[torch.Tensor]:

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,6 @@ pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny("llama", folder)
-    return folder
 
 
 @pytest.fixture
@@ -466,3 +461,29 @@ def test_ctrl_c_in_a_step_ends_every_thread_and_the_next_step_is_undisturbed(lla
         process.kill()
     assert said == ["interrupted ['MainThread'] True"] * 6, err
     assert process.returncode == 0, err
+
+
+def test_ctrl_c_in_an_answer_of_the_bare_model_leaves_it_usable(llama: Path) -> None:
+    ids, threads = torch.tensor([[3, 4, 5]]), {*threading.enumerate()}
+    with lema_model(llama) as model:
+        module: Any = model.hf_model
+        answer = lambda: module.generate(input_ids=ids, max_new_tokens=3, do_sample=False)  # noqa: E731
+        before = answer()
+        calls = 0
+
+        def interrupt(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 6:  # in the second token
+                raise KeyboardInterrupt
+
+        handle = model.adapter.causal_lm().layers[1].mlp.register_forward_hook(interrupt)
+        for call in (answer, lambda: module(input_ids=ids)):
+            calls = 4
+            with pytest.raises(KeyboardInterrupt):
+                call()
+                call()
+            assert {*threading.enumerate()} <= threads
+        handle.remove()
+        with ThreadPoolExecutor(1) as pool:  # nobody holds the model's turn
+            assert torch.equal(pool.submit(answer).result(), before)

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_vocabulary import EVEN, ONE_ROW, UNEVEN, Models, distance, vocabulary_loss
 from transformers.trainer_pt_utils import LabelSmoother
 
+from heads import EVEN, ONE_ROW, UNEVEN, Models, distance, vocabulary_loss
 from helpers import Everywhere64, lema_model, padded_batch, relative
 from lema.engine.loss.positions import IGNORE_INDEX, LossResult, compute_loss
-from lema.training.metrics import read_lines
-from training_runs import make_model, settings_of, train, write_rows
+from training_runs import make_model, read_lines, settings_of, train, write_rows
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -12,8 +12,10 @@ import lema
 from families import save_tiny
 from helpers import lema_model, relative
 from lema.engine.loss import head_loss
-from lema.engine.loss.head_loss import AUTO_CHUNK, LARGE_LOGITS, loss_chunk, wide_piece
+from lema.engine.loss.head_loss import wide_piece
 from lema.errors import ConfigError
+from lema.planning import plan as plan_module
+from lema.planning.plan import AUTO_CHUNK, LARGE_LOGITS, loss_chunk
 from lema.streaming.head import SLICE_BYTES
 from lema.training.resume import check_resume
 
@@ -67,9 +69,9 @@ def test_the_default_of_a_run_follows_its_batch(tmp_path: Path, monkeypatch: pyt
         with lema_model(tmp_path, loss_chunk_size=setting) as model:
             trainer = model.get_trainer(None)
             _, small = trainer.eval_step(ids, ids)
-            monkeypatch.setattr(head_loss, "LARGE_LOGITS", 3 * 16 * 99 * 4 - 1)
+            monkeypatch.setattr(plan_module, "LARGE_LOGITS", 3 * 16 * 99 * 4 - 1)
             _, large = trainer.eval_step(ids, ids)
-            monkeypatch.setattr(head_loss, "LARGE_LOGITS", LARGE_LOGITS)
+            monkeypatch.setattr(plan_module, "LARGE_LOGITS", LARGE_LOGITS)
         losses[setting] = small, large
     assert cut == [3 * 16], "the large batch of 'auto', and nothing else"
     assert losses["auto"][0] == losses[None][0] == losses[None][1]

@@ -20,6 +20,7 @@ from helpers import (
     Pair,
     adapter_of,
     assert_as_exact_as_plain,
+    cut_into,
     differing,
     lema_model,
     lema_step,
@@ -85,22 +86,18 @@ def test_loss_and_every_gradient_are_plain_pefts(pair: Pair) -> None:
         assert not differing(expected, found)
 
 
-@pytest.mark.parametrize(("micro", "chunk"), [(1, 3), (2, None)])
+@pytest.mark.parametrize(("micro", "chunk"), [(1, 3), pytest.param(2, None, marks=pytest.mark.long)])
 def test_a_batch_in_pieces_is_as_exact_as_plain_peft(pair: Pair, micro: int, chunk: int | None) -> None:
     batch = padded_batch(5, 9)
     expected_loss, plain = plain_step(pair.plain, batch)
     trainer = recording_trainer(pair.model)
-    streamer = pair.model._streamer
-    assert streamer is not None
-    streamer.batching.micro_batch_size, trainer.config.loss_chunk_size = micro, chunk
-    try:
+    with cut_into(pair.model, micro, chunk):
         loss, found = lema_step(pair.model, batch, trainer)
-    finally:
-        streamer.batching.micro_batch_size, trainer.config.loss_chunk_size = None, None
     assert relative(loss, expected_loss) <= 1e-6
     assert_as_exact_as_plain(pair.reference(batch), plain, found)
 
 
+@pytest.mark.long
 def test_unequal_calls_are_the_one_large_batch(pair: Pair) -> None:
     whole = padded_batch(5, 9)
     expected_loss, plain = plain_step(pair.plain, whole)

@@ -25,6 +25,7 @@ from helpers import (
     Pair,
     Recorder,
     adapter_of,
+    cut_into,
     differing,
     errors,
     gradients_of,
@@ -38,6 +39,7 @@ from helpers import (
     recorded,
     recording_trainer,
     relative,
+    strategy_plan,
 )
 from lema.engine.loss.positions import compute_loss
 from lema.errors import (
@@ -54,19 +56,12 @@ from lema.storage.reader import ReadJob
 from lema.storage.views import page_aligned, typed_view
 from lema.streaming import layer_call as streamed_layer
 from lema.streaming.arguments import BatchRules, check_replayable
-from lema.streaming.memory import TripleBufferManager
+from lema.streaming.weight_store import WeightStore
 
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny("llama", folder)
-    return folder
 
 
 @pytest.fixture
@@ -192,7 +187,7 @@ def test_gpt2_files_of_the_hub_lack_the_prefix_and_carry_masks(tmp_path: Path) -
 # -- autograd's eyes and bindings (D3) -------------------------------------------------------------
 
 
-def _first_linear(manager: TripleBufferManager, unit: int) -> torch.Tensor:
+def _first_linear(manager: WeightStore, unit: int) -> torch.Tensor:
     return next(t for t in manager._layers[unit].in_slot if t.dim() == 2)
 
 
@@ -454,7 +449,7 @@ def test_gradient_checkpointing_enable_does_nothing(pair: Pair) -> None:
     pair.model.adapter.causal_lm().module.gradient_checkpointing_enable({"use_reentrant": False})
     assert not any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
     calls = 0
-    layer = pair.model._streamer.layers[1]  # type: ignore[union-attr]
+    layer = pair.model.attachment.layers[1]
     run = type(layer).run
 
     def counted(self: Any, *args: Any) -> Any:
@@ -493,9 +488,8 @@ def test_a_head_count_that_equals_the_batch_is_not_cut(tmp_path: Path, monkeypat
     batch = padded_batch(4, 10)
     _, expected = plain_step(pair.plain, batch)
     assert not differing(expected, lema_step(pair.model, batch)[1])
-    streamer = pair.model._streamer
-    assert streamer is not None
-    streamer.batching.micro_batch_size = 1
+    attachment = pair.model.attachment
+    attachment.batching.micro_batch_size = 1
     _, found = lema_step(pair.model, batch)
     assert max(errors(expected, found).values()) < 1e-4
     pair.close()
@@ -545,9 +539,8 @@ def test_the_head_is_more_than_a_product(tmp_path: Path, family: str) -> None:
         assert not torch.allclose(lm.logits(hidden), product, rtol=1e-2)
     expected_loss, expected = plain_step(pair.plain, batch)
     for chunk in (None, 1, 5):
-        trainer = recording_trainer(pair.model)
-        trainer.config.loss_chunk_size = chunk
-        loss, found = lema_step(pair.model, batch, trainer)
+        with cut_into(pair.model, chunk=chunk):
+            loss, found = lema_step(pair.model, batch)
         assert relative(loss, expected_loss) <= 1e-6
         assert max(errors(expected, found).values()) < (1e-5 if chunk else 1e-12)
     pair.close()
@@ -595,7 +588,8 @@ def test_poison_makes_a_skipped_load_visible(llama: Path, skipped: bool, monkeyp
     config = lema_config(llama)
     adapter = get_adapter("llama", json.loads((llama / "config.json").read_text()))
     adapter.configure(torch.float32, "eager")
-    memory = TripleBufferManager(GlobalBinaryIndex(llama), adapter, device="cpu", poison=True)
+    gbi = GlobalBinaryIndex(llama)
+    memory = WeightStore(gbi, adapter, strategy_plan(gbi, adapter), "cpu", poison=True)
     manager = LoRAManager({"r": 4, "alpha": 8, "target_modules": "all-linear"}, device="cpu", seed=7)
     manager.attach(adapter)
     trainer = lema.LemaTrainer(

@@ -14,6 +14,7 @@ from families import TRANSFORMING, save_tiny, tiny_config
 from helpers import (
     Pair,
     assert_as_exact_as_plain,
+    cut_into,
     differing,
     lema_model,
     lema_step,
@@ -57,11 +58,8 @@ def test_they_do_in_chunks_of_the_loss_as_well(pair: Pair) -> None:
     batch = padded_batch(5, 9)
     expected_loss, expected = plain_step(pair.plain, batch)
     trainer = recording_trainer(pair.model)
-    trainer.config.loss_chunk_size = 3
-    try:
+    with cut_into(pair.model, chunk=3):
         loss, found = lema_step(pair.model, batch, trainer)
-    finally:
-        trainer.config.loss_chunk_size = None
     assert relative(loss, expected_loss) <= 1e-6
     assert_as_exact_as_plain(pair.reference(batch), expected, found)
 

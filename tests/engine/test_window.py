@@ -8,19 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from families import save_tiny
 from helpers import lema_model, relative
 from lema.errors import ConfigError, InputError
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama."""
-    made = tmp_path_factory.mktemp("llama")
-    save_tiny("llama", made)
-    return made
 
 
 def batches(*shapes: tuple[int, int]) -> list[dict[str, torch.Tensor]]:
@@ -36,11 +27,11 @@ def batches(*shapes: tuple[int, int]) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("shapes", [((2, 10),) * 4, ((2, 10), (1, 7), (3, 12))], ids=["alike", "of all lengths"])
-def test_a_window_is_its_calls_with_one_read(folder: Path, shapes: tuple[tuple[int, int], ...]) -> None:
+def test_a_window_is_its_calls_with_one_read(llama: Path, shapes: tuple[tuple[int, int], ...]) -> None:
     given = batches(*shapes)
     weights, losses, read = {}, {}, {}
     for way in ("calls", "window"):
-        with lema_model(folder, gradient_accumulation_steps=len(given), loss_chunk_size=None) as model:
+        with lema_model(llama, gradient_accumulation_steps=len(given), loss_chunk_size=None) as model:
             trainer = model.get_trainer(torch.optim.SGD(model.get_trainable_parameters(), lr=1.0))
             before = [p.detach().clone() for p in model.get_trainable_parameters()]
             first = trainer.memory.stats.loads
@@ -60,9 +51,9 @@ def test_a_window_is_its_calls_with_one_read(folder: Path, shapes: tuple[tuple[i
     assert (weights["window"] - weights["calls"]).norm() <= 1e-4 * weights["calls"].norm()
 
 
-def test_a_window_saves_and_runs_no_more_rows_at_once_than_a_batch(folder: Path, tmp_path: Path) -> None:
+def test_a_window_saves_and_runs_no_more_rows_at_once_than_a_batch(llama: Path, tmp_path: Path) -> None:
     given = batches((2, 10), (3, 10))
-    with lema_model(folder, gradient_accumulation_steps=2, save_steps=2, output_dir=str(tmp_path)) as model:
+    with lema_model(llama, gradient_accumulation_steps=2, save_steps=2, output_dir=str(tmp_path)) as model:
         trainer = model.get_trainer()
         seen: list[int] = []
         trainer.lm.layers[0].self_attn.register_forward_pre_hook(
@@ -70,7 +61,7 @@ def test_a_window_saves_and_runs_no_more_rows_at_once_than_a_batch(folder: Path,
         )
         trainer.train_window(given)
         assert max(seen) == 3
-        assert trainer.streamer.batching.micro_batch_size is None and not (tmp_path / "checkpoint-2").exists()
+        assert trainer.attachment.batching.micro_batch_size is None and not (tmp_path / "checkpoint-2").exists()
         trainer.train_step(given[0])
         with pytest.raises(ConfigError, match="1 calls of train_step"):
             trainer.train_window(given)
@@ -81,7 +72,7 @@ def test_a_window_saves_and_runs_no_more_rows_at_once_than_a_batch(folder: Path,
         assert (tmp_path / "checkpoint-4").exists()
 
 
-def test_batches_that_do_not_go_together_are_refused(folder: Path) -> None:
+def test_batches_that_do_not_go_together_are_refused(llama: Path) -> None:
     one, other = batches((2, 10), (2, 8))
     positions = {name: torch.arange(ids.shape[1]).expand(2, -1) for name, ids in (("a", one["input_ids"]),)}["a"]
     wrong: list[tuple[list[Any], str]] = [
@@ -91,7 +82,7 @@ def test_batches_that_do_not_go_together_are_refused(folder: Path) -> None:
         ([{**one, "labels": other["labels"]}], "labels has shape"),
         ([{**one, "position_ids": positions}, {**other, "position_ids": positions[:, :8]}], "position_ids"),
     ]
-    with lema_model(folder) as model:
+    with lema_model(llama) as model:
         trainer = model.get_trainer()
         for given, message in wrong:
             with pytest.raises(InputError, match=message):
@@ -99,12 +90,12 @@ def test_batches_that_do_not_go_together_are_refused(folder: Path) -> None:
         assert trainer.train_window([one, other]) > 0
 
 
-def test_a_setting_of_more_rows_at_once_does_not_widen_a_window(folder: Path) -> None:
-    with lema_model(folder, gradient_accumulation_steps=2, micro_batch_size=4) as model:
+def test_a_setting_of_more_rows_at_once_does_not_widen_a_window(llama: Path) -> None:
+    with lema_model(llama, gradient_accumulation_steps=2, micro_batch_size=4) as model:
         trainer = model.get_trainer()
         seen: list[int] = []
         trainer.lm.layers[0].self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
         )
         trainer.train_window(batches((1, 10), (2, 10), (2, 10)))
-        assert max(seen) == 2 and trainer.streamer.batching.micro_batch_size == 4
+        assert max(seen) == 2 and trainer.attachment.batching.micro_batch_size == 4

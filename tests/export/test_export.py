@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +339,40 @@ def test_check_verb(llama: Path, tmp_path: Path) -> None:
     listed = json.loads(lema("adapter", "check", tmp_path / "dora", "--json").output)
     assert {"reader", "level", "what", "advice"} == set(listed[0])
     assert lema("adapter", "check", llama / "checkpoint").exit_code == 0
+
+
+def _without(folder: Path, name: str) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+
+
+def _as_pickle(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    torch.save(load_file(path), folder / "adapter_model.bin")
+    path.unlink()
+
+
+FAULTS: dict[str, Callable[[Path], Any]] = {
+    "none": lambda folder: None,
+    "another rank": lambda folder: edit(folder, r=64),
+    "another kind": lambda folder: edit(folder, peft_type="IA3"),
+    "no targets": lambda folder: edit(folder, target_modules=None),
+    "no alpha": lambda folder: _without(folder, "lora_alpha"),
+    "cut": lambda folder: os.truncate(folder / "adapter_model.safetensors", 100),
+    "empty": lambda folder: os.truncate(folder / "adapter_model.safetensors", 0),
+    "no weights": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "pickled only": _as_pickle,
+    "pickled too": lambda folder: torch.save({}, folder / "adapter_model.bin"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_and_export_give_the_same_answer(fault: str, llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    export_peft(llama / "checkpoint", folder, base="someone/model")
+    FAULTS[fault](folder)
+    checked, exported = lema("adapter", "check", folder, "--for", "peft"), lema("export", folder, tmp_path / "out")
+    assert checked.exit_code == exported.exit_code == (0 if fault in ("none", "pickled too") else 1), exported.output
+    found = [f for f in check_adapter(folder) if f.reader == "PEFT"]
+    for advice in (*(f.advice for f in found), exported.output):  # it may be the only copy
+        assert not re.search(r"\b(remove|delete|rm|unlink|overwrite)\b", advice), advice

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kaggle_server import TOKEN, Clock, KaggleServer, Kernel, running_server
+from kaggle_server import TOKEN, Clock, KaggleServer, Kernel
 
 SCRIPTS = Path(__file__).parents[2] / "demonstration" / "kaggle"
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("kaggle")]
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KaggleServer]:
-    with running_server(monkeypatch, tmp_path / "home") as running:
-        yield running
 
 
 def run(monkeypatch: pytest.MonkeyPatch, script: str, *words: str) -> None:

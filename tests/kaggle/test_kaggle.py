@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from kaggle_server import KEY, TOKEN, USER, Clock, KaggleServer, running_server
+from kaggle_server import KEY, TOKEN, USER, Clock, KaggleServer
 from lema.cli.app import app
 from lema.errors import KaggleError
 from lema_kaggle import credentials, download, watch
@@ -28,12 +27,6 @@ pytestmark = pytest.mark.xdist_group("kaggle")  # one port
 REF = "alice/lema-proof"
 OUTPUTS = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": bytes(range(256)) * 4096,
            "eval.json": b"[]", "metrics.jsonl": b""}  # fmt: skip
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KaggleServer]:
-    with running_server(monkeypatch, tmp_path / "home") as running:
-        yield running
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 import lema
 from lema.config import LemaConfig
-from lema.engine.assembly import resolve_budgets
 from lema.engine.step_report import peak_bytes
 from lema.errors import ConfigError, DeviceError, ReadError, WeightsNotFoundError
 from lema.machine import memory as budget
@@ -39,6 +38,7 @@ from lema.machine.device import (
 from lema.machine.memory import format_bytes, free_ram, parse_bytes, resolve_budget, total_ram
 from lema.planning import probe
 from lema.planning.hardware import CARDS, Hardware, parse_link
+from lema.planning.policy import resolve_budgets
 from lema.planning.probe import disk_rate, measure, profile
 from lema.storage.cache import cache_folder
 from lema.storage.reader import DiskReader

@@ -25,10 +25,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from test_model_utils import LLAMA_FIELDS, llama_tensors, needs_smollm2, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from gguf_files import LLAMA_FIELDS, llama_tensors, needs_smollm2, write_gguf
 from lema.cli.app import app
 from lema.errors import (
     ConfigError,

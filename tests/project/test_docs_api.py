@@ -21,7 +21,7 @@ from doc_pages import ROOT, blocks
 pycode = pytest.importorskip("sphinx.pycode")
 DOCS = ROOT / "docs"
 MODULES = (
-    "lema", "lema.config", "lema.storage.index", "lema.streaming.memory", "lema.models.lora", "lema.engine.trainer",
+    "lema", "lema.config", "lema.storage.index", "lema.core.memory", "lema.models.lora", "lema.engine.trainer",
     "lema.models", "lema.data", "lema.training", "lema.chat", "lema.prepare", "lema.report", "lema.errors",
     "lema.prepare.single_file",
 )  # fmt: skip

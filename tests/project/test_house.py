@@ -158,6 +158,19 @@ def test_repetition_is_recognised(name: str, said: str, same: bool) -> None:
     assert (words(name) == words(said)) == same
 
 
+def test_what_tests_share_lies_in_one_place() -> None:
+    """No test file imports another one, and helpers lie in `tests/support` or are packages."""
+    tests = ROOT / "tests"
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.split(".")[-1].startswith("test_")], path
+    beside = {path.name for path in tests.glob("*/*.py") if not path.name.startswith("test_")}
+    shared = {path.name for folder in ("support", "virtual_device") for path in (tests / folder).glob("*.py")}
+    assert beside == shared and [path.name for path in tests.glob("*.py")] == ["conftest.py"]
+
+
 def test_only_one_module_calls_fsync() -> None:
     calls = {
         module

@@ -121,6 +121,8 @@ def test_the_other_wheels_hold_their_packages_and_add_verbs(others: dict[str, Pa
             entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
             groups = configparser.ConfigParser()
             groups.read_string(wheel.read(entry).decode())
+            (licence,) = [name for name in wheel.namelist() if name.endswith("/LICENSE")]
+            assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
         assert {file for file in files if not file.endswith(".pyc")} == names
         verbs |= dict.fromkeys((verb.replace(".", " ") for verb in groups["lema.commands"]), name)
         if "lema.reply_formats" in groups:
@@ -133,7 +135,7 @@ def test_the_other_wheels_hold_their_packages_and_add_verbs(others: dict[str, Pa
 def test_the_source_archive_can_be_tested(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for needed in ("src/lema/py.typed", "tests/helpers.py", "examples/demo_lema.py", "tasks/common.py",
+    for needed in ("src/lema/py.typed", "tests/support/helpers.py", "examples/demo_lema.py", "tasks/common.py",
                    "packages/lema-reply/pyproject.toml", "demonstration/training/train.py", "benchmarks/arms.py",
                    "packages/lema-kaggle/benchmarks/arms.py", "recipes/lema_reply.jinja", "README.md", "LICENSE",
                    "constraints.txt", "Makefile"):  # fmt: skip

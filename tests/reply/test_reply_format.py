@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
-import lema
+from chat_models import save_base, save_learned
 from data_helpers import CHATML, VOCABULARY, make_tokenizer, write_jsonl
 from families import save_tiny
 from lema.chat import ChatModel, Conversation, Reply, Sampling
@@ -40,40 +39,14 @@ GREEDY = Sampling(max_new_tokens=90, temperature=0)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a tokenizer and a chat template of its own."""
-    folder = tmp_path_factory.mktemp("base")
-    save_tiny("llama", folder, vocab_size=VOCABULARY, max_position_embeddings=640, initializer_range=0.8)
-    make_tokenizer(CHATML).save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"), positions=640)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that has learned two replies by heart, one in the format and one that leaves it."""
-    folder = tmp_path_factory.mktemp("run") / "final"
-    config = lema.LemaConfig(
-        str(base), device="cpu", dtype="float32", lora_rank=32, lora_target_modules="all-linear", learning_rate=1e-2,
-        save_steps=0,
-    )  # fmt: skip
-    tokenizer = make_tokenizer(CHATML)
-    renderer = ChatRenderer(tokenizer, TEMPLATE.read_text(encoding="utf-8"))
-    rows = [
-        renderer.training([{"role": "user", "content": question}, {"role": "assistant", "content": reply}])
-        for question, reply in ((NORWAY, KEPT), (OTHER, LEFT))
-    ]
-    longest = max(len(row.input_ids) for row in rows)
-    ids = torch.tensor([row.input_ids + [2] * (longest - len(row.input_ids)) for row in rows])
-    labels = torch.tensor([row.labels + [-100] * (longest - len(row.labels)) for row in rows])
-    with lema.LemaModel(config) as model:
-        trainer = model.get_trainer()
-        for _ in range(400):
-            _, loss = trainer.train_step(ids, labels)
-            assert loss is not None
-            if loss < 0.01:
-                break
-        assert loss < 0.01, "the replies must be certain for what follows"
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    answers, template = [(NORWAY, KEPT), (OTHER, LEFT)], TEMPLATE.read_text(encoding="utf-8")
+    return save_learned(base, tmp_path_factory.mktemp("run") / "final", answers, template, rank=32, loss=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HOSTILE, make_run, step_timeline, write_lines
 
 from lema.report import write_report
+from run_folders import HOSTILE, make_run, step_timeline, write_lines
 
 # In CI nothing of this file is skipped, unless .ci/run says why no browser can be had there.
 REQUIRED = os.environ.get("CI") == "true" and not os.environ.get("NO_BROWSER")

@@ -15,6 +15,7 @@ from lema.cli.app import app
 from lema.data import ChatRenderer
 from lema.data.encode import RowEncoder
 from lema.data.limits import ModelLimits, Within
+from lema.engine import packing
 from lema.errors import ConfigError
 from training_runs import make_model, settings_of, tiny_tokenizer, train, write_rows
 
@@ -96,6 +97,8 @@ def test_padding_beyond_the_embedding_is_another_token(tmp_path: Path) -> None:
         ({"eval_size": 22}, "holds out 22 of the 22 rows"),
         ({"too_long": "drop", "max_seq_length": 15}, "more than max_dropped=0.1"),
         ({"too_long": "error", "max_seq_length": 15}, "rows.jsonl, line"),
+        ({"lora_target_modules": ["nothing"]}, "Modules of this model that can have LoRA"),
+        ({"adapter_name_or_path": "./nowhere"}, "./nowhere does not exist: give an adapter's directory, or its hub id"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -140,6 +143,15 @@ def test_a_model_that_cannot_keep_packed_rows_apart(tmp_path: Path, verb: tuple[
     tiny_tokenizer().save_pretrained(tmp_path / "bloom")
     rows = write_rows(tmp_path / "rows.jsonl")
     assert "cannot train on packed rows" in said(verb, run_file(tmp_path, tmp_path / "bloom", rows, packing=True))
+
+
+def test_a_run_is_tried_once_for_packing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    fault = packing._fault
+    monkeypatch.setattr(packing, "_fault", lambda lm: tried.append(lm) or fault(lm))
+    file = run_file(tmp_path, model, write_rows(tmp_path / "rows.jsonl"), packing=True, max_steps=1, num_train_epochs=0)
+    result = CliRunner().invoke(app, ["train", str(file)])
+    assert result.exit_code == 0 and len(tried) == 1, result.output
 
 
 def test_what_is_counted_depends_on_the_vocabulary_where_it_can_refuse() -> None:

@@ -30,9 +30,9 @@ class Recording(Coordinator):
         self.asked: list[tuple[str, Any]] = []
         self.wishes = wishes
 
-    def total(self, what: str, number: Any) -> Any:
-        self.asked.append((what, number))
-        return number
+    def totals(self, what: str, numbers: Sequence[Any]) -> list[Any]:
+        self.asked.append((what, list(numbers)))
+        return list(numbers)
 
     def add(self, what: str, tensors: Sequence[Any]) -> None:
         assert tensors and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
@@ -45,6 +45,9 @@ class Recording(Coordinator):
     def broadcast(self, what: str, value: T) -> T:
         self.asked.append((what, value))
         return value
+
+    def meet(self, what: str) -> None:
+        self.asked.append((what, None))
 
     def abandon(self, what: str) -> None:
         self.asked.append(("abandon", what))
@@ -69,15 +72,15 @@ def test_every_decision_of_a_run_is_asked_for(model: Path, rows: Path, tmp_path:
     asked, result = recorded(settings)
     assert result.status == "finished"
     targets, losses, norms = (asked.answers(name) for name in ("targets", "loss", "norm"))
-    assert len(targets) == len(losses) == len(norms) == 3 and all(count > 0 for count in targets)
-    assert asked.answers("rows with targets") == targets
+    assert len(targets) == len(losses) == len(norms) == 3 and all(count > 0 for (count,) in targets)
+    assert [counts[:1] for counts in asked.answers("batch")] == targets
     assert len(set(asked.answers("gradients"))) == 1 and len(asked.answers("gradients")) == 3
-    assert asked.answers("save") == [False, True, False] and asked.answers("saved") == [True]
-    assert True in asked.answers("evaluate") and True in asked.answers("log")
+    assert asked.answers("save") == [False, True, False] and asked.answers("saved") == [None, None]
+    assert asked.answers("end of a block") and True in asked.answers("evaluate") and True in asked.answers("log")
     assert set(asked.answers("stop")) == {None} and set(asked.answers("out of time")) == {False}
     assert set(asked.answers("training_stop")) == {False}
-    assert asked.answers("evaluated targets")[0] >= asked.answers("right targets")[0] >= 0
-    assert asked.answers("evaluation loss")[0] > 0
+    evaluated, right = asked.answers("evaluated targets")[0]
+    assert evaluated >= right >= 0 and asked.answers("evaluation loss")[0][0] > 0
     train({**settings, "output_dir": str(tmp_path / "alone")})
     assert adapter_bytes(tmp_path / "asked" / "final") == adapter_bytes(tmp_path / "alone" / "final")
 
@@ -109,9 +112,8 @@ def test_a_step_that_is_left_is_told(model: Path, rows: Path, tmp_path: Path) ->
 
 def test_a_loss_that_is_not_finite_elsewhere_is_skipped_here(model: Path, rows: Path, tmp_path: Path) -> None:
     class Elsewhere(Recording):
-        def total(self, what: str, number: Any) -> Any:
-            super().total(what, number)
-            return float("nan") if what == "loss" else number
+        def totals(self, what: str, numbers: Sequence[Any]) -> list[Any]:
+            return [float("nan")] if what == "loss" else super().totals(what, numbers)
 
     coordinator = Elsewhere()
 
@@ -131,4 +133,4 @@ def test_a_callback_of_one_rank_saves_on_all(model: Path, rows: Path, tmp_path: 
 
     settings = settings_of(model, rows, tmp_path, max_steps=2, sample_prompts=[], eval_size=0)
     asked, _ = recorded({**settings, "callbacks": [Asks()]})
-    assert asked.answers("save") == [True, False] and asked.answers("saved") == [True]
+    assert asked.answers("save") == [True, False] and asked.answers("saved") == [None, None]

@@ -21,7 +21,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_simulated import Shape, drive, hold
 
 from lema.errors import StreamingError
 from lema.storage.layout import PAGE, align_up
@@ -29,7 +28,9 @@ from lema.storage.views import page_aligned
 from lema.streaming import arena as arena_module
 from lema.streaming.accelerator import StagedCopier
 from lema.streaming.boundaries import BoundaryStore, Handle, KeptBoundaries, OffloadedBoundaries
-from lema.streaming.simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
+from replayed import Replayed, layer
+from simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
+from simulated_tiers import Shape, drive, hold
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -343,7 +344,7 @@ def test_a_forgotten_store_unpins() -> None:
 
 
 def test_a_device_that_hangs_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lema.streaming.simulated._LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("simulated._LONGEST_WAIT", 0.05)
     event = SimulatedEvent()
     device = SimulatedDevice()
     device.compute_stream().enqueue(lambda: time.sleep(0.5))
@@ -540,29 +541,6 @@ def test_a_source_that_changes_under_a_late_copy_is_a_fault() -> None:
 
 
 # --- in a graph -------------------------------------------------------------------------------------------
-
-
-class Replayed(torch.autograd.Function):
-    """A layer whose input is kept by a store and whose backward runs it again, as the engine's does."""
-
-    @staticmethod
-    def forward(ctx: Any, store: BoundaryStore, unit: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.store, ctx.weight = store, weight
-        store.save(ctx, unit, hidden)
-        return layer(hidden, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        weight = ctx.weight.detach().requires_grad_()
-        with ctx.store.saved(ctx) as kept:
-            hidden = kept.detach().requires_grad_()
-            with torch.enable_grad():
-                output = layer(hidden, weight)
-            return None, None, *torch.autograd.grad(output, (hidden, weight), gradient)
-
-
-def layer(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(hidden @ weight) + hidden
 
 
 def gradients(store: BoundaryStore | None, batches: int = 2) -> list[torch.Tensor]:

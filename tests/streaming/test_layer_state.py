@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import strategy_plan
 from int4 import sources_of, write
 from lema.errors import BindingError, StreamingError
 from lema.storage.index import GlobalBinaryIndex
 from lema.storage.layout import ParameterSource
 from lema.streaming.layer_state import Residency
-from lema.streaming.memory import TripleBufferManager
-from lema.streaming.schedule import Schedule
-from lema.streaming.simulated import SimulatedDevice
+from lema.streaming.schedule import AccessSchedule
+from lema.streaming.weight_store import WeightStore
+from simulated import SimulatedDevice
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -57,12 +58,19 @@ class Coded:
 
 
 @contextmanager
-def coded(folder: Path, with_device: bool) -> Iterator[tuple[TripleBufferManager, Coded, list[torch.Tensor]]]:
+def coded(folder: Path, with_device: bool) -> Iterator[tuple[WeightStore, Coded, list[torch.Tensor]]]:
     expected = write(folder, [SHAPE] * LAYERS)
     device, model = SimulatedDevice(seed=5) if with_device else None, Coded()
     with (
         GlobalBinaryIndex(folder) as gbi,
-        TripleBufferManager(gbi, model, "cpu", backend=device, poison=True) as memory,
+        WeightStore(
+            gbi,
+            model,
+            strategy_plan(gbi, model, device="simulated" if with_device else "cpu"),
+            "cpu",
+            backend=device,
+            poison=True,
+        ) as memory,
     ):
         yield memory, model, expected
     if device is not None:
@@ -72,7 +80,7 @@ def coded(folder: Path, with_device: bool) -> Iterator[tuple[TripleBufferManager
 @pytest.mark.parametrize("with_device", [False, True])
 def test_codes_travel_and_values_are_computed_with(tmp_path: Path, with_device: bool) -> None:
     with coded(tmp_path, with_device) as (memory, model, expected):
-        schedule = Schedule.training(LAYERS)
+        schedule = AccessSchedule.training(LAYERS)
         for _ in range(3):
             memory.predict(schedule)
             for access in schedule.accesses:

@@ -15,21 +15,21 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from families import save_tiny
-from helpers import with_mapped
+from helpers import strategy_plan
 from lema.errors import ConfigError
 from lema.models.llama import LlamaAdapter
 from lema.storage.index import GlobalBinaryIndex
-from lema.streaming.memory import TripleBufferManager
-from lema.streaming.schedule import Access, Phase, Schedule
+from lema.streaming.schedule import Access, AccessSchedule, Phase
 from lema.streaming.slot_cache import Load, SlotCache
+from lema.streaming.weight_store import WeightStore
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def schedule(text: str) -> Schedule:
+def schedule(text: str) -> AccessSchedule:
     """`F0 F1 B1 B0` as a schedule."""
     phases = {"F": Phase.FORWARD, "B": Phase.BACKWARD}
-    return Schedule(tuple(Access(int(word[1:]), phases[word[0]]) for word in text.split()))
+    return AccessSchedule(tuple(Access(int(word[1:]), phases[word[0]]) for word in text.split()))
 
 
 def by_rank(units: list[int], num_slots: int) -> dict[int, int]:
@@ -38,7 +38,7 @@ def by_rank(units: list[int], num_slots: int) -> dict[int, int]:
 
 @contextmanager
 def cache_with_filler(
-    slot_of: dict[int, int], predicted: Schedule, depth: int
+    slot_of: dict[int, int], predicted: AccessSchedule, depth: int
 ) -> Iterator[tuple[SlotCache, list[Load]]]:
     """A cache whose loads end at once, in another thread, and the loads in the order they were started."""
     started: list[Load] = []
@@ -62,32 +62,32 @@ def drive(cache: SlotCache, accesses: tuple[Access, ...]) -> None:
 
 
 def test_inference_goes_up() -> None:
-    assert Schedule.inference(4) == schedule("F0 F1 F2 F3")
-    assert Schedule.inference(0) == Schedule(())
+    assert AccessSchedule.inference(4) == schedule("F0 F1 F2 F3")
+    assert AccessSchedule.inference(0) == AccessSchedule(())
 
 
 def test_training_goes_up_and_down() -> None:
-    assert Schedule.training(3) == schedule("F0 F1 F2 B2 B1 B0")
-    assert Schedule.training(1) == schedule("F0 B0")
-    assert Schedule.training(0) == Schedule(())
+    assert AccessSchedule.training(3) == schedule("F0 F1 F2 B2 B1 B0")
+    assert AccessSchedule.training(1) == schedule("F0 B0")
+    assert AccessSchedule.training(0) == AccessSchedule(())
 
 
 def test_the_backward_stops_at_the_lowest_unit_a_gradient_has_to_reach() -> None:
     """LoRA on layers 3 and 4 only, of 5: units 4 and 3 are accessed again, no other."""
-    assert Schedule.training(5, lowest=3) == schedule("F0 F1 F2 F3 F4 B4 B3")
-    assert Schedule.training(5, lowest=4) == schedule("F0 F1 F2 F3 F4 B4")
-    assert Schedule.training(5, lowest=5) == Schedule.inference(5)
+    assert AccessSchedule.training(5, lowest=3) == schedule("F0 F1 F2 F3 F4 B4 B3")
+    assert AccessSchedule.training(5, lowest=4) == schedule("F0 F1 F2 F3 F4 B4")
+    assert AccessSchedule.training(5, lowest=5) == AccessSchedule.inference(5)
 
 
 @pytest.mark.parametrize("lowest", [-1, 4, 99])
 def test_a_lowest_unit_that_does_not_exist_is_refused(lowest: int) -> None:
     with pytest.raises(ConfigError, match=str(lowest)):
-        Schedule.training(3, lowest)
+        AccessSchedule.training(3, lowest)
 
 
 def test_only_keeps_the_order_of_the_units_named() -> None:
-    assert Schedule.training(4).only(frozenset({0, 2})) == schedule("F0 F2 B2 B0")
-    assert Schedule.training(4).only(frozenset()) == Schedule(())
+    assert AccessSchedule.training(4).only(frozenset({0, 2})) == schedule("F0 F2 B2 B0")
+    assert AccessSchedule.training(4).only(frozenset()) == AccessSchedule(())
 
 
 def test_position_goes_round_from_its_start() -> None:
@@ -97,14 +97,14 @@ def test_position_goes_round_from_its_start() -> None:
     assert cycle.position(Access(0, Phase.FORWARD), 4) == 0
     assert cycle.position(Access(1, Phase.FORWARD), 1) == 1
     assert cycle.position(Access(0, Phase.BACKWARD)) is None
-    assert Schedule(()).position(Access(0, Phase.FORWARD)) is None
+    assert AccessSchedule(()).position(Access(0, Phase.FORWARD)) is None
 
 
 def test_the_schedule_is_a_function_of_counts_alone() -> None:
     """Every process that is given the same counts must predict the same order, so equal ones must compare equal."""
-    assert Schedule.training(7, 2) == Schedule.training(7, 2)
-    assert hash(Schedule.training(7, 2)) == hash(Schedule.training(7, 2))
-    assert Schedule.training(7, 2) != Schedule.training(7, 3)
+    assert AccessSchedule.training(7, 2) == AccessSchedule.training(7, 2)
+    assert hash(AccessSchedule.training(7, 2)) == hash(AccessSchedule.training(7, 2))
+    assert AccessSchedule.training(7, 2) != AccessSchedule.training(7, 3)
 
 
 # --- the loads ------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ SIZES = [(n, s) for s in range(2, 6) for n in range(s, 10)]
 
 @pytest.mark.parametrize(("num_units", "num_slots"), SIZES)
 def test_a_step_loads_what_the_slots_cannot_keep_over_its_turns(num_units: int, num_slots: int) -> None:
-    loads = Schedule.training(num_units).loads(by_rank(list(range(num_units)), num_slots))
+    loads = AccessSchedule.training(num_units).loads(by_rank(list(range(num_units)), num_slots))
     assert len(loads.accesses) == 2 * (num_units - num_slots)
     up = [v.unit for v in loads.accesses if v.phase is Phase.FORWARD]
     down = [v.unit for v in loads.accesses if v.phase is Phase.BACKWARD]
@@ -125,7 +125,7 @@ def test_a_step_loads_what_the_slots_cannot_keep_over_its_turns(num_units: int, 
 @pytest.mark.parametrize("depth", [0, 1, 3, 20])
 @pytest.mark.parametrize(("num_units", "num_slots"), [(3, 2), (8, 2), (5, 4), (8, 3), (9, 5)])
 def test_a_ring_loads_as_often_as_the_schedule_says(num_units: int, num_slots: int, depth: int) -> None:
-    slot_of, predicted = by_rank(list(range(num_units)), num_slots), Schedule.training(num_units)
+    slot_of, predicted = by_rank(list(range(num_units)), num_slots), AccessSchedule.training(num_units)
     with cache_with_filler(slot_of, predicted, depth) as (cache, started):
         counts = []
         for _ in range(4):
@@ -147,7 +147,7 @@ def test_any_cycle_is_loaded_in_the_order_loads_says(data: st.DataObject) -> Non
     num_units = data.draw(st.integers(1, 6))
     slot_of = by_rank(list(range(num_units)), data.draw(st.integers(1, 4)))
     unit = st.builds(Access, st.integers(0, num_units - 1), st.sampled_from(Phase))
-    predicted = Schedule(tuple(data.draw(st.lists(unit, min_size=1, max_size=12))))
+    predicted = AccessSchedule(tuple(data.draw(st.lists(unit, min_size=1, max_size=12))))
     with cache_with_filler(slot_of, predicted, data.draw(st.integers(0, 8))) as (cache, started):
         for _ in range(3):
             drive(cache, predicted.accesses)
@@ -170,10 +170,10 @@ EVERY_SECOND = [0, 2, 4, 6]
 
 
 def test_rank_modulo_slots_can_prefetch_where_index_modulo_slots_collides() -> None:
-    predicted = Schedule.training(8).only(frozenset(EVERY_SECOND))
+    predicted = AccessSchedule.training(8).only(frozenset(EVERY_SECOND))
     for slot_of, ahead in ((by_rank(EVERY_SECOND, 2), [0, 2]), ({unit: unit % 2 for unit in EVERY_SECOND}, [0])):
         started: list[Load] = []
-        cache = SlotCache(slot_of, Schedule(()), 2, started.append)
+        cache = SlotCache(slot_of, AccessSchedule(()), 2, started.append)
         cache.predict(predicted)
         assert [load.unit for load in started] == ahead
 
@@ -188,10 +188,10 @@ def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_manager_gives_slots_by_rank_among_the_streamed_units(eight_layers: Path) -> None:
     adapter = LlamaAdapter(AutoConfig.from_pretrained(eight_layers).to_dict())
     odd = [1, 3, 5, 7]
-    predicted = Schedule.training(8)
+    predicted = AccessSchedule.training(8)
     with (
         GlobalBinaryIndex(eight_layers) as gbi,
-        TripleBufferManager(gbi, adapter, "cpu", plan=with_mapped(gbi, adapter, odd), poison=True) as memory,
+        WeightStore(gbi, adapter, strategy_plan(gbi, adapter, odd), "cpu", poison=True) as memory,
     ):
         sources = adapter.unit_sources(gbi)
         assert memory.streamed == EVERY_SECOND

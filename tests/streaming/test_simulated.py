@@ -14,7 +14,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,27 +25,22 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from families import save_tiny
-from helpers import with_mapped
+from helpers import strategy_plan
 from lema.config import LemaConfig
 from lema.engine.trainer import LemaTrainer
 from lema.errors import ReadError, StreamingError
 from lema.models.lora import LoRAManager
 from lema.models.transformers_adapter import TransformersAdapter
 from lema.storage import reader as reader_module
-from lema.storage.index import GlobalBinaryIndex, TensorRecord
-from lema.storage.layout import Move, SlotLayout, whole_tensor
-from lema.storage.reader import DiskReader, ReadJob
-from lema.storage.views import page_aligned
+from lema.storage.index import GlobalBinaryIndex
 from lema.streaming.device_tier import ComputeWaits, DeviceTier
-from lema.streaming.memory import TripleBufferManager
-from lema.streaming.schedule import Access, Phase, Schedule
-from lema.streaming.simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
-from lema.streaming.slot_cache import Load, SlotCache
-from lema.streaming.tiers import Tier
+from lema.streaming.schedule import Access, AccessSchedule, Phase
+from lema.streaming.slot_cache import Load
+from lema.streaming.weight_store import WeightStore
+from simulated import SimulatedDevice, SimulatedEvent, SimulatedStream
+from simulated_tiers import PAUSE, Run, Shape, drive, hold
 
 pytestmark = pytest.mark.timeout(60)
-
-PAUSE = 0.0008
 
 
 # --- what streams and events mean -----------------------------------------------------------------------
@@ -58,17 +52,6 @@ def streams() -> Iterator[tuple[SimulatedStream, SimulatedStream]]:
     yield pair
     for stream in pair:
         stream.close()
-
-
-def hold(stream: SimulatedStream) -> threading.Event:
-    """Let a stream go on only when the event is set."""
-    gate = threading.Event()
-
-    def wait() -> None:
-        gate.wait(5)  # a test that failed must not wait for ever to close the stream
-
-    stream.enqueue(wait)
-    return gate
 
 
 def test_an_event_never_recorded_is_complete(streams: tuple[SimulatedStream, SimulatedStream]) -> None:
@@ -183,165 +166,6 @@ def test_a_blocking_device_lets_ordinary_code_read_after_acquire() -> None:
 # --- the driver -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Everything a run is drawn from; the seed draws the rest."""
-
-    seed: int
-    units: int = 5
-    host_slots: int = 2
-    device_slots: int = 2
-    depth: int = 2
-    readers: int = 2
-    failures: float = 0.0
-
-
-class Run:
-    """Files, host slots and a device tier with a random walk through them.
-
-    `wrong` collects whatever a reader of a slot saw that was not the unit's bytes.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        shape: Shape,
-        device: type[SimulatedDevice] = SimulatedDevice,
-        tier: type[DeviceTier] = DeviceTier,
-    ) -> None:
-        draw = self.draw = random.Random(shape.seed)
-        self.shape = shape
-        self.wrong: list[str] = []
-        self.bytes: list[torch.Tensor] = []
-        records, offset = [], draw.randrange(0, 5000)
-        with open(folder / "weights", "wb") as stream:
-            stream.write(b"\0" * offset)
-            for unit in range(shape.units):
-                nbytes = draw.randrange(1, 6000)
-                stream.write(content := bytes([unit * 16 + draw.randrange(16)]) * nbytes)
-                self.bytes.append(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-                records.append(TensorRecord(f"unit{unit}", folder / "weights", offset, nbytes, torch.uint8, (nbytes,)))
-                offset += nbytes
-        self.layouts = [SlotLayout([whole_tensor(r.name, r)]) for r in records]
-        self.places = [layout.extents[0].slot_offset for layout in self.layouts]
-        sizes = {unit: layout.nbytes for unit, layout in enumerate(self.layouts)}
-        self.device = device(shape.seed, PAUSE, blocking=False)
-        self.reader = DiskReader(shape.readers)
-        self.plans = [Schedule.training(shape.units), Schedule.inference(shape.units), Schedule(())]
-        host_slot_of, slot_of = (
-            {unit: unit % slots for unit in range(shape.units)} for slots in (shape.host_slots, shape.device_slots)
-        )
-        self.buffers = [page_aligned(max(sizes.values())) for _ in range(shape.host_slots)]
-        self.host = SlotCache(host_slot_of, self.plans[0].loads(slot_of), shape.depth, self.fill)
-        moves = {unit: [Move(0, 0, size)] for unit, size in sizes.items()}
-        self.tier = tier(self.device, Tier(self.host, self.buffers), slot_of, self.plans[0], max(shape.depth, 1), moves)
-        for name in ("release", "finished"):
-            setattr(self.tier.cache, name, self.then_pause(getattr(self.tier.cache, name)))
-
-    def then_pause(self, method: Callable[..., None]) -> Callable[..., None]:
-        """Another thread may always run right after a call; here it often does."""
-
-        def call(*args: Any) -> None:
-            method(*args)
-            if self.draw.random() < 0.5:
-                time.sleep(self.draw.random() * PAUSE)
-
-        return call
-
-    def fill(self, load: Load) -> None:
-        self.buffers[load.slot].fill_(0xFF)
-        view = memoryview(self.buffers[load.slot].numpy())
-        extents = self.layouts[load.unit].extents
-        self.reader.submit(
-            ReadJob(extents, view, lambda: load.cancelled, lambda error: self.host.finished(load, error))
-        )
-
-    def acquire(self, access: Access) -> None:
-        """An access, tried again after every injected error; its bytes are read when the compute stream comes to it."""
-        slot = None
-        while slot is None:
-            try:
-                slot = self.tier.acquire(access.unit, access.phase)
-            except ReadError as error:
-                if f"'unit{access.unit}'" not in str(error):
-                    self.wrong.append(f"an access of unit {access.unit} was told: {error}")
-        start, expected = self.places[access.unit], self.bytes[access.unit]
-
-        def use(source: torch.Tensor) -> None:
-            if not torch.equal(source[start : start + len(expected)], expected):
-                self.wrong.append(f"unit {access.unit} found other bytes in slot {slot}")
-
-        self.device.read(self.tier.buffers[slot], use)
-
-    def sweep(self, accesses: Sequence[Access]) -> None:
-        """Accesses one after the other, sometimes two units in use at once."""
-        held: list[Access] = []
-        for access in accesses:
-            slot = self.tier.cache.slot_of[access.unit]
-            for other in list(held):
-                if self.tier.cache.slot_of[other.unit] == slot or self.draw.random() < 0.7:
-                    held.remove(other)
-                    self.tier.release(other.unit)
-            self.acquire(access)
-            held.append(access)
-            if self.draw.random() < 0.3:
-                time.sleep(self.draw.random() * PAUSE)
-        for access in held:
-            self.tier.release(access.unit)
-
-    def predict(self, plan: Schedule) -> None:
-        self.tier.predict(plan)
-
-    def abort(self) -> None:
-        self.tier.abort()
-        self.reader.stop()
-
-    def walk(self, sweeps: int = 3) -> None:
-        for _ in range(sweeps):
-            plan = self.draw.choice(self.plans)
-            self.predict(plan)
-            accesses = list(plan.accesses) or [Access(u, Phase.FORWARD) for u in range(self.shape.units)]
-            if self.draw.random() < 0.4:
-                self.draw.shuffle(accesses)
-            self.sweep(accesses)
-            if self.draw.random() < 0.2:
-                self.abort()
-
-    def end(self) -> list[str]:
-        """Close everything; what was wrong."""
-        self.tier.close()
-        self.reader.stop()
-        self.device.compute_stream().drain()
-        for stream in (self.device.copy_stream(), self.device.compute_stream()):
-            stream.close()
-        return self.wrong + self.device.faults
-
-
-def failing_reads(patch: pytest.MonkeyPatch, seed: int, rate: float) -> None:
-    """Every read fails with this probability, after it wrote half of what it was asked for."""
-    real, draw = os.preadv, random.Random(seed)
-
-    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if draw.random() < rate:
-            real(descriptor, [buffers[0][: len(buffers[0]) // 1024 * 512]], offset)
-            raise OSError(errno.EIO, "Input/output error")
-        return real(descriptor, buffers, offset)
-
-    if rate:
-        patch.setattr(reader_module.os, "preadv", preadv)
-
-
-def drive(folder: Path, shape: Shape, **parts: Any) -> list[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        failing_reads(patch, shape.seed, shape.failures)
-        run = Run(folder, shape, **parts)
-        try:
-            run.walk()
-        finally:
-            wrong = run.end()
-        return wrong
-
-
 # --- the tier as it is ------------------------------------------------------------------------------------
 
 
@@ -377,7 +201,7 @@ def test_an_error_at_one_place_of_the_file_comes_to_its_unit_until_it_is_gone(
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(reader_module.os, "preadv", preadv)
-    plan = Schedule.inference(6)
+    plan = AccessSchedule.inference(6)
     run.predict(plan)
     broken.set()
     for _ in range(2):
@@ -436,7 +260,7 @@ def test_stop_ends_the_copier_and_the_next_access_starts_it_again(tmp_path: Path
     before = copiers()
     run = Run(tmp_path, Shape(1))
     for _ in range(3):
-        run.sweep(Schedule.training(5).accesses)
+        run.sweep(AccessSchedule.training(5).accesses)
         assert len(copiers() - before) == 1
         run.abort()
         assert copiers() <= before
@@ -455,7 +279,7 @@ def test_the_copier_can_be_stopped_from_its_own_thread(tmp_path: Path) -> None:
                 stopped.set()
 
     run = Run(tmp_path, Shape(1), device=StopsInTheMiddle)
-    run.sweep(Schedule.training(5).accesses)
+    run.sweep(AccessSchedule.training(5).accesses)
     assert stopped.is_set()
     assert run.end() == []
 
@@ -474,14 +298,14 @@ def test_a_device_that_fails_is_told_to_who_waits_and_may_be_asked_again(tmp_pat
     for _ in range(2):
         with pytest.raises(RuntimeError, match="device lost"):
             run.tier.acquire(0, Phase.FORWARD)
-    run.sweep(Schedule.training(5).accesses)
+    run.sweep(AccessSchedule.training(5).accesses)
     assert run.end() == []
 
 
 def test_no_device_slot_is_loaded_more_often_than_the_schedule_says(tmp_path: Path) -> None:
     for shape in (Shape(1, units=6, host_slots=3), Shape(2, units=6, device_slots=3), Shape(3, units=6, depth=4)):
         run = Run(tmp_path, shape)
-        plan = Schedule.training(6)
+        plan = AccessSchedule.training(6)
         loads = []
         for _ in range(4):
             run.predict(plan)
@@ -670,10 +494,13 @@ class Engine:
         self.gbi = GlobalBinaryIndex(folder)
         adapter = TransformersAdapter(AutoConfig.from_pretrained(folder).to_dict())
         adapter.configure(torch.float32, "sdpa")
-        if mapped := memory.pop("mapped", ()):
-            memory["plan"] = with_mapped(self.gbi, adapter, mapped, "simulated", loss_chunk_size=5)
-        self.memory = TripleBufferManager(
-            self.gbi, adapter, device="cpu", backend=device, poison=True, **{"num_readers": 1, **memory}
+        plan = strategy_plan(
+            self.gbi, adapter, memory.pop("mapped", ()), "cpu" if device is None else "simulated",
+            memory.pop("strategy", "streaming"), host_slots=memory.pop("num_slots", 2),
+            device_slots=memory.pop("device_slots", 2),
+        )  # fmt: skip
+        self.memory = WeightStore(
+            self.gbi, adapter, plan, "cpu", backend=device, poison=True, **{"num_readers": 1, **memory}
         )
         lora = LoRAManager({"r": 4, "alpha": 8, "target_modules": ["q_proj", "down_proj"]}, device="cpu", seed=7)
         lora.attach(adapter)
@@ -806,7 +633,7 @@ def test_close_ends_every_thread_and_nothing_starts_one_again(tiny_llama: Path, 
     assert lema_threads() - before
     engine.close()
     assert lema_threads() <= before
-    engine.memory.predict(Schedule.inference(LAYERS))
+    engine.memory.predict(AccessSchedule.inference(LAYERS))
     with pytest.raises(StreamingError, match="closed"):
         engine.memory.acquire(0)
     assert lema_threads() <= before

@@ -23,19 +23,19 @@ from hypothesis import strategies as st
 
 from lema.errors import ReadError, StreamingError
 from lema.streaming import slot_cache as cache_module
-from lema.streaming.schedule import Access, Phase, Schedule
+from lema.streaming.schedule import Access, AccessSchedule, Phase
 from lema.streaming.slot_cache import Load, SlotCache, SlotState
 
 pytestmark = pytest.mark.timeout(60)
 
 F, B = Phase.FORWARD, Phase.BACKWARD
-EMPTY = Schedule(())
+EMPTY = AccessSchedule(())
 
 
-def schedule(text: str) -> Schedule:
+def schedule(text: str) -> AccessSchedule:
     """`F0 F1 B1 B0` as a schedule."""
     phases = {"F": F, "B": B}
-    return Schedule(tuple(Access(int(word[1:]), phases[word[0]]) for word in text.split()))
+    return AccessSchedule(tuple(Access(int(word[1:]), phases[word[0]]) for word in text.split()))
 
 
 # --- a cache in one thread, and the model it is held against -----------------------------------------
@@ -62,11 +62,11 @@ class World:
     """
 
     slot_of: dict[int, int]
-    predicted: Schedule
+    predicted: AccessSchedule
     depth: int
     script: Iterator[tuple[str, int]] = field(default_factory=lambda: iter(()))
     """What happens in each wait; when it has run out, the oldest load ends well."""
-    others: list[Schedule] = field(default_factory=list)
+    others: list[AccessSchedule] = field(default_factory=list)
     """Schedules that may be predicted by somebody else during a wait."""
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class World:
     def seek(self, access: Access) -> None:
         if self.cycle and self.next_access() == access:
             return
-        position = Schedule(self.cycle).position(access, self.position % len(self.cycle) if self.cycle else 0)
+        position = AccessSchedule(self.cycle).position(access, self.position % len(self.cycle) if self.cycle else 0)
         if position is None:
             self.cycle = (*self.cycle, access)
             position = len(self.cycle) - 1
@@ -229,7 +229,7 @@ class World:
         self.cache.finished(load, error)
         self.check()
 
-    def predict(self, predicted: Schedule) -> None:
+    def predict(self, predicted: AccessSchedule) -> None:
         expected = predicted.accesses == self.cycle and bool(self.cycle) and self.position % len(self.cycle) == 0
         if not expected:
             self.cycle = predicted.accesses
@@ -305,7 +305,7 @@ class World:
         self.cache.close()
 
 
-def world(slots: int, units: int, predicted: Schedule | str, depth: int, *script: tuple[str, int]) -> World:
+def world(slots: int, units: int, predicted: AccessSchedule | str, depth: int, *script: tuple[str, int]) -> World:
     slot_of = {unit: unit % slots for unit in range(units)}
     return World(slot_of, schedule(predicted) if isinstance(predicted, str) else predicted, depth, iter(script))
 
@@ -313,12 +313,12 @@ def world(slots: int, units: int, predicted: Schedule | str, depth: int, *script
 # --- any order of events ----------------------------------------------------------------------------
 
 
-def schedules(units: int) -> st.SearchStrategy[Schedule]:
+def schedules(units: int) -> st.SearchStrategy[AccessSchedule]:
     accesses = st.builds(Access, st.integers(0, units - 1), st.sampled_from(Phase))
     return st.one_of(
-        st.builds(Schedule.training, st.just(units), st.integers(0, units)),
-        st.just(Schedule.inference(units)),
-        st.lists(accesses, max_size=10).map(lambda chosen: Schedule(tuple(chosen))),
+        st.builds(AccessSchedule.training, st.just(units), st.integers(0, units)),
+        st.just(AccessSchedule.inference(units)),
+        st.lists(accesses, max_size=10).map(lambda chosen: AccessSchedule(tuple(chosen))),
     )
 
 
@@ -391,7 +391,7 @@ def loaded(w: World) -> list[int]:
 def test_accesses_are_read_ahead_as_far_as_depth_and_slots_allow() -> None:
     for depth, ahead in ((1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (6, [0, 1, 2])):
         w = world(3, 6, EMPTY, depth)
-        w.predict(Schedule.inference(6))
+        w.predict(AccessSchedule.inference(6))
         assert loaded(w) == ahead
     w.acquire(0)
     assert loaded(w) == [0, 1, 2], "unit 3 needs the slot in use"
@@ -415,9 +415,9 @@ def test_depth_0_never_reads_ahead(data: st.DataObject, slots: int, units: int) 
 
 
 def test_at_the_turn_and_at_the_next_step_the_slots_are_kept() -> None:
-    w = world(2, 4, Schedule.training(4), 4)
+    w = world(2, 4, AccessSchedule.training(4), 4)
     for _ in range(3):
-        for access in Schedule.training(4).accesses:
+        for access in AccessSchedule.training(4).accesses:
             w.use(access.unit, access.phase)
     assert loaded(w)[:12] == [0, 1, 2, 3, 1, 0, 2, 3, 1, 0, 2, 3]
 
@@ -428,12 +428,12 @@ def test_two_forwards_before_a_backward_and_an_evaluation_in_between(depth: int)
     up, down = [(u, F) for u in range(5)], [(u, B) for u in range(4, -1, -1)]
     for _ in range(2):
         for predicted, accesses in (
-            (Schedule.training(5), up + up + down),
-            (Schedule.inference(5), up + up),
-            (Schedule.training(5, 2), up + down[:3]),
-            (Schedule.training(5), up),
+            (AccessSchedule.training(5), up + up + down),
+            (AccessSchedule.inference(5), up + up),
+            (AccessSchedule.training(5, 2), up + down[:3]),
+            (AccessSchedule.training(5), up),
             (EMPTY, up + down),
-            (Schedule.training(5), up + down + down),
+            (AccessSchedule.training(5), up + down + down),
         ):
             w.predict(predicted)
             for unit, phase in accesses:
@@ -442,11 +442,11 @@ def test_two_forwards_before_a_backward_and_an_evaluation_in_between(depth: int)
 
 def test_what_is_expected_already_is_left_in_peace() -> None:
     w = world(2, 4, EMPTY, 2)
-    w.predict(Schedule.training(4))
-    assert not w.cache.predict(Schedule.training(4))
+    w.predict(AccessSchedule.training(4))
+    assert not w.cache.predict(AccessSchedule.training(4))
     assert not any(load.cancelled for load in w.fills)
     w.use(0)
-    assert w.cache.predict(Schedule.training(4)), "in the middle of a cycle it says to begin again"
+    assert w.cache.predict(AccessSchedule.training(4)), "in the middle of a cycle it says to begin again"
 
 
 def test_another_prediction_cancels_loads_nobody_will_use() -> None:
@@ -530,7 +530,7 @@ def test_a_slot_that_is_about_to_be_used_is_not_forgotten() -> None:
 
 def test_an_error_comes_to_the_access_that_wanted_the_unit_and_a_retry_works() -> None:
     w = world(2, 4, EMPTY, 2)
-    w.predict(Schedule.inference(4))
+    w.predict(AccessSchedule.inference(4))
     w.end(1, fail=True)
     assert w.use(0), "the access before is not disturbed"
     assert not w.acquire(1)
@@ -539,7 +539,7 @@ def test_an_error_comes_to_the_access_that_wanted_the_unit_and_a_retry_works() -
 
 
 def test_every_try_that_fails_raises_its_own_error() -> None:
-    w = world(1, 2, Schedule.inference(2), 1, *[("fail", 0)] * 3)
+    w = world(1, 2, AccessSchedule.inference(2), 1, *[("fail", 0)] * 3)
     errors = []
     for _ in range(3):
         with pytest.raises(ReadError) as caught:
@@ -551,7 +551,7 @@ def test_every_try_that_fails_raises_its_own_error() -> None:
 
 def test_a_failed_prefetch_that_is_never_asked_for_disturbs_nobody() -> None:
     w = world(3, 6, EMPTY, 3)
-    w.predict(Schedule.inference(6))
+    w.predict(AccessSchedule.inference(6))
     w.end(1, fail=True)
     for unit in (0, 2, 3, 4, 5, 0):
         assert w.use(unit)
@@ -560,9 +560,9 @@ def test_a_failed_prefetch_that_is_never_asked_for_disturbs_nobody() -> None:
 
 
 def test_a_failed_prefetch_forgotten_by_a_prediction_or_an_abort_is_not_reported_later() -> None:
-    for forget in (lambda w: w.predict(Schedule.training(4)), World.abort):
+    for forget in (lambda w: w.predict(AccessSchedule.training(4)), World.abort):
         w = world(2, 4, EMPTY, 2)
-        w.predict(Schedule.inference(4))
+        w.predict(AccessSchedule.inference(4))
         w.end(1, fail=True)
         forget(w)
         assert all(w.use(unit) for unit in (0, 1, 2, 3))
@@ -602,7 +602,7 @@ def test_the_error_of_a_cancelled_load_is_nobodys() -> None:
 
 
 def test_a_slot_half_overwritten_by_a_failed_load_does_not_serve_what_was_there() -> None:
-    w = world(1, 2, Schedule.inference(2), 0, ("finish", 0), ("fail", 0))
+    w = world(1, 2, AccessSchedule.inference(2), 0, ("finish", 0), ("fail", 0))
     assert w.use(0)
     assert not w.acquire(1)
     assert w.use(0)
@@ -613,19 +613,19 @@ def test_a_slot_half_overwritten_by_a_failed_load_does_not_serve_what_was_there(
 
 
 def test_a_wait_that_is_interrupted_leaves_the_ring_usable() -> None:
-    for after in (lambda w: None, World.abort, lambda w: w.predict(Schedule.inference(4))):
-        w = world(2, 4, Schedule.training(4), 2, ("interrupt", 0))
+    for after in (lambda w: None, World.abort, lambda w: w.predict(AccessSchedule.inference(4))):
+        w = world(2, 4, AccessSchedule.training(4), 2, ("interrupt", 0))
         with pytest.raises(KeyboardInterrupt):
             w.cache.acquire(0)
         w.planning = True
         after(w)
-        for access in Schedule.training(4).accesses:
+        for access in AccessSchedule.training(4).accesses:
             assert w.use(access.unit, access.phase)
 
 
 def test_an_abort_that_is_interrupted_can_be_followed_by_accesses() -> None:
     w = world(2, 4, EMPTY, 2, ("interrupt", 0))
-    w.predict(Schedule.inference(4))
+    w.predict(AccessSchedule.inference(4))
     w.abort()
     for unit in (0, 1, 2, 3):
         assert w.use(unit)
@@ -639,7 +639,7 @@ def test_an_interrupt_right_after_a_load_was_handed_over_leaves_the_ring_usable(
         if len(handed) == 1:
             raise KeyboardInterrupt
 
-    cache = SlotCache({0: 0, 1: 0}, Schedule.inference(2), 0, fill)
+    cache = SlotCache({0: 0, 1: 0}, AccessSchedule.inference(2), 0, fill)
     with pytest.raises(KeyboardInterrupt):
         cache.acquire(0, Phase.FORWARD)
     assert handed[0].cancelled
@@ -652,7 +652,7 @@ def test_an_interrupt_right_after_a_load_was_handed_over_leaves_the_ring_usable(
 
 def test_abort_cancels_and_starts_nothing_and_forgets_half_filled_slots() -> None:
     w = world(2, 6, EMPTY, 6)
-    w.predict(Schedule.training(6))
+    w.predict(AccessSchedule.training(6))
     assert loaded(w) == [0, 1]
     w.abort()
     assert all(load.cancelled for load in w.fills)
@@ -662,7 +662,7 @@ def test_abort_cancels_and_starts_nothing_and_forgets_half_filled_slots() -> Non
 
 
 def test_abort_keeps_what_is_whole_and_what_is_in_use() -> None:
-    w = world(2, 4, Schedule.inference(4), 0)
+    w = world(2, 4, AccessSchedule.inference(4), 0)
     assert w.use(0) and w.acquire(1)
     w.abort()
     w.misuse(w.cache.acquire, 3)
@@ -673,9 +673,9 @@ def test_abort_keeps_what_is_whole_and_what_is_in_use() -> None:
 
 def test_a_closed_ring_starts_nothing() -> None:
     w = world(2, 4, EMPTY, 4)
-    w.predict(Schedule.inference(4))
+    w.predict(AccessSchedule.inference(4))
     w.close()
-    w.cache.predict(Schedule.training(4))
+    w.cache.predict(AccessSchedule.training(4))
     w.cache.abort()
     with pytest.raises(StreamingError, match="closed"):
         w.cache.acquire(0)
@@ -685,7 +685,7 @@ def test_a_closed_ring_starts_nothing() -> None:
 
 
 def test_misuse_is_refused_at_once_and_changes_nothing() -> None:
-    w = world(2, 4, Schedule.inference(4), 2)
+    w = world(2, 4, AccessSchedule.inference(4), 2)
     w.misuse(w.cache.release, 0)
     assert w.acquire(0)
     for phase in Phase:
@@ -699,7 +699,7 @@ def test_misuse_is_refused_at_once_and_changes_nothing() -> None:
 
 
 def test_the_refusal_names_both_units() -> None:
-    w = world(2, 4, Schedule.inference(4), 2)
+    w = world(2, 4, AccessSchedule.inference(4), 2)
     w.acquire(0)
     with pytest.raises(StreamingError, match=r"unit 2 .* unit 0 is in use"):
         w.cache.acquire(2)
@@ -794,7 +794,7 @@ def no_poll(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_poll")
 def test_every_depth_and_every_number_of_slots_gives_the_same_contents() -> None:
-    predicted = Schedule.training(6, 1)
+    predicted = AccessSchedule.training(6, 1)
     wanted = [access.unit for access in predicted.accesses] * 2
     for slots in range(1, 5):
         for depth in range(7):
@@ -819,7 +819,7 @@ def test_threads_errors_and_predictions_at_odd_moments(
     seed: int, slots: int, units: int, depth: int, failures: float
 ) -> None:
     draw = random.Random(seed)
-    plans = [Schedule.training(units, draw.randint(0, units)), Schedule.inference(units), EMPTY]
+    plans = [AccessSchedule.training(units, draw.randint(0, units)), AccessSchedule.inference(units), EMPTY]
     disk = Disk(slots, seed, failures)
     cache = disk.cache = SlotCache({unit: unit % slots for unit in range(units)}, plans[0], depth, disk.loads.put)
     over = threading.Event()
@@ -856,7 +856,7 @@ def test_threads_errors_and_predictions_at_odd_moments(
 
 @pytest.mark.usefixtures("no_poll")
 def test_close_wakes_who_waits() -> None:
-    cache = SlotCache({0: 0, 1: 1}, Schedule.inference(2), 1, lambda load: None)
+    cache = SlotCache({0: 0, 1: 1}, AccessSchedule.inference(2), 1, lambda load: None)
     waits = threading.Event()
     cache.on_overwrite = lambda load: waits.set()
 
@@ -875,7 +875,7 @@ def test_close_wakes_who_waits() -> None:
 @pytest.mark.usefixtures("no_poll")
 def test_abort_lets_who_waits_ask_anew() -> None:
     loads: SimpleQueue[Load] = SimpleQueue()
-    cache = SlotCache({0: 0, 1: 1}, Schedule.inference(2), 1, loads.put)
+    cache = SlotCache({0: 0, 1: 1}, AccessSchedule.inference(2), 1, loads.put)
     asking = threading.Thread(target=cache.acquire, args=(1,), daemon=True)
     asking.start()
     first = loads.get(timeout=10)
@@ -896,7 +896,7 @@ def test_abort_lets_who_waits_ask_anew() -> None:
 def test_a_signal_reaches_an_access_that_waits() -> None:
     """A real Ctrl-C comes as a signal to the main thread, here under another number."""
     loads: list[Load] = []
-    cache = SlotCache({0: 0, 1: 1}, Schedule.inference(2), 1, loads.append)
+    cache = SlotCache({0: 0, 1: 1}, AccessSchedule.inference(2), 1, loads.append)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

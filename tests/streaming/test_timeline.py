@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_tiers import Engine, batch, spread
 
 from families import save_tiny
 from helpers import lema_model, lema_step, padded_batch, recording_trainer
 from lema.errors import InputError, StreamingError
-from lema.streaming.memory import MemoryStats
 from lema.streaming.timeline import COMPUTE, COPY, DISK, LANES, WAIT, Recording, Span, Timeline
+from lema.streaming.weight_store import MemoryStats
+from spreads import Engine, batch, spread
 
 LAYERS = 6
 SWEEPS = [f"layer {n} forward" for n in range(LAYERS)], [f"layer {n} backward" for n in reversed(range(LAYERS))]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tiers import PLANS
 
 from families import save_tiny
 from lema.models import get_adapter
@@ -21,11 +20,12 @@ from lema.storage.layout import ALIGNMENT, Move, ParameterSource, SlotLayout, wh
 from lema.storage.views import page_aligned
 from lema.streaming.accelerator import DeviceEvent, DeviceStream
 from lema.streaming.device_tier import DeviceTier
-from lema.streaming.memory import TripleBufferManager
-from lema.streaming.schedule import Phase, Schedule
-from lema.streaming.simulated import SimulatedDevice
+from lema.streaming.schedule import AccessSchedule, Phase
 from lema.streaming.slot_cache import Load, SlotCache
 from lema.streaming.tiers import Tier
+from lema.streaming.weight_store import WeightStore
+from simulated import SimulatedDevice
+from spreads import PLANS
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -112,7 +112,7 @@ def test_a_header_of_8_modulo_16_leaves_every_device_parameter_aligned(tmp_path:
     adapter = get_adapter(family, json.loads((tmp_path / "config.json").read_text()))
     adapter.configure(torch.float32, "eager")
     device = SimulatedDevice(seed=3)
-    memory = TripleBufferManager(gbi, adapter, device="cpu", plan=PLANS["all three tiers"], backend=device, poison=True)
+    memory = WeightStore(gbi, adapter, device="cpu", plan=PLANS["all three tiers"], backend=device, poison=True)
     places = set()
     for unit in range(6):
         with memory.use(unit, Phase.FORWARD):
@@ -129,7 +129,7 @@ def test_a_header_of_8_modulo_16_leaves_every_device_parameter_aligned(tmp_path:
 def tier_over(device: SimulatedDevice, pool: ThreadPoolExecutor, units: int, host_slots: int, slots: int) -> DeviceTier:
     host_of, slot_of = ({unit: unit % count for unit in range(units)} for count in (host_slots, slots))
     buffers = [page_aligned(64) for _ in range(host_slots)]
-    plan = Schedule.inference(units)
+    plan = AccessSchedule.inference(units)
 
     def read(load: Load) -> None:
         buffers[load.slot][:64].fill_(load.unit)

@@ -19,9 +19,9 @@ from lema.errors import CheckpointError, ConfigError
 from lema.storage.complete import MARKER, problem_of, write_marker
 from lema.storage.index import GlobalBinaryIndex
 from lema.training.checkpoints import CheckpointFolder, read_state
-from lema.training.metrics import JsonLines, read_lines
+from lema.training.metrics import JsonLines
 from lema.training.start import choose_start
-from training_runs import adapter_bytes, make_model, settings_of, train, write_rows
+from training_runs import adapter_bytes, make_model, read_lines, settings_of, train, write_rows
 
 pytestmark = [
     pytest.mark.timeout(300),

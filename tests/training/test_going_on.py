@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,13 +15,13 @@ from typer.testing import CliRunner
 
 import lema
 from families import save_tiny
+from hub_server import running_hub
 from lema.chat import ChatModel
 from lema.cli.app import app
-from lema.errors import CheckpointError, ConfigError, LemaError, UnsupportedError
+from lema.errors import CheckpointError, ConfigError, LemaError, UnsupportedError, WeightsNotFoundError
 from lema.targets import as_targets
-from lema.training.metrics import read_lines
 from lema.training.run_config import parse_overrides
-from training_runs import StopAfter, adapter_bytes, make_model, settings_of, train, write_rows
+from training_runs import StopAfter, adapter_bytes, make_model, read_lines, settings_of, train, write_rows
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -99,6 +100,27 @@ def test_what_came_of_it_needs_the_first_adapter_no_more(model: Path, done: Path
     assert own.keys() == saved.keys() and all(torch.equal(own[name], saved[name]) for name in own)
     with ChatModel.open(final) as chat_model:
         assert chat_model.model.lora_manager.settings["r"] == 3  # type: ignore[union-attr]
+
+
+def test_an_adapter_of_the_hub(
+    model: Path, done: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(model, rows, tmp_path / "out", max_steps=1, learning_rate=0.0, **QUIET)
+    with running_hub(monkeypatch, tmp_path / "hub") as hub:
+        with pytest.raises(WeightsNotFoundError, match=r"'me/adapter' is neither a local path nor an adapter"):
+            train({**settings, "adapter_name_or_path": "me/adapter"})
+        hub.files |= {path.name: path.read_bytes() for path in done.iterdir() if path.is_file()}
+        hub.files["optimizer.pt"] = b"what a trainer left there"
+        train({**settings, "adapter_name_or_path": "me/adapter"})
+        assert adapter_bytes(tmp_path / "out" / "final") == adapter_bytes(done), "a step of length zero moves nothing"
+        with ChatModel.open("me/adapter", device="cpu") as chat_model:
+            own = chat_model.model.lora_manager.state_dict()  # type: ignore[union-attr]
+    saved = load_file(done / "adapter_model.safetensors")
+    assert own.keys() == saved.keys() and all(torch.equal(own[name], saved[name]) for name in own)
+    assert [path.name for path in (tmp_path / "hub").rglob("optimizer.*") if path.suffix == ".pt"] == []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # what was fetched is still there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    train({**settings, "adapter_name_or_path": "me/adapter", "output_dir": str(tmp_path / "again")})
 
 
 def test_an_adapter_of_another_base_is_refused(done: Path, rows: Path, tmp_path: Path) -> None:

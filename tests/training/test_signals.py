@@ -52,11 +52,13 @@ class Lines:
 
     def __init__(self, at: Callable[[FrameType], None]) -> None:
         self._at = at
+        self.met = 0
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         if f"{Path('src', 'lema')}/" not in frame.f_code.co_filename or "stop.py" in frame.f_code.co_filename:
             return None
         if event == "line":
+            self.met += 1
             self._at(frame)
         return self._trace
 
@@ -104,6 +106,7 @@ def test_signals_at_every_line_of_the_way_out(parts: Any, tmp_path: Path) -> Non
         signal.raise_signal(signal.SIGINT)
 
     saved = run_with(settings, tmp_path, lambda trainer: in_step(trainer, twice_and_on))
+    assert lines.met > 100, "the way out and the save after it"
     same_state(saved, stopped)
     train({**settings, "output_dir": str(tmp_path)}, resume="auto")
     assert adapter_bytes(tmp_path / "final") == adapter_bytes(whole)

@@ -21,10 +21,19 @@ from lema.engine.update import step_optimizer
 from lema.errors import CheckpointError, ConfigError, NonFiniteError, ReadError
 from lema.training.config import TrainingConfig
 from lema.training.evaluation import evaluate
-from lema.training.metrics import read_lines
 from lema.training.panel import LivePanel, View
 from lema.training.schedule import Schedule
-from training_runs import StopAfter, adapter_bytes, batches_of, history, make_model, settings_of, train, write_rows
+from training_runs import (
+    StopAfter,
+    adapter_bytes,
+    batches_of,
+    history,
+    make_model,
+    read_lines,
+    settings_of,
+    train,
+    write_rows,
+)
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -407,12 +416,12 @@ def test_an_optimizer_of_ones_own_keeps_its_settings(model: Path, rows: Path, tm
 def test_the_panel_is_drawn(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from lema.run import training
+    from lema.training import panel
 
     with (tmp_path / "screen").open("w") as screen:
         console = Console(file=screen, force_terminal=True, width=100)
         view: View = LivePanel(console)
-        monkeypatch.setattr(training, "make_view", lambda plain: view)
+        monkeypatch.setattr(panel, "make_view", lambda plain: view)
         train(settings_of(model, rows, tmp_path / "out", num_train_epochs=1))
     shown = (tmp_path / "screen").read_text()
     for word in ("lema train", "step", "5 of 5", "tokens/s", "grad norm", "host memory", "waiting", "eval loss"):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from lema import LemaConfig
 from lema.data import DataConfig
 from lema.errors import ConfigError, LemaError
+from lema.run.planned import for_windows
 from lema.training.config import TrainingConfig
 from lema.training.meanings import understood
 from lema.training.run_config import ALIASES, RunConfig, owner_of
@@ -68,11 +73,11 @@ def test_aliases_and_overrides(tmp_path: Path) -> None:
     assert read(tmp_path, MODEL + "lr_scheduler_type: constant_with_warmup").training.lr_scheduler_type == "constant"
 
 
-def test_the_engine_gets_whole_windows() -> None:
+def test_a_run_is_planned_by_whole_windows() -> None:
     run = RunConfig.from_dict({"model_name_or_path": "m", "batch_size": 2, "gradient_accumulation_steps": 4})
-    config = run.engine_config()
+    config = for_windows(run.lema)
     assert (config.batch_size, config.gradient_accumulation_steps, config.micro_batch_size) == (8, 1, 2)
-    assert run.replace(ram_budget="2GB").engine_config().micro_batch_size is None, "the plan's own"
+    assert for_windows(run.replace(ram_budget="2GB").lema).micro_batch_size is None, "the plan's own"
 
 
 HOSTILE: list[tuple[str | bytes, str]] = [
@@ -98,8 +103,8 @@ HOSTILE: list[tuple[str | bytes, str]] = [
     (MODEL + "batch_size:\n", "line 2: batch_size must be a whole number, and is empty"),
     (MODEL + "packing: maybe\n", "packing='maybe' must be true or false"),
     (MODEL + "packing: 1\n", "packing=1 must be true or false"),
-    (MODEL + "train_file: [a, b]\n", "train_file=.*must be text"),
-    (MODEL + "train_file: 2024-01-01\n", "train_file=.*must be text"),
+    (MODEL + "train_file: [a, b]\n", "train_file=.*must be a path, as text"),
+    (MODEL + "train_file: 2024-01-01\n", "train_file=.*must be a path, as text"),
     (MODEL + "report_to: [1]\n", "report_to=.*must be a list of texts"),
     (MODEL + "report_to: wandbb\n", "did you mean 'wandb'"),
     (MODEL + "lora: {r: 3}\n", "line 2: unknown setting 'lora'"), (MODEL + "lora_rank: {r: 3}\n", "lora_rank="),
@@ -227,6 +232,11 @@ def test_a_bad_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
         (lambda: TrainingConfig(max_steps="many"), "max_steps='many' must be a whole number"),  # type: ignore[arg-type]
         (lambda: TrainingConfig(sample_prompts=[1]), "sample_prompts"),  # type: ignore[list-item]
         (lambda: DataConfig(packing="no"), "packing"),  # type: ignore[arg-type]
+        (lambda: LemaConfig("m", lora_alpha=np.bool_(True)), "lora_alpha=.*True.* must be a number"),
+        (lambda: LemaConfig("m", max_grad_norm=np.array(2.5)), "max_grad_norm=.* must be a number, or none"),
+        (lambda: LemaConfig("m", learning_rate=Fraction(10**400)), "too large a number"),
+        (lambda: LemaConfig(""), "^model_name_or_path='' must be a path, and is empty"),
+        (lambda: LemaConfig("m", output_dir=b"x"), "^output_dir=b'x' must be a path, as text"),
     ],
 )
 def test_types_are_checked_in_python_too(make: Any, said: str) -> None:
@@ -237,6 +247,41 @@ def test_types_are_checked_in_python_too(make: Any, said: str) -> None:
 def test_texts_that_are_numbers_become_numbers() -> None:
     assert LemaConfig("m", learning_rate="1e-4", lora_rank="8").learning_rate == 1e-4  # type: ignore[arg-type]
     assert LemaConfig("m", lora_rank="8").lora_rank == 8  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [Decimal("2.5"), Fraction(5, 2), np.float32(2.5), np.float64(2.5)])
+def test_real_numbers_of_any_kind_become_floats(number: Any) -> None:
+    assert (LemaConfig("m", lora_alpha=number).lora_alpha, type(LemaConfig("m", lora_alpha=number).lora_alpha)) == (
+        2.5, float,
+    )  # fmt: skip
+    assert type(LemaConfig("m", lora_rank=np.int64(4)).lora_rank) is int
+
+
+def test_paths_that_earlier_versions_left_empty_are_none() -> None:
+    config = LemaConfig.from_dict({"model_name_or_path": "m", "gbi_path": "", "adapter_name_or_path": ""})
+    assert config.gbi_path is None and config.adapter_name_or_path is None
+    run = RunConfig.from_dict({"model_name_or_path": "m", "train_file": "", "eval_file": "", "chat_template": ""})
+    assert (run.data.train_file, run.data.eval_file, run.data.chat_template) == (None, None, None)
+
+
+@dataclass
+class OfSomebodyElse(LemaConfig):
+    """A plain dataclass below ours, with a field and a check of its own."""
+
+    lora_rank: int = 8
+    more: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.more += 1
+
+
+def test_a_plain_dataclass_below_ours_is_checked() -> None:
+    made = OfSomebodyElse("m", dtype="bf16", lora_alpha="3", more=4)  # type: ignore[arg-type]
+    assert (made.dtype, made.lora_alpha, made.lora_rank, made.more) == ("bfloat16", 3.0, 8, 5)
+    for wrong in ({"lora_rank": 0}, {"dtype": "int3"}, {"lora_target_modules": []}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            OfSomebodyElse("m", **wrong)
 
 
 def test_resolved_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

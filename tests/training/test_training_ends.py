@@ -18,9 +18,17 @@ from lema.cli.app import app
 from lema.engine.trainer import LemaTrainer
 from lema.errors import CallbackError, CheckpointError, ConfigError, NonFiniteError, UnsupportedError
 from lema.training.config import TrainingConfig
-from lema.training.metrics import read_lines
 from lema.training.time_limit import TimeLimit
-from training_runs import StopAfter, adapter_bytes, make_model, settings_of, tiny_tokenizer, train, write_rows
+from training_runs import (
+    StopAfter,
+    adapter_bytes,
+    make_model,
+    read_lines,
+    settings_of,
+    tiny_tokenizer,
+    train,
+    write_rows,
+)
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -5,6 +5,7 @@ Where a run, an adapter or a model keeps these is found out here; how layers com
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -17,10 +18,11 @@ from transformers import PreTrainedConfig
 from ..config import CONFIG_NAME, LemaConfig
 from ..data.render import ChatRenderer
 from ..engine.generation import end_tokens
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, WeightsNotFoundError
 from ..json_file import read_object
 from ..machine.choices import DTYPES
 from ..model import LemaModel
+from ..models.locate import adapter_path
 from ..models.lora import ADAPTER_CONFIG, LoRAManager
 from ..run.training import limits_of, load_tokenizer
 from ..typed import PLANNED, fields_with
@@ -61,7 +63,7 @@ class ChatModel:
             ConfigError: there is no tokenizer, or nothing says which model the adapter is for.
             WeightsNotFoundError: there is nothing at the path.
         """
-        folder = Path(path)
+        folder = _folder_of(path)
         config = _config_of(folder, str(path), base, overrides)
         if not adapter:
             config = config.replace(use_lora=False)
@@ -192,6 +194,16 @@ class ChatModel:
     def _padding(self) -> int:
         limits = limits_of(self.model.adapter.causal_lm())
         return limits.padding((self.tokenizer.pad_token_id, self.tokenizer.eos_token_id))
+
+
+def _folder_of(path: str | Path) -> Path:
+    """Where an adapter of the hub has come to; anything else stays as it is given."""
+    folder = Path(path)
+    if not folder.exists():
+        with contextlib.suppress(WeightsNotFoundError):
+            fetched = adapter_path(str(path))
+            return fetched if (fetched / ADAPTER_CONFIG).is_file() else folder
+    return folder
 
 
 def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, Any]) -> LemaConfig:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import Json
 from .paths import expands_paths
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def check(
         list[Reader] | None,
         typer.Option("--for", case_sensitive=False, help="Only the rules of this one; repeatable. Default: all."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Hold an adapter against the rules of PEFT, vLLM and llama.cpp; status 1 if there is a problem.
 

@@ -11,23 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .chat_options import (
-    Base,
-    Format,
-    NoAdapter,
-    Seed,
-    Settings,
-    Stop,
-    Temperature,
-    Template,
-    Tokens,
-    TopP,
-    Variables,
-    Where,
-    in_chosen_format,
-    open_chat_model,
-    seed_all,
-)
+from . import chat_options as common
+from .options import Settings
 
 if TYPE_CHECKING:
     from ..chat import Conversation, Reply, Sampling
@@ -37,18 +22,18 @@ _COMMANDS = "quit or exit ends, clear forgets the conversation, debug shows what
 
 
 def chat(
-    checkpoint: Where,
+    checkpoint: common.Where,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
-    max_new_tokens: Tokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    stop: Stop = None,
-    reply_format: Format = None,
-    seed: Seed = None,
-    base: Base = None,
-    no_adapter: NoAdapter = False,
-    chat_template: Template = None,
-    chat_template_kwargs: Variables = None,
+    max_new_tokens: common.Tokens = 512,
+    temperature: common.Temperature = 0.7,
+    top_p: common.TopP = 0.9,
+    stop: common.Stop = None,
+    reply_format: common.Format = None,
+    seed: common.Seed = None,
+    base: common.Base = None,
+    no_adapter: common.NoAdapter = False,
+    chat_template: common.Template = None,
+    chat_template_kwargs: common.Variables = None,
     settings: Settings = None,
 ) -> None:
     """Talk to CHECKPOINT. quit or exit ends, clear forgets the conversation, debug shows what the model sees.
@@ -60,11 +45,11 @@ def chat(
     from ..chat import Conversation, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    with open_chat_model(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
-        chat_model, read_as = in_chosen_format(opened, reply_format, chat_template is not None)
+    with common.open_chat_model(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
+        chat_model, read_as = common.in_chosen_format(opened, reply_format, chat_template is not None)
         if read_as is not None:
             sampling = read_as.end(sampling)
-        seed_all(seed)
+        common.seed_all(seed)
         config = chat_model.model.config
         adapter = "with its adapter" if chat_model.model.lora_manager is not None else "without adapter"
         typer.echo(f"{config.model_name_or_path} {adapter}, {config.dtype} on {config.device}. {_COMMANDS}.")

@@ -59,13 +59,10 @@ Format = Annotated[
     str | None,
     typer.Option(
         "--format", metavar="NAME", callback=_known_format,
-        help="lema-reply: ask for that format and read it; text: show answers as they come. Default: lema-reply where "
-        "the chat template asks for it.",
+        help="lema-reply, with the package lema-lora-reply: ask for that format and read it; text: show answers as "
+        "they come. Default: the format that the chat template asks for.",
     ),
 ]  # fmt: skip
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of LemaConfig; repeatable.")
-]
 
 
 def open_chat_model(

@@ -16,6 +16,7 @@ import typer
 from ..data.config import DataConfig
 from ..errors import ConfigError
 from .extensions import Extensible
+from .options import Json
 from .paths import expands_paths
 from .settings import split_settings
 
@@ -82,7 +83,7 @@ def check(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the data; repeatable."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Count rows and tokens, show what is learned of one, and name bad rows; status 1 if a run would not take it.
 
@@ -151,7 +152,7 @@ def as_dict(one: Checked) -> dict[str, Any]:
 def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[DataConfig, str, int, ModelLimits | None]:
     """Settings of the data, the model, the length and what the model takes: of a run's file, whose other settings are
     held against it as `lema train` does, or of the command line alone."""
-    from ..run.planned import adapter_of
+    from ..run.planned import adapter_of, check_adapters
     from ..run.training import check_run, limits_of
     from ..training.run_config import RunConfig, parse_overrides
 
@@ -159,9 +160,12 @@ def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[Data
         run = RunConfig.from_yaml(file, {**given, **({"model_name_or_path": model} if model is not None else {})})
         if run.data.train_file is None:
             raise ConfigError(f"{file} names no train_file")
-        lm = adapter_of(run.lema).causal_lm()
+        adapter = adapter_of(run.lema)
+        lm = adapter.causal_lm()
+        taken = limits_of(lm)
         check_run(run, lm, bool(run.data.eval_file or run.data.eval_size))
-        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, limits_of(lm)
+        check_adapters(run.lema, adapter)
+        return run.data, run.lema.model_name_or_path, run.lema.max_seq_length, taken
     if model is None:
         raise typer.BadParameter(
             "is needed to count tokens, unless FILE is the YAML file of a run", param_hint="--model"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .chat_options import Base, Settings, Template, Variables, Where, open_chat_model
+from .chat_options import Base, Template, Variables, Where, open_chat_model
+from .options import Settings
 
 if TYPE_CHECKING:
     from ..chat import ChatModel
@@ -39,7 +40,8 @@ def evaluate(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Of FILE; default: the run's, or detected. lema-reply: let the models answer, and judge the replies.",
+            help="Of FILE; default: the run's, or detected. lema-reply, with the package lema-lora-reply: let the "
+            "models answer, and judge the replies.",
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows at once; 4, or 16 answers.", show_default=False)] = None,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .settings import usage_of
+from .options import Checkpoint, dtype_of
 
 
 class Form(str, Enum):
@@ -23,12 +23,7 @@ class Form(str, Enum):
 
 
 def export(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint of a run, or any PEFT adapter's directory.", show_default=False
-        ),
-    ],
+    checkpoint: Checkpoint,
     output: Annotated[
         Path,
         typer.Argument(
@@ -57,12 +52,9 @@ def export(
 
     Example: lema export runs/mine/final adapter --to peft --base HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    from ..prepare.single_file import parse_dtype
-
-    with usage_of("--dtype"):
-        target = None if dtype is None else parse_dtype(dtype)
     from ..export.check import check_adapter, refuse_problems
 
+    target = dtype_of(dtype)
     if to is not Form.PEFT:
         refuse_problems(checkpoint)
     if to is Form.HF:

@@ -14,28 +14,13 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .chat_options import (
-    Base,
-    Format,
-    NoAdapter,
-    Seed,
-    Settings,
-    Stop,
-    Temperature,
-    Template,
-    Tokens,
-    TopP,
-    Variables,
-    Where,
-    in_chosen_format,
-    open_chat_model,
-    seed_all,
-)
+from . import chat_options as common
+from .options import Settings
 from .streams import as_json as written
 
 
 def generate(
-    checkpoint: Where,
+    checkpoint: common.Where,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")] = None,
     file: Annotated[
         Path | None,
@@ -45,16 +30,16 @@ def generate(
         bool, typer.Option("--plain", help="Continue the prompt as it is, without chat template.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    max_new_tokens: Tokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    stop: Stop = None,
-    reply_format: Format = None,
-    seed: Seed = None,
-    base: Base = None,
-    no_adapter: NoAdapter = False,
-    chat_template: Template = None,
-    chat_template_kwargs: Variables = None,
+    max_new_tokens: common.Tokens = 256,
+    temperature: common.Temperature = 0.0,
+    top_p: common.TopP = 1.0,
+    stop: common.Stop = None,
+    reply_format: common.Format = None,
+    seed: common.Seed = None,
+    base: common.Base = None,
+    no_adapter: common.NoAdapter = False,
+    chat_template: common.Template = None,
+    chat_template_kwargs: common.Variables = None,
     settings: Settings = None,
 ) -> None:
     """Answer prompts with CHECKPOINT.
@@ -68,12 +53,12 @@ def generate(
     if not prompts:
         raise typer.BadParameter("give --prompt or --file", param_hint="--prompt")
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    with open_chat_model(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
+    with common.open_chat_model(checkpoint, base, no_adapter, chat_template, settings, chat_template_kwargs) as opened:
         chosen = TEXT if plain and reply_format is None else reply_format
-        chat_model, read_as = in_chosen_format(opened, chosen, chat_template is not None)
+        chat_model, read_as = common.in_chosen_format(opened, chosen, chat_template is not None)
         if read_as is not None:
             sampling = read_as.end(sampling)
-        seed_all(seed)
+        common.seed_all(seed)
         for text in prompts:
             if as_json:
                 reply = chat_model.reply(text, sampling, plain=plain)

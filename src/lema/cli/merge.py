@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import LemaError
+from .options import Checkpoint, dtype_of
 from .settings import usage_of
 
 if TYPE_CHECKING:
@@ -19,12 +20,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint of a run, or any PEFT adapter's directory.", show_default=False
-        ),
-    ],
+    checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to make.", show_default=False)],
     base: Annotated[
         str | None,
@@ -65,7 +61,6 @@ def merge(
     """
     from ..export.merge import merge as run
     from ..machine.memory import parse_bytes
-    from ..prepare.single_file import parse_dtype
 
     if overwrite and upload is None:
         raise typer.BadParameter("is about a repository: give --upload too", param_hint="--overwrite")
@@ -73,21 +68,12 @@ def merge(
         raise typer.BadParameter("contradicts --single-file: give one of them", param_hint="--max-shard-size")
     with usage_of("--max-shard-size"):
         size = None if max_shard_size is None else parse_bytes(max_shard_size, "max_shard_size")
-    with usage_of("--dtype"):
-        target = None if dtype is None else parse_dtype(dtype)
+    target = dtype_of(dtype)
     try:
         result = run(
-            checkpoint,
-            output,
-            base=base,
-            dtype=target,
-            single_file=single_file,
-            max_shard_size=size,
-            upload=upload,
-            overwrite=overwrite,
-            verify=verify,
-            progress=_tell,
-        )
+            checkpoint, output, base=base, dtype=target, single_file=single_file, max_shard_size=size, upload=upload,
+            overwrite=overwrite, verify=verify, progress=_tell,
+        )  # fmt: skip
     except (KeyboardInterrupt, LemaError, OSError):
         kept = output.absolute().with_name(f".{output.absolute().name}.partial")
         if any(kept.glob("*.safetensors")):

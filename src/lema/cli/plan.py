@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import Json
 from .settings import parse_settings
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of LemaConfig; repeatable."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
     probe: Annotated[bool, typer.Option("--probe", help="Measure this machine anew.")] = False,
 ) -> None:
     """Show what would be kept where for MODEL, with predicted memory and time. No weights are loaded.
@@ -105,12 +106,13 @@ def plan(
 
 
 def _of_run(file: Path, hardware: str | None) -> dict[str, Any]:
-    """What a run's engine is built with, `auto` budgets where the file says none."""
+    """What a run's plan is made by, `auto` budgets where the file says none."""
     from ..machine.device import default_device
+    from ..run.planned import for_windows
     from ..training.run_config import RunConfig
 
     run = RunConfig.from_yaml(file, defaults={"vram_budget": "auto", "ram_budget": "auto", "device": default_device()})
-    values = run.engine_config().to_dict()
+    values = for_windows(run.lema).to_dict()
     if hardware is not None:  # which has a device of its own
         del values["device"]
     return values

@@ -52,20 +52,22 @@ def _model(planned: Planned) -> Section:
 
 def _kept(planned: Planned) -> Section:
     plan, config = planned.plan, planned.config
-    n = len(plan.on_device) + len(plan.in_ram) + len(plan.from_disk)
+    n = len(plan.on_device) + len(plan.in_ram) + len(plan.from_disk) + len(plan.mapped)
     kept = len(plan.keep_activations)
     device = f"{len(plan.on_device)} on the device, " if plan.device != "cpu" else ""
     activations = f"kept in {kept} of {n} layers, the others compute them again" if kept else "all computed again"
     positions = config.batch_size * config.max_seq_length
     chunk = f"{plan.loss_chunk_size} of {positions}" if plan.loss_chunk_size else f"all {positions}"
+    cut = "as its logits ask for" if plan.loss_chunk_size == "auto" else f"{chunk} positions at once"
+    mapped = f", {len(plan.mapped)} mapped from the files" if plan.mapped else ""
     return [
-        ("layers", f"{device}{len(plan.in_ram)} in RAM, {len(plan.from_disk)} from disk"),
+        ("layers", f"{device}{len(plan.in_ram)} in RAM, {len(plan.from_disk)} from disk{mapped}"),
         ("activations", f"kept in all {n} layers" if kept == n else activations),
         ("head", _head(plan)),
         ("boundaries", _place(plan, plan.boundaries)),
         ("optimizer", _place(plan, plan.optimizer)),
         ("micro-batch", f"{plan.micro_batch_size} of {config.batch_size} rows at once"),
-        ("loss chunk", f"{chunk} positions at once"),
+        ("loss chunk", cut),
         ("slots", _slots(plan)),
     ]
 

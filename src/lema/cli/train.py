@@ -1,6 +1,6 @@
 """`lema train`: one YAML file to an adapter.
 
-It knows options, what is said before and after a run, and exit statuses; the run itself is the training room's.
+It knows options, what is said before and after a run, and exit statuses; `run` puts a run together.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from ..errors import ConfigError
 from .settings import split_settings, usage_of
 
 if TYPE_CHECKING:
-    from ..run.prepared import Prepared
+    from ..run.prepared import PlannedRun
     from ..training.result import TrainResult
     from ..training.run_config import RunConfig
+    from ..training.start import Start
 
 
 def train(
@@ -48,22 +49,18 @@ def train(
 
     Example: lema train run.yaml --set learning_rate=2e-4 --resume auto
     """
-    from ..run.prepared import prepare
-    from ..training.checkpoints import CheckpointFolder
+    from ..coordinator import Coordinator
+    from ..run.prepared import begun, plan_run
     from ..training.panel import make_view
-    from ..training.start import choose_start
 
     run = _read(file, split_settings(settings or ()))
-    folder = CheckpointFolder(run.lema.output_dir)
-    cleared = folder.look() if dry_run else folder.open()
-    try:
-        prepared = prepare(run, choose_start(folder, resume))
+    ranks = Coordinator()
+    with begun(run, resume, ranks, look=dry_run) as (folder, start):
+        planned = plan_run(run, start)
         if dry_run:
-            prepared.check()
-        _say_cost(prepared)
-        result = None if dry_run else prepared.train(folder, make_view(plain or None), cleared)
-    finally:
-        folder.close()
+            planned.check()
+        _say_cost(run, start, planned)
+        result = None if dry_run else planned.train(folder, make_view(plain or None), ranks)
     if result is None:
         typer.echo("dry run: settings, model, data and output_dir are fine; nothing was trained")
         return
@@ -95,20 +92,20 @@ def _read(file: Path, overrides: Mapping[str, str]) -> RunConfig:
         raise typer.BadParameter(str(error), param_hint="--set") from error
 
 
-def _say_cost(prepared: Prepared) -> None:
+def _say_cost(run: RunConfig, start: Start, planned: PlannedRun) -> None:
     from ..machine.memory import format_bytes
     from ..training.meanings import understood
     from ..training.panel import duration
     from ..training.schedule import Schedule
 
-    run, start, data, plan = prepared.run, prepared.start, prepared.data, prepared.planned.plan
+    data, plan = planned.data, planned.planned.plan
     schedule = Schedule.of(run.training, data.train.steps_per_epoch)
     left = schedule.max_steps - (start.state["global_step"] if start.checkpoint is not None else 0)
     evaluation = f", {data.summary['eval']['rows']} held out" if data.eval is not None else ""
     passing = len(plan.from_disk) if len(plan.from_disk) > plan.host_slots else 0
     streamed = f"{passing} layers from disk" if passing else "all layers in memory"
-    memory = f"host memory {format_bytes(plan.host_peak)}"
-    if plan.device != "cpu":
+    memory = f"host memory {format_bytes(plan.host_peak)}" if plan.host_bytes else "not counted, as no budget was given"
+    if plan.device_bytes:
         memory = f"device memory {format_bytes(plan.device_peak)}, {memory}"
     lines = [
         ("model", f"{run.lema.model_name_or_path}: {run.lema.dtype} on {run.lema.device}, rank {run.lema.lora_rank}"),
@@ -119,7 +116,7 @@ def _say_cost(prepared: Prepared) -> None:
         ),
         ("memory", f"{memory}; {streamed}"),
     ]
-    length, estimate = prepared.usual_step
+    length, estimate = planned.usual_step
     if estimate is not None:
         step = estimate.step_seconds
         lines.append(

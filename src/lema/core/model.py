@@ -1,5 +1,5 @@
 """The original's path of `LemaModel`; see `lema.model`."""
 
-from ..model import LemaModel
+from ..run.facade import LemaModel
 
 __all__ = ["LemaModel"]

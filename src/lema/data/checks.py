@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,19 @@ def json_of(text: str, name: str) -> Any:
         raise InputError(f"{name} is text that is not JSON: {str(error).partition(';')[0]}") from error
     check_whole_characters(value, name)
     return value
+
+
+def check_numbers(value: Any, name: str) -> None:
+    """Refuse NaN and infinities anywhere inside a value, which JSON has no words for."""
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            raise InputError(f"{name} has {one}, a number that JSON has no word for")
+        if isinstance(one, Mapping):
+            pending.extend(one.values())
+        elif isinstance(one, (list, tuple)):
+            pending.extend(one)
 
 
 def check_whole_characters(value: Any, name: str = "") -> None:

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator
 
 from ..errors import ConfigError
-from ..paths import PathText
+from ..paths import MaybePath
 from ..typed import OBJECT, REAL, SAME_NUMBERS, Amount, NotNegative, one_of, settings
 
 FORMATS = ("auto", "messages", "conversations", "prompt_completion", "instruction", "text")
@@ -52,10 +52,10 @@ def _rows_or_share(value: float) -> float:
 class DataConfig:
     """Settings of the data. Bad values raise `ConfigError` at construction."""
 
-    train_file: Annotated[PathText | None, SAME_NUMBERS] = None
+    train_file: Annotated[MaybePath, SAME_NUMBERS] = None
     """JSONL, JSON, CSV or Parquet file (.gz and .zst too), a pattern of such files, a `save_to_disk` directory, a data
     set of the hub (`owner/name:split`), or - for standard input."""
-    eval_file: Annotated[PathText | None, SAME_NUMBERS] = None
+    eval_file: Annotated[MaybePath, SAME_NUMBERS] = None
     """Rows to evaluate on, in any of the same forms."""
     eval_size: Annotated[NotNegative, AfterValidator(_rows_or_share)] = 0
     """Rows held out of train_file for evaluation: a number of rows (1 or more), or a share of them (below 1)."""
@@ -65,7 +65,7 @@ class DataConfig:
     """Fields under other names, as {prompt: question, completion: answer}; null: a field of that name is not read."""
     on_bad_row: Annotated[str, one_of(*ON_BAD_ROW)] = "error"
     """What happens to a row that cannot be used: error, or skip (counted, and at most max_dropped of the rows)."""
-    chat_template: Annotated[PathText | None, SAME_NUMBERS] = None
+    chat_template: Annotated[MaybePath, SAME_NUMBERS] = None
     """A file with a Jinja chat template, or the name of one of the tokenizer's; None: the tokenizer's own."""
     chat_template_kwargs: Annotated[dict[str, Any] | None, AfterValidator(_variables), OBJECT] = None
     """Variables of the chat template, as {enable_thinking: false}; kept with the tokenizer, for chat and others."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ class TokenDataset:
         self._too_long = too_long
         self._skips_bad = on_bad_row == "skip"
         self._named: set[int] = set()
+        self._unused: set[str] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,12 +130,22 @@ class TokenDataset:
             encoded = encoded.cut(self.max_seq_length)
         return (encoded if encoded.num_targets else Dropped(NO_TARGET_REASON)), length
 
+    def name_unused(self, fields: Iterable[str]) -> None:
+        """Say which fields nothing reads; from now on another one is said with the first row that has it."""
+        self._unused = {*fields}
+        if self._unused:
+            logger.warning("%s: fields that are not used: %s", self.rows.name, ", ".join(fields))
+
     def _encoded(self, index: int) -> EncodedRow:
         row = self.rows[index]
         try:
-            return self.encoder(row)
+            encoded = self.encoder(row)
         except InputError as error:
             raise InputError(f"{self.rows.where(index)}: {error}") from error
+        if self._unused is not None and (more := [name for name in encoded.unused if name not in self._unused]):
+            self._unused.update(more)
+            logger.warning("%s: fields that are not used: %s", self.rows.where(index), ", ".join(more))
+        return encoded
 
     def sizes(self) -> RowSizes:
         """Tokens and fate of every row. All are encoded for it, once: the result is kept in the cache folder."""

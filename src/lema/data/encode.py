@@ -18,12 +18,13 @@ from typing import Any
 
 from ..errors import InputError
 from .fields import unused_fields
+from .messages import Message
 from .render import IGNORE, ChatRenderer, EncodedRow
 from .schema import Completion, Content, Conversation, Instruction, PlainText, read_row
 from .tools import takes_text, with_text_arguments
 
 INSTRUCTION_SEPARATOR = "\n\n"
-_VERSION = 2  # of how rows become tokens
+_VERSION = 3  # of how rows become tokens
 
 
 class RowEncoder:
@@ -77,11 +78,20 @@ class RowEncoder:
                 f"message {calls} calls tools, and the chat template does not write tool_calls: give chat_template: a "
                 "file whose template does"
             )
-        messages = with_text_arguments(content.messages) if calls and self._takes_text else content.messages
+        messages = [self._without_end(message) for message in content.messages]
+        messages = with_text_arguments(messages) if calls and self._takes_text else messages
         return self.renderer.training(
             messages, content.tools, learned_from=content.learned_from, unlearned=content.unlearned,
             on_prompt=self._on_prompt, last_only=self._last_only, limit=self._limit,
         )  # fmt: skip
+
+    def _without_end(self, message: Message) -> Message:
+        """A message whose content does not end in the end token that the template writes after it."""
+        end, content = self.renderer.tokenizer.eos_token, message.get("content")
+        if not end or message.get("role") != "assistant" or not isinstance(content, str):
+            return message
+        bare = content.rstrip().removesuffix(end)
+        return {**message, "content": bare} if bare.strip() and bare != content.rstrip() else message
 
     @cached_property
     def _takes_text(self) -> bool:

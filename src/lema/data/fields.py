@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import InputError
 from .checks import is_absent, printable
-from .messages import LEARNED_MARKS, MASKED_MARKS, UNCLEAR_MARKS
+from .messages import LEARNED_MARKS, MASKED_MARKS, is_unclear_mark
 from .thinking import FIELDS as REASONING
 from .tools import CALL_FIELDS
 
@@ -57,8 +57,8 @@ def refuse_others(row: Mapping[str, Any], kind: str) -> None:
     if kind in ("messages", "conversations"):
         reasons |= _IN_CONVERSATIONS
     marks = {} if kind == "text" else dict.fromkeys(("label", "labels"), "whether an answer is wanted is not trained")
-    for name in UNCLEAR_MARKS:
-        if name not in ("label", "labels"):
+    for name in row:
+        if name not in ("label", "labels") and is_unclear_mark(name, row[name] if kind != "text" else None):
             marks[name] = "what it says of what is learned is not followed here"
     for name, reason in (reasons | marks).items():
         if name not in (*NEEDED[kind], *_MORE[kind]) and not is_absent(row.get(name)):

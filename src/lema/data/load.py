@@ -187,8 +187,7 @@ def _described(dataset: TokenDataset, kind: str) -> dict[str, Any]:
             "%s: no answer ends in a special token, so the model may never learn to stop; look at the chat template",
             dataset.rows.name,
         )
-    if found.unused:
-        logger.warning("%s: fields that are not used: %s", dataset.rows.name, ", ".join(found.unused))
+    dataset.name_unused(found.unused)
     return {
         "name": dataset.rows.name, "format": kind, "rows": len(dataset), "fingerprint": dataset.rows.fingerprint,
         "sample": found.as_dict(),

@@ -7,12 +7,13 @@ templates or of what else is in a row.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
-from .checks import choose, kind_of, list_of, names, text_of
+from .checks import choose, kind_of, list_of, names, printable, text_of
 from .tools import calls_of, read_calls
 
 Message = dict[str, Any]
@@ -35,6 +36,14 @@ UNCLEAR_MARKS = (
     "labels",
 )  # fmt: skip
 """Fields that change what is learned in ways that cannot be followed here."""
+_OF_LEARNING = re.compile(r"[\w-]*(train|learn|loss|mask|weight|supervis)[\w-]*", re.IGNORECASE)
+
+
+def is_unclear_mark(name: Any, value: Any) -> bool:
+    """Whether a field seems to change what is learned: one of those, or a number, yes or no under such a name."""
+    if name in UNCLEAR_MARKS or name in LEARNED_MARKS or name in MASKED_MARKS:
+        return name in UNCLEAR_MARKS
+    return isinstance(value, (bool, int, float)) and _OF_LEARNING.fullmatch(str(name)) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +159,11 @@ def take_mark(holder: dict[str, Any], place: str) -> bool | None:
         InputError: a mark is neither yes nor no, marks contradict each other, or one is of another kind.
     """
     where = f"{place} has"
-    for name in UNCLEAR_MARKS:
-        if holder.get(name) is not None:
+    for name, value in holder.items():
+        if value is not None and is_unclear_mark(name, value):
             raise InputError(
-                f"{where} {name}, which says what is learned in a way that is not followed here: mark turns that are "
-                "not to be learned with train: false"
+                f"{where} {printable(name)}, which says what is learned in a way that is not followed here: mark turns "
+                "that are not to be learned with train: false"
             )
     said: dict[str, bool] = {}
     for name in (*LEARNED_MARKS, *MASKED_MARKS):

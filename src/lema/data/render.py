@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .prefix import Encoded, first_tokens
 from .template import ChatTemplate, read_template
 from .thinking import after_opened, reasoning_of, with_field
 from .tokens import Tokens
+from .turns import Turns, first_difference, rewritten_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -264,22 +266,25 @@ class ChatRenderer:
                 )
             text = self._render(messages, tools)
             self._check_reasoning(messages[turns[-1]], turns[-1], text)
-            asked = (self._render(messages[:turn], tools, ask=True) for turn in turns if turn)
-            prompts = (len(one) for one in asked if text.startswith(one))
-            return self._ended(self.labelled(text, None, prompts, limit))
+            found = self._turns(messages, tools, text)
+            ends = (found.prompt_end(turn) for turn in turns if turn)
+            return self._ended(self.labelled(text, None, (end for end in ends if end is not None), limit))
         turns = [turn for turn in turns if turn not in unlearned]
         turns = turns[-1:] if last_only else turns
         if not turns:
             return self.labelled(self._render(messages, tools), (), (), limit)
         messages = messages[: turns[-1] + 1]
-        if self._template.marked:
-            return self._ended(self._by_marks(messages, tools, turns))
+        reasoned = any(reasoning_of(with_field(messages[turn])) is not None for turn in turns)
+        if self._template.marked and not (reasoned and self._template.drops_reasoning):
+            return self._ended(self._by_marks(messages, tools, turns, limit))
         text, prompt = self._answered(messages, tools)
         self._check_reasoning(messages[-1], turns[-1], text[len(prompt) :])
 
+        found = self._turns(messages, tools, text)
+
         def spans() -> Iterator[tuple[int, int]]:
             for turn in turns[:-1]:
-                yield self._span(messages, tools, turn, text)
+                yield self._span(found, messages[turn], turn, text)
             yield len(prompt), len(text)
 
         return self._ended(self.labelled(text, spans(), limit=limit))
@@ -334,7 +339,7 @@ class ChatRenderer:
             return text, prompt
         opened = after_opened(prompt, text, messages[last])
         if opened is None:
-            raise InputError(self._rewritten_prompt(last, prompt, text))
+            raise rewritten_prompt(last, prompt, text, self._variables_hint())
         if opened[len(prompt) :].lstrip().startswith("</"):
             self._warn(
                 "the chat template's prompt opens the model's thinking, and rows without any are learned with an empty "
@@ -342,24 +347,17 @@ class ChatRenderer:
             )
         return opened, prompt
 
-    def _span(self, messages: Sequence[Message], tools: list[Any] | None, turn: int, text: str) -> tuple[int, int]:
+    def _turns(self, messages: Sequence[Message], tools: list[Any] | None, text: str) -> Turns:
+        write: Callable[[Sequence[Message], bool], str] = lambda some, ask: self._render(some, tools, ask)  # noqa: E731
+        return Turns(write, messages, text, self._tokens.without_last_special, self._variables_hint())
+
+    def _span(self, turns: Turns, message: Message, turn: int, text: str) -> tuple[int, int]:
         """Characters of an assistant's turn, not the last, in the text of the conversation."""
         if turn == 0:
             raise InputError("the conversation begins with the assistant: nothing says what it answers to")
-        prompt = self._render(messages[:turn], tools, ask=True)
-        answered = self._render(messages[: turn + 1], tools)
-        if not answered.startswith(prompt):
-            raise InputError(self._rewritten_prompt(turn, prompt, answered))
-        kept = self._but_for_its_end(answered, text, len(prompt))
-        if kept is None:
-            raise InputError(
-                f"the chat template rewrites message {turn + 1} once others follow (as those that strip thinking do): "
-                f"{_first_difference(answered, text)}; learning that would teach what the model never says. Set "
-                "mask_history: true to learn the last answer of each conversation, make one row of each answer, or "
-                "give chat_template: a file whose template keeps turns as they are"
-            )
-        self._check_reasoning(messages[turn], turn, text[len(prompt) : kept])
-        return len(prompt), kept
+        begin, stop = turns.span(turn)
+        self._check_reasoning(message, turn, text[begin:stop])
+        return begin, stop
 
     def _check_reasoning(self, message: Message, turn: int, learned: str) -> None:
         """No field that should be learned is left out in silence."""
@@ -371,23 +369,6 @@ class ChatRenderer:
                 "writes it"
             )
 
-    def _but_for_its_end(self, answered: str, text: str, begin: int) -> int | None:
-        """Characters of a turn that stay as they are once others follow; None: more than its end tokens changes."""
-        kept = len(answered)
-        while not text.startswith(answered[:kept]):
-            shorter = self._tokens.without_last_special(answered[:kept])
-            if shorter is None or shorter <= begin:
-                return None
-            kept = shorter
-        return kept
-
-    def _rewritten_prompt(self, turn: int, prompt: str, answered: str) -> str:
-        return (
-            f"the chat template writes what comes before message {turn + 1} differently once it is answered: "
-            f"{_first_difference(prompt, answered)}{self._variables_hint()}; set mask_history: true if this is one of "
-            "several answers, or give chat_template: a file whose template does not, or one with {% generation %} marks"
-        )
-
     def _variables_hint(self) -> str:
         """Which variables might help, as a message's end."""
         names = [name for name in sorted(self._template.known_variables) if "think" in name or "reason" in name]
@@ -396,35 +377,45 @@ class ChatRenderer:
         )
         return f"; chat_template_kwargs can set the template's {named}" if names else ""
 
-    def _by_marks(self, messages: Sequence[Message], tools: list[Any] | None, turns: list[int]) -> EncodedRow:
+    def _by_marks(
+        self, messages: Sequence[Message], tools: list[Any] | None, turns: list[int], limit: int | None
+    ) -> EncodedRow:  # fmt: skip
         """As the template's `{% generation %}` marks say."""
-        text, mask = self._render(messages, tools), self._template.marks(messages, tools)
-        offsets = self._tokens.of(text)[1]
-        begins = [i for i, on in enumerate(mask) if on and (i == 0 or not mask[i - 1])]
+        text, marked = self._template.marked_turns(messages, tools)
         answers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
-        if len(begins) != len(answers):
+        if len(marked) != len(answers):
+            marked = _joined(marked)  # a turn may be marked piece by piece
+        if len(marked) != len(answers):
             raise InputError(
-                f"the chat template's generation marks show {len(begins)} turns, and {len(answers)} are there"
+                f"the chat template's generation marks show {len(marked)} turns, and {len(answers)} are there"
             )
-        spans, prompts, end = [], [], self.tokenizer.eos_token or ""
-        for turn in turns:
-            first = begins[answers.index(turn)]
-            last = next((i for i in range(first, len(mask)) if not mask[i]), len(mask)) - 1
-            begin, stop = offsets[first][0], offsets[last][1]
-            if end and text.startswith(end, stop):  # belongs to the turn, marked or not, or nothing would end it
-                stop += len(end)
-            prompt = self._render(messages[:turn], tools, ask=True) if turn else ""
-            if text.startswith(prompt):
-                prompts.append(len(prompt))
-                begin = max(begin, len(prompt)) if len(prompt) < stop else begin
-            else:
-                self._warn(
-                    "the chat template's prompt is not what its marked answers follow in training: "
-                    f"{_first_difference(prompt, text)}{self._variables_hint()}"
-                )
-            self._check_reasoning(messages[turn], turn, text[begin:stop])
-            spans.append((begin, stop))
-        return self.labelled(text, spans, prompts)
+        of_turn = dict(zip(answers, marked, strict=True))
+        found = self._turns(messages, tools, text)
+        end = self.tokenizer.eos_token or ""
+
+        def learned() -> Iterator[tuple[int, int, int | None]]:
+            for turn in turns:
+                begin, stop = of_turn[turn]
+                if end and text.startswith(end, stop):  # belongs to the turn, marked or not, or nothing would end it
+                    stop += len(end)
+                asked = found.prompt_end(turn) if turn else 0
+                if asked is not None:
+                    begin = max(begin, asked) if asked < stop else begin
+                else:
+                    self._warn(
+                        "the chat template's prompt is not what its marked answers follow in training: "
+                        f"{first_difference(found.prompt(turn), text)}{self._variables_hint()}"
+                    )
+                self._check_reasoning(messages[turn], turn, text[begin:stop])
+                yield begin, stop, asked
+
+        spans, prompts = tee(learned())
+        return self.labelled(
+            text,
+            ((begin, stop) for begin, stop, _ in spans),
+            (asked for *_, asked in prompts if asked is not None),
+            limit,
+        )
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, ask: bool = False) -> str:
         return self._template.render(messages, tools, ask)
@@ -463,7 +454,12 @@ class _Asked:
         return [begin for begin, _ in self.spans]
 
 
-def _first_difference(one: str, other: str) -> str:
-    """Where two texts part, as a message shows it."""
-    at = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-    return f"{one[max(at - 20, 0) : at + 30]!r} became {other[max(at - 20, 0) : at + 30]!r}"
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans with those put together that touch."""
+    joined: list[tuple[int, int]] = []
+    for begin, stop in spans:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((begin, stop))
+    return joined

@@ -27,7 +27,7 @@ from ..errors import ConfigError, InputError
 from .config import RESERVED_VARIABLES
 from .messages import Message
 from .sandbox import OutOfTimeError, limited
-from .thinking import count_tags, with_field
+from .thinking import count_tags, opening, with_field, within_content
 
 VARIABLES = "lema_template_variables"  # their name in tokenizer_config.json
 _TODAY = "26 Jul 2024"  # what Llama's templates say where they cannot ask
@@ -48,7 +48,7 @@ _SECONDS = 30.0
 _BYTES = 2 << 30  # of address space, while a template runs
 _LONGEST_TEXT = 1 << 28  # characters
 _LONGEST_FILE = 1 << 24  # bytes of a template
-_MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
+_MARK = re.compile(r"{%([-+]?)\s*(end)?generation\s*([-+]?)%}")
 _OF_TEMPLATES = (  # what a template's own expressions can raise
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, SyntaxError, TypeError,
     ValueError, ImportError, AssertionError,
@@ -100,7 +100,7 @@ class ChatTemplate:
     @cached_property
     def marked(self) -> bool:
         """Whether it says itself, by `{% generation %}`, what the assistant says."""
-        return self.text is not None and _MARKS.search(self.text) is not None
+        return self.text is not None and _MARK.search(self.text) is not None
 
     @cached_property
     def known_variables(self) -> frozenset[str]:
@@ -122,17 +122,41 @@ class ChatTemplate:
         text: str = self._apply(self._suited(messages), tools, tokenize=False, add_generation_prompt=ask)
         return text
 
-    def marks(self, messages: Sequence[Message], tools: list[Any] | None) -> list[int]:
-        """For each token of the rendered text 1 where the template marks it as the assistant's, else 0."""
-        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        encoded = self._apply(self._suited(messages), tools, **how)
-        return list(encoded["assistant_masks"])
+    def marked_turns(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]]]:
+        """The text of messages, and the characters in it that each pair of `{% generation %}` marks encloses.
+
+        Raises:
+            InputError: as `render` does, or the template works on with what it writes between marks.
+        """
+        text = self.render(messages, tools)
+        # Characters that no text has show where the marks are: these are none, by Unicode's definition.
+        first, last = [sign for sign in map(chr, range(0xFDD0, 0xFDF0)) if sign not in text][:2]
+
+        def shown(mark: re.Match[str]) -> str:
+            return f"{{%{mark[1]} if true %}}{{{{ '{last if mark[2] else first}' }}}}{{% endif {mark[3]}%}}"
+
+        template = _MARK.sub(shown, self._given(tools)["chat_template"])
+        found: list[tuple[int, int]] = []
+        plain, length, begin = [], 0, 0
+        for part in re.split(f"([{first}{last}])", self._apply(self._suited(messages), tools, chat_template=template)):
+            if part == first:
+                begin = length
+            elif part == last:
+                found.append((begin, length))
+            else:
+                plain.append(part)
+                length += len(part)
+        if "".join(plain) != text:
+            raise InputError("the chat template works on with what it writes between its generation marks")
+        return text, found
 
     def _suited(self, messages: Sequence[Message]) -> list[Message]:
         """Messages in the form this template reads: reasoning apart from content, content as parts."""
         given: list[Message] = list(messages)
         if self._takes_reasoning:
             given = [with_field(message) for message in given]
+        if opened := self._thinks_in_content:
+            given = [within_content(message, opened) for message in given]
         if self._takes_parts:
             given = [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
@@ -168,6 +192,34 @@ class ChatTemplate:
             return False
         return _REASON in apart and count_tags(within) > count_tags(apart)
 
+    @cached_property
+    def drops_reasoning(self) -> bool:
+        """Whether a prompt opens thinking that answers are written without, whatever a message says of it."""
+        return self._opens_only and not self._thinks_in_content
+
+    @cached_property
+    def _opens_only(self) -> bool:
+        """Whether a prompt opens thinking, and a field with reasoning is not written."""
+        asked, answer = _message("user", _QUESTION), {**_message("assistant", _ANSWER), "reasoning_content": _REASON}
+        try:
+            opened = opening(self._apply([asked], None, add_generation_prompt=True))
+            return bool(opened) and _REASON not in self._apply([asked, answer], None)
+        except InputError:
+            return False
+
+    @cached_property
+    def _thinks_in_content(self) -> str:
+        """What opens thinking in the prompt of a template that writes reasoning as part of the content alone."""
+        if not self._opens_only:
+            return ""
+        asked, answer = _message("user", _QUESTION), {**_message("assistant", _ANSWER), "reasoning_content": _REASON}
+        prompt = self._apply([asked], None, add_generation_prompt=True)
+        try:
+            within = self._apply([asked, within_content(answer, opening(prompt))], None)
+        except InputError:
+            return ""
+        return opening(prompt) if within.startswith(prompt + _REASON) else ""
+
     # -- running it ------------------------------------------------------------------------------
 
     def _apply(self, messages: Sequence[Message], tools: list[Any] | None, **how: Any) -> Any:
@@ -180,9 +232,7 @@ class ChatTemplate:
         how.setdefault("tokenize", False)
         try:
             with limited(_SECONDS, _BYTES):
-                made = self._tokenizer.apply_chat_template(
-                    list(messages), tools=tools, **self._given(tools), **how
-                )  # fmt: skip
+                made = self._tokenizer.apply_chat_template(list(messages), tools=tools, **{**self._given(tools), **how})
         except _OF_TEMPLATES as error:
             raise InputError(f"the chat template refuses the conversation: {_said(error)}") from error
         except OutOfTimeError as error:

@@ -31,6 +31,20 @@ def with_field(message: Message) -> Message:
     return message if found is None else {**message, "content": found["answer"], FIELDS[0]: found["reason"].strip("\n")}
 
 
+def within_content(message: Message, opened: str) -> Message:
+    """The message with the reasoning of its field at the begin of its content instead, tagged as a prompt opens it.
+
+    Args:
+        opened: what `opening` says, not empty.
+    """
+    found, reason = _OPENED.search(opened), reasoning_of(message)
+    if found is None or reason is None or message.get("role") != "assistant":
+        return message
+    tag, gap = found[1], found[2]
+    rest = {name: value for name, value in message.items() if name not in FIELDS}
+    return {**rest, "content": f"<{tag}>{gap}{reason.strip()}{gap}</{tag}>{gap * 2}{_content(message).strip()}"}
+
+
 def _content(message: Message) -> str:
     content = message.get("content")
     return content if isinstance(content, str) else ""

@@ -11,6 +11,7 @@ what follows something else.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,9 @@ from .checks import check_whole_characters
 from .prefix import Encoded
 
 _ANCHORS = ("\n", "a", ".", " ")  # what a continuation may be tokenized after: the first that no token reaches out of
+_REACH = 1024
+"""Characters; no token, and no merge on the way to one, depends on what is half as far away: see `prefix`."""
+_ALIKE = 16
 _END_AMONG = 3  # last tokens of a text: a line end or two may come after the end token
 
 
@@ -47,11 +51,11 @@ class Tokens:
     def begun(self, text: str) -> Encoded:
         """Ids of a text as a row or a prompt begins, with what the tokenizer puts before it, and nothing after it.
 
-        A text that begins with the token that the tokenizer puts there has it once.
+        A text that begins with the token that the tokenizer puts there, however often, has it once.
         """
         ids, offsets = self._encoded(text)
         first, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if first is not None and ids[:2] == [first, first] and text.startswith(self._tokenizer.bos_token):
+        while first is not None and ids[:2] == [first, first] and text.startswith(self._tokenizer.bos_token):
             ids, offsets = ids[1:], offsets[1:]
         added = [end] if not text.endswith(self._tokenizer.eos_token or "\0") else [end, end]
         if len(ids) > 1 and end is not None and ids[-len(added) :] == added:
@@ -65,22 +69,63 @@ class Tokens:
 
     def cut(self, text: str, borders: Sequence[int]) -> Encoded:
         """Ids of a text in which those before each border are those that the text up to it has for itself."""
-        done: Encoded = ([], [])
-        start = 0
         ids, offsets = self.of(text)
-        for border in sorted({at for at in borders if 0 < at < len(text)}):
-            before = sum(end <= border for _, end in offsets)
-            since = next((i for i in range(before - 1, 0, -1) if ids[i] in self.special), 0)
+        start = at = 0  # the character and the token after the last cut
+        for border in sorted({place for place in borders if 0 < place < len(text)}):
+            before = bisect_right(offsets, border, lo=at, key=_end)
+            first, alone = self._alone(text, (ids, offsets), (start, at), (border, before))
             clean = before == len(ids) or offsets[before][0] >= border
-            from_here = offsets[since][0] if since else start
-            if clean and self._piece(text, from_here, border)[0] == ids[since:before]:
+            if clean and alone[0] == ids[first:before]:
                 continue
             self.cuts += 1
-            alone = self._piece(text, start, border)
-            done = (done[0] + alone[0], done[1] + alone[1])
-            start = border
-            ids, offsets = self._piece(text, start, len(text))
-        return done[0] + ids, done[1] + offsets
+            after, rest = self._behind(text, (ids, offsets), (border, before))
+            ids[first:after] = alone[0] + rest[0]
+            offsets[first:after] = alone[1] + rest[1]
+            start, at = border, first + len(alone[0])
+        return ids, offsets
+
+    def _alone(
+        self, text: str, whole: Encoded, cut: tuple[int, int], border: tuple[int, int]
+    ) -> tuple[int, Encoded]:  # fmt: skip
+        """The tokens before a border that the text up to it has for itself, but for those that stay whatever follows.
+
+        Args:
+            whole: the tokens of the text.
+            cut: the character and the token that begin behind the last cut.
+            border: the border, and how many tokens end before it.
+
+        Returns:
+            How many tokens stay, and those that follow them.
+        """
+        ids, offsets = whole
+        for first in range(border[1] - 1, cut[1], -1):
+            begin = offsets[first][0]
+            if ids[first] in self.special:
+                return first, self._piece(text, begin, border[0])
+            if border[0] - begin >= _REACH:
+                piece = self._piece(text, begin, border[0])
+                if (joint := _joint(whole, piece, begin + _REACH // 2)) is not None:
+                    return joint[0], (piece[0][joint[1] :], piece[1][joint[1] :])
+                break
+        return cut[1], self._piece(text, cut[0], border[0])
+
+    def _behind(self, text: str, whole: Encoded, border: tuple[int, int]) -> tuple[int, Encoded]:
+        """The tokens behind a border that follow something else than those before it, but for those that stay.
+
+        Returns:
+            From which token on they stay, and the tokens from the border to it.
+        """
+        ids, offsets = whole
+        for after in range(border[1], len(ids)):
+            begin = offsets[after][0]
+            if begin >= border[0] and ids[after] in self.special:
+                return after, self._piece(text, border[0], begin)
+            if begin - border[0] >= _REACH:
+                piece = self._piece(text, border[0], begin)
+                if (joint := _joint(whole, piece, border[0] + _REACH // 2)) is not None:
+                    return joint[0], (piece[0][: joint[1]], piece[1][: joint[1]])
+                break
+        return len(ids), self._piece(text, border[0], len(text))
 
     def continued(self, asked: list[int], prompt: str, completion: str) -> Encoded:
         """Ids of prompt and completion that begin with those of the prompt."""
@@ -140,3 +185,20 @@ class Tokens:
         check_whole_characters(text, "the text")
         encoded = self._tokenizer(text, return_offsets_mapping=True, verbose=False, **how)
         return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _joint(whole: Encoded, piece: Encoded, place: int) -> tuple[int, int] | None:
+    """From which token on the two are the same, at a character or soon behind it; None: they are not the same there."""
+    one = bisect_left(whole[1], place, key=_begin)
+    other = bisect_left(piece[1], place, key=_begin)
+    alike = min(_ALIKE, len(whole[0]) - one, len(piece[0]) - other)
+    same = alike > 0 and all(whole[part][one : one + alike] == piece[part][other : other + alike] for part in (0, 1))
+    return (one, other) if same else None
+
+
+def _begin(offset: tuple[int, int]) -> int:
+    return offset[0]
+
+
+def _end(offset: tuple[int, int]) -> int:
+    return offset[1]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
-from .checks import is_absent, json_of, kind_of, list_of, names, text_of
+from .checks import check_numbers, is_absent, json_of, kind_of, list_of, names, text_of
 
 CALL_FIELDS = ("id", "type", "index", "function", "name", "arguments")
 
@@ -67,6 +67,7 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
         value = {}
     if not isinstance(value, Mapping):
         raise InputError(f"{name}: arguments is {kind_of(value)}, not an object or JSON text of one")
+    check_numbers(value, f"{name}: arguments")
     return dict(value)
 
 
@@ -99,9 +100,12 @@ def _schema(schema: Any, name: str) -> dict[str, Any]:
         schema = json_of(schema, name)
     if not isinstance(schema, Mapping):
         raise InputError(f"{name} is {kind_of(schema)}, not an object that describes a tool")
-    if "function" in schema or "name" not in schema or schema.get("type", "function") != "function":
+    if "function" not in schema and ("name" not in schema or schema.get("type", "function") != "function"):
         return dict(schema)
-    return {"type": "function", "function": {key: item for key, item in schema.items() if key != "type"}}
+    inner = schema.get("function", {key: item for key, item in schema.items() if key != "type"})
+    if isinstance(inner, Mapping) and isinstance(inner.get("parameters"), str):  # a template would write it as text
+        inner = {**inner, "parameters": json_of(inner["parameters"], f"{name}: parameters")}
+    return {**schema, "function": inner} if "function" in schema else {"type": "function", "function": inner}
 
 
 def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,27 +1,38 @@
-"""Attaches streamed layers to a model, and begins its sweeps; takes them off again.
+"""Attaches a model to its weights: lays them out as a plan says, and lets its layers wait for them.
 
-It knows a model's parts and the memory manager; it knows nothing of losses, optimizers or files.
+It knows a model's parts, a plan and the store; it knows nothing of losses, optimizers or text.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
-from ..machine.heap import HeapGuard
+from ..config import LemaConfig
+from ..errors import PlanError, UnsupportedError, WeightsNotFoundError
+from ..machine.heap import HeapGuard, give_back_idle_heap, resident_bytes
+from ..models.base import LemaModelAdapter
 from ..models.causal_lm import CausalLM
+from ..planning.plan import MemoryPlan
+from ..planning.policy import plan_for, with_steps
+from ..storage.index import GlobalBinaryIndex
+from ..streaming.accelerator import AcceleratorBackend
 from ..streaming.arguments import BatchRules
 from ..streaming.draws import Draws
 from ..streaming.layer_call import Batching
-from ..streaming.memory import TripleBufferManager
 from ..streaming.recompute import StreamedLayer
-from ..streaming.schedule import Schedule
+from ..streaming.schedule import AccessSchedule
+from ..streaming.weight_store import WeightStore
+from .assembly import StoredModel, compute_dtype
+from .device_memory import explained
 from .guards import guard, guard_peft
 from .loss.streamed_head import streamed_forward
+from .outlook import Outlook
 from .trial import fault_of_training, kinds_of
 
 logger = logging.getLogger(__name__)
@@ -30,28 +41,61 @@ _REFUSED_OUTPUTS = {
     "output_attentions": "attention weights",
     "output_router_logits": "router logits and their auxiliary loss",
 }
-_NAMES = ("decoder", "layers", "head", "sweeps", "guards", "adapters")
+_NAMES = ("decoder", "layers", "head", "epilogue", "sweeps", "guards", "adapters")
 
 
 def attach(
-    lm: CausalLM,
-    memory: TripleBufferManager,
-    micro_batch_size: int | None = None,
-    peft_model: nn.Module | None = None,
-) -> Attachment:
-    """Let a model's layers wait for their weights; one that was attached before is first taken off.
+    model: StoredModel, plan: MemoryPlan, device: str | None = None, *, num_readers: int = 2,
+    prefetch_depth: int | None = None, floor: int | None = None,
+) -> Attachment:  # fmt: skip
+    """Lay a model's weights out as a plan says, and let its layers wait for them.
 
-    Afterwards the model is called, trained and generated with like any other, by whatever trainer: its own forward
-    calls its layers, and each call of the whole model tells the memory manager which visits to expect.
+    Afterwards the model is called, given adapters, trained and generated with like any other, by whatever trainer: its
+    own forward calls its layers, and each call of the whole model tells the store which accesses to expect.
 
     Args:
-        lm: the model.
-        memory: holds its weights, where a plan has them.
-        micro_batch_size: rows a layer runs at once; None: as planned, or all.
-        peft_model: PEFT's model around it, whose adapters a trainer will save.
+        model: its compute type and attention are set.
+        plan: made for it, and held against it.
+        device: one of the plan's kind, as 'cuda:1'; None: the current one.
+        num_readers, prefetch_depth, floor: as `WeightStore` takes them.
+
+    Raises:
+        PlanError: the plan is for another model or device.
+        WeightsError, UnsupportedError: the files do not hold the model.
+        DeviceMemoryError: the device has no room for it.
     """
-    lm.interceptor.take_off(*_NAMES)
-    return Attachment(lm, memory, micro_batch_size, peft_model)
+    if model.gbi is None:
+        raise WeightsNotFoundError(f"the weights of this {type(model.adapter).__name__} are not on this machine")
+    place = device or plan.device
+    if (kind := place.partition(":")[0]) != plan.device:
+        raise PlanError(f"device={plan.device!r}, and this model computes on {kind!r}: make a plan for that device")
+    backend = None if kind == "cpu" else AcceleratorBackend(place)
+    with explained(place, plan):
+        store = WeightStore(
+            model.gbi, model.adapter, plan, place, num_readers=num_readers, prefetch_depth=prefetch_depth,
+            backend=backend, floor=floor,
+        )  # fmt: skip
+    return Attachment(model.adapter.causal_lm(), store)
+
+
+def attach_parts(
+    config: LemaConfig, adapter: LemaModelAdapter, gbi: GlobalBinaryIndex, store: WeightStore | None = None
+) -> Attachment:
+    """Attach parts that were put together by hand, by settings.
+
+    Args:
+        store: where the weights lie already; what its plan leaves open of a step, the settings say.
+    """
+    if store is not None:
+        store.plan = with_steps(store.plan, config)
+        return Attachment(adapter.causal_lm(), store)
+    floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
+    adapter.configure(compute_dtype(config), config.attn_implementation)
+    model = StoredModel(adapter, gbi)
+    plan = plan_for(Outlook(config, model))
+    return attach(
+        model, plan, config.device, num_readers=config.num_readers, prefetch_depth=config.prefetch_depth, floor=floor
+    )
 
 
 class Attachment:
@@ -59,21 +103,23 @@ class Attachment:
 
     Everything that is put in place of the model's own lies with its interceptor, under one name a part: the forwards of
     the layers, of the head where it streams and of the decoder; hooks of the whole model; what keeps weights that are
-    not there from being cast, merged or saved.
+    not there from being cast, merged or saved. What an earlier attachment put there comes off first.
+
+    Args:
+        lm: the model.
+        memory: where its weights lie, by the plan that has the say here as well.
     """
 
-    def __init__(
-        self, lm: CausalLM, memory: TripleBufferManager, micro_batch_size: int | None, peft_model: nn.Module | None
-    ) -> None:
+    def __init__(self, lm: CausalLM, memory: WeightStore) -> None:
+        lm.interceptor.take_off(*_NAMES)
         self.lm = lm
         self.memory = memory
-        trained = any(parameter.requires_grad for parameter in lm.module.parameters())
-        self.fault = fault_of_training(lm) if trained else ""
-        """Why this model is not to be trained, though it can be asked; empty if it may be."""
+        self.fault = ""
+        """Why this model is not to be trained, though it can be asked; empty if it may be. Known with its adapters."""
+        self._tried: nn.Module | None = None
+        self._trying = False
         plan = memory.plan
-        if micro_batch_size is None and plan.micro_batch_size < plan.batch:
-            micro_batch_size = plan.micro_batch_size
-        self.batching = Batching(micro_batch_size, lambda: BatchRules.learn(lm))
+        self.batching = Batching(None if plan.whole_batch else plan.micro_batch_size, lambda: BatchRules.learn(lm))
         self.heap = HeapGuard(memory.heap_limit, plan.keeps_idle_heap)
         self.draws = Draws(lm.layers)
         self.layers = [
@@ -83,20 +129,42 @@ class Attachment:
         for unit in plan.keep_activations:
             self.layers[unit].keeps_graph = True
         self._told = False
-        self._put_in_place(peft_model)
+        self._put_in_place()
+        self.guard()
 
-    def _put_in_place(self, peft_model: nn.Module | None) -> None:
+    def _put_in_place(self) -> None:
         lm, own = self.lm, self.lm.interceptor
         for streamed, layer in zip(self.layers, lm.layers, strict=True):
             own.replace("layers", layer, "forward", streamed)
         if lm.head is not None and (forward := streamed_forward(lm.head, self.memory)) is not None:
             own.replace("head", lm.head, "forward", forward)
+        own.replace("sweeps", lm.module, "forward", self._given_back(lm.module.forward))
         own.hook("sweeps", lm.module.register_forward_pre_hook(self._begin, with_kwargs=True))
         own.hook("sweeps", lm.module.register_forward_hook(self._end))
         own.hook("sweeps", lm.module.register_forward_hook(self._give_turn, always_call=True))
-        guard(lm, self.memory)
+
+    def guard(self, peft_model: nn.Module | None = None) -> None:
+        """Keep weights from being cast, merged and saved; to be said again when the model was given adapters.
+
+        Args:
+            peft_model: PEFT's model around it, whose adapters a trainer will save.
+        """
+        self.lm.interceptor.take_off("guards", "adapters")
+        guard(self.lm, self.memory)
         if peft_model is not None:
-            guard_peft(own, peft_model)
+            guard_peft(self.lm.interceptor, peft_model)
+            self._try(peft_model)
+
+    def _try(self, peft_model: nn.Module) -> None:
+        """Find out, once, whether the model with its adapters would be trained rightly; no layer is accessed."""
+        if self._tried is peft_model:
+            return
+        self._trying = True
+        try:
+            self.fault = fault_of_training(self.lm)
+        finally:
+            self._trying = False
+        self._tried = peft_model
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`; its weights are then wherever they happen to be.
@@ -111,6 +179,13 @@ class Attachment:
         """Learn how to cut the arguments of layers where they may be cut: no forward runs inside another."""
         if self.batching.micro_batch_size is not None:
             _ = self.batching.rules
+
+    def trim(self) -> None:
+        """Between two phases of a step, memory of the last one goes back to the system where memory is short."""
+        if self.memory.heap_limit is not None:
+            self.heap.relieve()
+        elif self.memory.streamed:
+            give_back_idle_heap()
 
     def lowest_trainable(self) -> int:
         """The deepest layer a gradient has to reach; the number of layers if there is none."""
@@ -133,6 +208,8 @@ class Attachment:
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._trying:
+            return args, kwargs
         self.memory.turn.take("the model")
         _refuse_outputs(getattr(module, "config", None), kwargs)
         if kwargs.get("labels") is not None and kwargs.get("output_router_logits") is None:
@@ -144,17 +221,35 @@ class Attachment:
         if lowest < count:
             self._tell_of_unused()
             kwargs.setdefault("use_cache", False)
-            self.memory.predict(Schedule.training(count, lowest))
+            self.memory.predict(AccessSchedule.training(count, lowest))
             self.draws.begin(self.memory.compute_device)
         else:
-            self.memory.predict(Schedule.inference(count))
+            self.memory.predict(AccessSchedule.inference(count))
         return args, kwargs
 
+    def _given_back(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that gives the turn back where Ctrl-C ends it: torch runs no hook for what is no `Exception`."""
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            except BaseException as ended:
+                if not isinstance(ended, Exception):
+                    self._give_turn()
+                    if not self.memory.turn.held:  # else whoever holds it cleans up
+                        self.memory.abort()
+                raise
+
+        return run
+
     def _end(self, *_: Any) -> None:
-        self.draws.end()
+        if not self._trying:
+            self.draws.end()
 
     def _give_turn(self, *_: Any) -> None:
-        self.memory.turn.give()
+        if not self._trying:
+            self.memory.turn.give()
 
 
 def _refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:

@@ -16,10 +16,10 @@ from ..models.transformers_adapter import TransformersAdapter
 from ..storage.index import GlobalBinaryIndex
 from ..storage.layout import ParameterSource
 from ..storage.views import materialize
-from ..streaming.memory import TripleBufferManager
+from ..streaming.weight_store import WeightStore
 
 
-def state_from_files(memory: TripleBufferManager) -> dict[nn.Module, Callable[..., None]]:
+def state_from_files(memory: WeightStore) -> dict[nn.Module, Callable[..., None]]:
     """For each module of the model a `_save_to_state_dict` that has its base weights as the files have them; none for
     an adapter of one's own, whose sources are not known by module.
 

@@ -37,7 +37,7 @@ def explained(device: str, plan: MemoryPlan) -> Iterator[None]:
 def _taken(device: str, plan: MemoryPlan) -> str:
     """What was planned beside what there is."""
     planned = "Nothing was planned, as no budget was given"
-    if plan.predicted:
+    if plan.device_bytes:
         parts = sorted(plan.device_bytes.items(), key=lambda part: -part[1])
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
         planned = f"Planned were {format_bytes(plan.device_peak)} ({listed})"
@@ -55,7 +55,7 @@ def _taken(device: str, plan: MemoryPlan) -> str:
 
 def _advice(plan: MemoryPlan) -> str:
     """The setting that lowers the plan's largest part."""
-    if not plan.predicted:
+    if not plan.device_bytes:
         return "Set vram_budget ('auto', or a size as in '6GB'), and what fits is planned"
     parts = {name: size for name, size in plan.device_bytes.items() if name not in (DEVICE_CONTEXT, "overhead")}
     largest = max(parts, key=lambda name: parts[name])

@@ -18,9 +18,9 @@ from ..streaming.recompute import StreamedLayer
 from .inputs import Batch
 
 
-def bad_loss(loss: float, step: int, lm: CausalLM, batch: Batch, random_state: RandomState) -> NonFiniteError:
-    """What is said of a step's loss; the forward is run again to see where it came from."""
-    place = first_bad_activation(lm, batch, random_state)
+def bad_loss(loss: float, step: int, place: str | None) -> NonFiniteError:
+    """What is said of a step's loss, and of where it came from."""
+    place = place or "the sum over the ranks"
     return NonFiniteError(
         f"the loss is {loss} at step {step}, first seen in the output of {place}; the "
         "optimizer was not stepped. Lower the learning rate, or use bfloat16 or float32 if this is float16"

@@ -7,7 +7,6 @@ budgets or tiers. It needs a model's configuration and no weights.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
 import weakref
@@ -26,9 +25,7 @@ from ..models.causal_lm import TransformersCausalLM
 from ..models.lora import LoRAManager
 from ..models.stages import layer_arguments
 from ..models.transformers_adapter import TransformersAdapter
-from ..planning.plan import LayerCost, LossCost, ModelSizes, Workload
-from ..planning.sizes import model_sizes
-from ..storage.index import GlobalBinaryIndex
+from ..planning.plan import LayerCost, LossCost
 from ..streaming.arguments import Arguments, containers, hidden_of, take_hidden
 from .loss.positions import loss_of_piece
 
@@ -136,25 +133,6 @@ class DryRun:
             what, type(error).__name__, str(error).partition("\n")[0],
         )  # fmt: skip
 
-    def sizes(self) -> ModelSizes:
-        """Bytes of the model's parts, each tensor stored in the type it is computed with."""
-        return model_sizes(self.adapter, self.parameters)
-
-    def sizes_in(self, adapter: TransformersAdapter, gbi: GlobalBinaryIndex) -> ModelSizes:
-        """Bytes of the parts of a model as these weights hold it."""
-        return model_sizes(adapter, self.parameters, gbi)
-
-    def workload(self, batch: int, seq: int) -> Workload:
-        """What a step on `[batch, seq]` tokens takes."""
-        size = self.adapter.dtype.itemsize
-        return Workload(
-            batch=batch,
-            seq=seq,
-            boundary=batch * seq * self.adapter.hidden_size * size,
-            layer=functools.cache(lambda rows: self.layer(rows, seq)),
-            loss=functools.cache(lambda positions: self.loss(positions)),
-        )
-
     @torch.enable_grad()  # whoever plans may be in a block without
     def layer(self, rows: int, seq: int) -> LayerCost:
         """The most that any kind of layer takes for a micro-batch of `[rows, seq]`."""
@@ -259,15 +237,20 @@ class _LayerRun:
 
 
 def _run_alone(lm: TransformersCausalLM, unit: int, shape: tuple[int, int]) -> _LayerRun:
-    """A layer run with what the model hands to it; where it needs what layers before it return, they run as well."""
+    """A layer run with what the model hands to it; where it needs what layers before it return, they run as well.
+
+    A row is padded, as it may be in training: then there is a mask, and attention takes more.
+    """
     layer = lm.layers[unit]
-    arguments = layer_arguments(lm, unit, shape)
+    mask = torch.ones(shape, dtype=torch.long)
+    mask[0, 0] = 0
+    arguments = layer_arguments(lm, unit, shape, attention_mask=mask)
     try:
         return _LayerRun(layer, arguments)
     except _ANYTHING:
         if not (lm.returns_several or containers(arguments)):
             raise
-        return _LayerRun(layer, layer_arguments(lm, unit, shape, fed=True))
+        return _LayerRun(layer, layer_arguments(lm, unit, shape, fed=True, attention_mask=mask))
 
 
 def _grown(runs: Sequence[_LayerRun], shapes: Sequence[tuple[int, int]], shape: tuple[int, int]) -> _LayerRun:

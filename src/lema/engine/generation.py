@@ -17,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..errors import LemaError, UnsupportedError
 from ..json_file import read_object
 from ..models.causal_lm import CausalLM
-from ..streaming.memory import TripleBufferManager
+from ..streaming.weight_store import WeightStore
 from .device_memory import explained
 from .turns import evaluating
 
@@ -54,7 +54,7 @@ def end_tokens(module: Any) -> set[int]:
 def generate(
     lm: CausalLM,
     model: nn.Module,
-    memory: TripleBufferManager,
+    memory: WeightStore,
     inputs: torch.Tensor | Mapping[str, Any],
     **kwargs: Any,
 ) -> Any:

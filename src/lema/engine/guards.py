@@ -19,13 +19,13 @@ from torch import nn
 from ..errors import BindingError
 from ..models.causal_lm import CausalLM
 from ..models.interceptor import Interceptor
-from ..streaming.memory import TripleBufferManager
+from ..streaming.weight_store import WeightStore
 from .base_state import state_from_files
 
 logger = logging.getLogger(__name__)
 
 
-def guard(lm: CausalLM, memory: TripleBufferManager) -> None:
+def guard(lm: CausalLM, memory: WeightStore) -> None:
     """Put the refusals on a model whose layers are streamed; a fully resident one only ignores checkpointing."""
     put = functools.partial(lm.interceptor.replace, "guards")
     put(lm.module, "gradient_checkpointing_enable", _checkpointing_is_built_in)
@@ -50,11 +50,13 @@ def guard_peft(interceptor: Interceptor, model: nn.Module) -> None:
 
     It is what trainers call to save: with `state_dict=None`, or with the state of the whole model.
     """
+    prefix: str = model.base_model.prefix  # type: ignore[union-attr, assignment]  # PEFT's, of its kind of adapter
     save: Any = type(model).__dict__.get("save_pretrained") or PeftModel.save_pretrained
 
     def save_adapters(directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         if kwargs.get("state_dict") is None:
-            kwargs["state_dict"] = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+            own = {name: p.detach() for name, p in model.named_parameters() if prefix in name}
+            kwargs["state_dict"] = own
         kwargs.setdefault("save_embedding_layers", False)
         save(model, os.fspath(directory), *args, **kwargs)
 

@@ -25,9 +25,9 @@ def numerics(config: LemaConfig, plan: MemoryPlan, micro_batch_size: int | None)
         "device": device_name(config.device),
         "threads": torch.get_num_threads(),
         "micro_batch_size": micro_batch_size,
-        "loss_chunk_size": config.loss_chunk_size if plan.loss_by_batch else plan.loss_chunk_size,
+        "loss_chunk_size": plan.loss_chunk_size,
     }
-    if plan.predicted:
+    if plan.head_rows:  # a plan without a budget says nothing of these, and checkpoints neither
         found |= {
             "head_chunked": plan.head == "chunked", "head_rows": plan.head_rows, "optimizer_place": plan.optimizer,
         }  # fmt: skip

@@ -22,12 +22,12 @@ def default_optimizer(parameters: Sequence[nn.Parameter], learning_rate: float) 
     return torch.optim.AdamW(list(parameters) or [nn.Parameter(torch.empty(0))], lr=learning_rate)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, own: Sequence[nn.Parameter]) -> None:
-    """`ConfigError` if there are adapters and the optimizer holds none of them."""
+def check_optimizer(optimizer: torch.optim.Optimizer, own: Sequence[nn.Parameter], kind: str) -> None:
+    """`ConfigError` if there are parameters, of this kind, and the optimizer holds none of them."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if own and not any(id(p) in held for p in own):
         raise ConfigError(
-            "the optimizer holds none of the model's LoRA parameters; make it from get_trainable_parameters() of "
+            f"the optimizer holds none of the model's {kind}; make it from get_trainable_parameters() of "
             "this model, after initialize_lora()"
         )
 

@@ -60,6 +60,12 @@ def check_packing(lm: CausalLM) -> None:
         )
 
 
+def take_over_packing(lm: CausalLM, tried: CausalLM) -> None:
+    """What was found of a model holds for another one made by the same settings, so that a run tries its own once."""
+    if tried in _known:
+        _known[lm] = _known[tried]
+
+
 class _Enough(BaseException):
     """Ends a forward before its head, which would be most of the work; not an error, so nothing takes it for one."""
 

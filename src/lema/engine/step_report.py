@@ -15,7 +15,7 @@ import torch
 
 from ..machine.device import peak_memory
 from ..machine.heap import resident_bytes
-from ..streaming.memory import MemoryStats
+from ..streaming.weight_store import MemoryStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ It knows whose parameters they are by `Trained` alone, LoRA being one; it knows 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ..config import LemaConfig
 from ..coordinator import Coordinator
 from ..errors import ConfigError
 from ..models.trained import Trained
-from ..streaming.memory import TripleBufferManager
+from ..streaming.weight_store import WeightStore
 from .host_optimizer import HostMasters
 from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer, keep_state_apart, scale_learning_rate, set_adamw
@@ -37,13 +38,13 @@ class Trainables:
     """
 
     def __init__(
-        self, owner: Trained, optimizer: torch.optim.Optimizer | None, config: LemaConfig, memory: TripleBufferManager
+        self, owner: Trained, optimizer: torch.optim.Optimizer | None, config: LemaConfig, memory: WeightStore
     ) -> None:
         self.owner = owner
         parameters = self.parameters
         self._own_learning_rate = None if optimizer is not None else config.learning_rate
         self.optimizer = optimizer or default_optimizer(parameters, config.learning_rate)
-        check_optimizer(self.optimizer, parameters)
+        check_optimizer(self.optimizer, parameters, owner.kind)
         self.loss_scale = LossScale(enabled=config.dtype == "float16" and bool(parameters))
         self.updates = 0
         """Times parameters have begun to change."""
@@ -61,7 +62,7 @@ class Trainables:
         """The parameters; a `ConfigError` where there are none."""
         if parameters := self.parameters:
             return parameters
-        raise ConfigError(f"{problem}: use_lora is off{advice}")
+        raise ConfigError(f"{problem}: {self.owner.why_none}{advice}")
 
     def held(self) -> list[nn.Parameter]:
         """The parameters that the optimizer sees, with the gradients so far: fp32 masters, or the model's own."""
@@ -98,10 +99,10 @@ class Trainables:
         """
         held = self.held()
         unreached = self._buffer.unreached(held)
-        coordinator.add("gradients", [p.grad for p in held if p.grad is not None])
+        with self._counted():
+            _add_gradients(held, coordinator)
         window.normalize_gradients(held)
         drop_zeros(unreached)
-        self.updates += 1
         norm = step_optimizer(self.optimizer, self.loss_scale, held, max_grad_norm, coordinator)
         self.place_state()
         if not math.isfinite(norm) and not self.loss_scale.enabled:
@@ -109,6 +110,17 @@ class Trainables:
             if self.masters is not None:
                 self.masters.hand_back_gradients()
         return norm
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """An update counts from when this rank waits for the others' gradients: once it has them it is made, and no
+        rank can go back any more. Where one leaves before, there is none."""
+        self.updates += 1
+        try:
+            yield
+        except BaseException:
+            self.updates -= 1
+            raise
 
     def set_optimizer(self, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         """Settings of the optimizer that was made here; one that was given keeps its own."""
@@ -129,7 +141,7 @@ class Trainables:
 
     def load_parameters(self, directory: str | os.PathLike[str]) -> None:
         """Take the values that a directory holds, and nothing else."""
-        self.require("there is no adapter")
+        self.require("there is nothing to load values into")
         self.owner.load_pretrained(directory)
         if self.masters is not None:
             self.masters.copy_from_model()
@@ -142,3 +154,13 @@ class Trainables:
         self.place_state()
         if self.loss_scale.enabled and scaler:
             self.loss_scale.load_state_dict(dict(scaler))
+
+
+def _add_gradients(parameters: Sequence[nn.Parameter], coordinator: Coordinator) -> None:
+    """Replace gradients by their sums over the ranks; where only some ranks have one, the others add zeros."""
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
+    coordinator.add("ranks with a gradient", [there])
+    for parameter, ranks in zip(parameters, there.tolist(), strict=True):
+        if ranks and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    coordinator.add("gradients", [p.grad for p in parameters if p.grad is not None])

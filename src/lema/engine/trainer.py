@@ -12,26 +12,24 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..compat.trainer import OriginalTrainer
 from ..config import LemaConfig
 from ..coordinator import Coordinator
 from ..errors import ConfigError
-from ..machine.heap import give_back_idle_heap
 from ..models.base import LemaModelAdapter
 from ..models.lora import LoRAManager
 from ..models.trained import Trained
 from ..storage.index import GlobalBinaryIndex
-from ..streaming.memory import TripleBufferManager
 from ..streaming.randomness import RandomState
 from ..streaming.timeline import COMPUTE, Recording
-from . import runner
-from .assembly import assemble_memory
-from .attach import Attachment, attach, check_router_loss
+from ..streaming.weight_store import WeightStore
+from .attach import Attachment, attach_parts, check_router_loss
 from .device_memory import explained
-from .diagnosis import bad_gradient, bad_loss
+from .diagnosis import bad_gradient, bad_loss, first_bad_activation
 from .generation import generate
 from .inputs import Batch, join_batches, make_batch
 from .loss.head_loss import HeadLoss
@@ -44,25 +42,22 @@ from .trial import check_training
 from .turns import check_gradients_on, evaluating, in_turn
 from .window import Window
 
-if TYPE_CHECKING:
-    from ..training.result import TrainResult
-
 __all__ = ["LemaTrainer", "StepReport"]
 
 logger = logging.getLogger(__name__)
 
 
-class LemaTrainer:
+class LemaTrainer(OriginalTrainer):
     """Trains LoRA adapters of a model whose layers are streamed.
 
     Args:
         config: settings.
         model_adapter: the model.
         gbi: its weights.
-        lora_manager: its adapters; None: made from the config, or none where `use_lora` is off.
+        lora_manager: its adapters; None: nothing is trained.
         optimizer: over the adapters' parameters; None: AdamW with the config's learning rate.
-        memory_manager: owner of the slots; None: made from the config.
-        streamer: layers already installed on this memory; None: installed here.
+        memory_manager: where its weights lie; None: laid out here, by a plan for the config.
+        attachment: the model attached to its weights already; None: attached here.
         coordinator: the run's other processes; None: there are none.
 
     Raises:
@@ -72,14 +67,15 @@ class LemaTrainer:
     def __init__(
         self, config: LemaConfig, model_adapter: LemaModelAdapter, gbi: GlobalBinaryIndex,
         lora_manager: LoRAManager | None = None, optimizer: torch.optim.Optimizer | None = None,
-        memory_manager: TripleBufferManager | None = None, *, streamer: Attachment | None = None,
+        memory_manager: WeightStore | None = None, *, attachment: Attachment | None = None,
         coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.adapter = model_adapter
         self.gbi = gbi
         self.device = torch.device(config.device)
-        self.memory = memory_manager or assemble_memory(config, model_adapter, gbi)
+        self.attachment = attachment or attach_parts(config, model_adapter, gbi, memory_manager)
+        self.memory = self.attachment.memory
         self.coordinator = coordinator or Coordinator()
         self.lm = model_adapter.causal_lm()
         self.lora_manager = lora_manager
@@ -88,14 +84,15 @@ class LemaTrainer:
         trained = lora_manager or Trained()
         self.model = trained.attach(model_adapter)
         """The model whose mode is switched: PEFT's around transformers', or the bare one."""
-        peft_model = None if lora_manager is None else self.model
-        self.streamer = streamer or attach(self.lm, self.memory, config.micro_batch_size, peft_model)
-        check_training(self.streamer.fault)
-        self.layers = model_adapter.get_layer_metadata()
+        if lora_manager is not None:
+            self.attachment.guard(self.model)
+            check_training(self.attachment.fault)
         self.trainables = Trainables(trained, optimizer, config, self.memory)
         self.optimizer = self.trainables.optimizer
         self.window = Window(config.gradient_accumulation_steps)
-        self.loss = HeadLoss(self.lm, self.memory, config)
+        self.loss = HeadLoss(self.lm, self.memory)
+        self.label_smoothing = 0.0
+        """Share of a target's weight that training spreads over the vocabulary; what is evaluated is the plain loss."""
         self.last_step: StepReport | None = None
         self._resume_state = ResumeState(config, self.lm, gbi, self.trainables, self.window)
         self._steps = 0
@@ -128,22 +125,22 @@ class LemaTrainer:
             StreamingError: another thread is in a step. UnsupportedError: autograd is off.
         """
         batch = self.batch(inputs, labels, attention_mask, position_ids)
-        if batch.targets is None:
-            return self._forward(batch), None
+        return self._learn(batch, return_logits) if batch.targets is not None else (self._forward(batch), None)
+
+    @in_turn
+    def join_step(self) -> float:
+        """Take part in a call of `train_step` that only other ranks have targets for; returns its mean loss."""
+        return self._learn(None)[1]
+
+    def _learn(self, batch: Batch | None, with_logits: bool = False) -> tuple[torch.Tensor | None, float]:
         parameters = self.trainables.require("labels were given but nothing can be trained", "; use eval_step")
         check_gradients_on(parameters)
-        targets = self.coordinator.total("targets", batch.num_targets)
+        targets = self.coordinator.totals("targets", [batch.num_targets if batch is not None else 0])[0]
         denominator = self.window.expect(targets)
         self.trainables.place_gradients(parameters)
         with self._accounted(batch) as outcome:
-            self.model.train()
             random_state = RandomState.now(self.device)
-            hidden = self.lm.hidden_states(**batch.model_inputs)
-            self._trim()
-            result = self.loss(hidden, batch.targets, denominator, scale=self.loss_scale, with_logits=return_logits)
-            self._trim()
-            result.backward(hidden)
-            del hidden
+            result = None if batch is None else self._backward(batch, denominator, with_logits)
             loss = self._checked_loss(result, batch, random_state)
             self.window.add(targets)
             if self.window.full:
@@ -152,7 +149,21 @@ class LemaTrainer:
                     outcome.update(self._update())
                 self._trim()
         self._save_if_due(outcome)
-        return result.logits, loss * denominator / targets
+        return None if result is None else result.logits, loss * denominator / targets
+
+    def _backward(self, batch: Batch, denominator: float, with_logits: bool) -> LossResult:
+        """Forward, loss and backward: adds to the gradients."""
+        assert batch.targets is not None
+        self.model.train()
+        hidden = self.lm.hidden_states(**batch.model_inputs)
+        self._trim()
+        result = self.loss(
+            hidden, batch.targets, denominator, scale=self.loss_scale, smoothing=self.label_smoothing,
+            with_logits=with_logits,
+        )  # fmt: skip
+        self._trim()
+        result.backward(hidden)
+        return result
 
     @in_turn
     def train_window(self, batches: Sequence[Mapping[str, Any]]) -> float:
@@ -210,14 +221,14 @@ class LemaTrainer:
         """A batch checked, where it is computed, in a form the layers can cut."""
         batch = make_batch(self.lm, inputs, *rest).on(self.device)
         plan = self.memory.plan
-        if plan.predicted and batch.num_tokens > plan.batch * plan.seq and not self._warned:
+        if (plan.ram_budget or plan.vram_budget) and batch.num_tokens > plan.batch * plan.seq and not self._warned:
             self._warned = True
             logger.warning(
                 "a batch of %d tokens is larger than the %d x %d that the memory plan is for: it may not stay within "
                 "the budget; set batch_size and max_seq_length to what train_step is given",
                 batch.num_tokens, plan.batch, plan.seq,
             )  # fmt: skip
-        self.streamer.prepare()
+        self.attachment.prepare()
         return batch
 
     def _forward(self, batch: Batch) -> torch.Tensor:
@@ -236,7 +247,7 @@ class LemaTrainer:
         norm = self.trainables.update(self.window, self.config.max_grad_norm, self.coordinator)
         overflow = not math.isfinite(norm)
         if overflow and not self.trainables.loss_scale.enabled:
-            error = bad_gradient(norm, self.global_step + 1, self.streamer.layers)
+            error = bad_gradient(norm, self.global_step + 1, self.attachment.layers)
             self.discard_window()
             raise error
         self.discard_window()
@@ -260,24 +271,23 @@ class LemaTrainer:
     def external_loop(self, steps: Callable[[], int] | None = None) -> Iterator[None]:
         """Inside the block each `train_step` is one optimizer step, and a loop decides when to save.
 
-        Layers then run `batch_size` rows at once, where neither the plan nor a setting cuts finer.
+        Layers then run no more rows at once than `batch_size`, or than the plan is for.
 
         Args:
             steps: how many the loop has counted; None: they are counted here.
         """
-        with self._whole_window(self.config.batch_size if self.window.length > 1 else None):
-            before, taken = self._steps, self.trainables.updates
+        rows = max(self.config.batch_size, self.memory.plan.batch)
+        with self._whole_window(rows if self.window.length > 1 else None):
             self._external = steps or (lambda: self._steps)
             try:
                 yield
             finally:
-                counted = self._steps != before or self.trainables.updates > taken
-                self._steps, self._external = self._external() if counted else before, None
+                self._steps, self._external = self._external() or self._steps, None
 
     @contextlib.contextmanager
     def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:
         """Inside the block one call is a window, and layers run so many rows at once unless something cuts finer."""
-        batching = self.streamer.batching
+        batching = self.attachment.batching
         before = batching.micro_batch_size
         with self.window.whole():
             batching.micro_batch_size = min(filter(None, (rows_at_once, before)), default=None)
@@ -298,22 +308,13 @@ class LemaTrainer:
         """What fp16 multiplies the loss with; 1 elsewhere."""
         return self.trainables.loss_scale.factor
 
-    @property
-    def label_smoothing(self) -> float:
-        """Share of a target's weight that training spreads over the vocabulary."""
-        return self.loss.smoothing
-
-    @label_smoothing.setter
-    def label_smoothing(self, factor: float) -> None:
-        self.loss.smoothing = factor
-
     def random_state(self) -> RandomState:
         """Where the generators are now."""
         return RandomState.now(self.device)
 
     def numerics(self) -> dict[str, Any]:
         """What the last bits of numbers depend on, beyond settings."""
-        return numerics(self.config, self.memory.plan, self.streamer.batching.micro_batch_size)
+        return numerics(self.config, self.memory.plan, self.attachment.batching.micro_batch_size)
 
     def record_step(self, path: str | os.PathLike[str], number: int) -> contextlib.AbstractContextManager[Recording]:
         """Write a timeline of what happens in the block."""
@@ -347,17 +348,6 @@ class LemaTrainer:
         """Take the adapter of a checkpoint and nothing else."""
         self.trainables.load_parameters(directory)
 
-    def train(self, dataset: Any, eval_dataset: Any = None, **options: Any) -> TrainResult:
-        """Train as `lema train` does: schedule, evaluation, samples, checkpoints, metrics, exact resume.
-
-        Args:
-            dataset: a path (see `DataConfig.train_file`), what `lema.data.load_data` returns, or any iterable of
-                batches that has `steps_per_epoch`, `state_dict()` and `load_state_dict()`.
-            eval_dataset: batches to evaluate on, where `dataset` has none of its own.
-            **options: those of `lema.run.training.train_with`: training, data, tokenizer, callbacks, resume, plain.
-        """
-        return runner.train(self, dataset, eval_dataset, **options)
-
     def generate(self, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
         """Ids `[batch, seq + new]`; see `lema.engine.generation.generate`."""
         return generate(self.lm, self.model, self.memory, inputs, **kwargs)
@@ -366,22 +356,22 @@ class LemaTrainer:
 
     def _trim(self) -> None:
         """Between two phases of a step, memory of the last one goes back to the system where memory is short."""
-        if self.memory.plan.predicted:
-            self.streamer.heap.relieve()
-        elif self.memory.streamed:
-            give_back_idle_heap()
+        self.attachment.trim()
 
     def _save_if_due(self, outcome: dict[str, Any]) -> None:
         stepped = "grad_norm" in outcome and not outcome["skipped"] and self._external is None
-        if stepped and self.config.save_steps > 0 and self.global_step % self.config.save_steps == 0:
+        every = self.config.save_steps if stepped and self.coordinator.is_writer else 0
+        if every > 0 and self.global_step % every == 0:
             self.save_checkpoint(Path(self.config.output_dir) / f"checkpoint-{self.global_step}")
 
-    def _checked_loss(self, result: LossResult, batch: Batch, random_state: RandomState) -> float:
-        """The loss, read only now that the backward is enqueued, before anything of it can reach the optimizer."""
-        loss = self.coordinator.total("loss", result.loss)
+    def _checked_loss(self, result: LossResult | None, batch: Batch | None, random_state: RandomState) -> float:
+        """The ranks' loss, read only now that the backward is enqueued, before it can reach the optimizer."""
+        own = 0.0 if result is None else result.loss
+        loss = self.coordinator.totals("loss", [own])[0]
         if math.isfinite(loss):
             return loss
-        error = bad_loss(loss, self.global_step + 1, self.lm, batch, random_state)
+        seen = None if batch is None or math.isfinite(own) else first_bad_activation(self.lm, batch, random_state)
+        error = bad_loss(loss, self.global_step + 1, self.coordinator.agree("bad loss", seen))
         self.discard_window()
         raise error
 

@@ -23,7 +23,6 @@ from torch import nn
 
 from ..errors import LemaError, UnsupportedError
 from ..models.causal_lm import CausalLM
-from ..models.interceptor import replaced_forwards
 from ..models.trained import trained_outside
 from ..streaming.arguments import named_leaves, take_hidden
 from ..streaming.randomness import RandomState
@@ -39,10 +38,7 @@ Gradients = Sequence[torch.Tensor | None]
 
 
 def fault_of_training(lm: CausalLM) -> str:
-    """Why a model would not be trained rightly; empty if it would.
-
-    To be called while nothing is in place of the model's own forwards.
-    """
+    """Why a model with its adapters would not be trained rightly; empty if it would."""
     outside = trained_outside(lm.module, lm.layers)
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in outside.values()):
         return ""  # no gradient can be had at all, which a step says
@@ -146,7 +142,7 @@ def _tried(lm: CausalLM) -> Iterator[dict[str, torch.Tensor]]:
     passing = [_layer(lm)] * len(lm.layers)
     try:
         with (
-            lm.replaced_layers(passing), replaced_forwards(heads, forwards), torch.enable_grad(),
+            lm.replaced_layers(passing), lm.interceptor.replaced(heads, forwards), torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
         ):  # fmt: skip
             yield {name: value.to(device) for name, value in batch.items()}

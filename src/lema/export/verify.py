@@ -102,7 +102,7 @@ def _logits(model_path: str, weights: str | None, adapter: Checkpoint | None = N
         lm = model.adapter.causal_lm()
         module: torch.nn.Module = lm.module
         if adapter is not None:
-            # In at its own precision, as PEFT keeps it in training; before the layers are driven by the streamer.
+            # In at its own precision, as PEFT keeps it in training.
             with peft_of_this_transformers():
                 peft = PeftModel.from_pretrained(module, str(adapter.folder), low_cpu_mem_usage=True)
             peft.eval()

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ..errors import UnsupportedError
 from .host_values import HostValues
-from .interceptor import Forward, Interceptor, replaced_forwards
+from .interceptor import Forward, Interceptor
 from .masks import padding_known
 from .skeleton import stand_in_ids
 from .towers import LeftOut, leave_out_unreached
@@ -126,7 +126,7 @@ class TransformersCausalLM:
 
         forwards = [reached] * len(self.layers)
         try:
-            with replaced_forwards(self.layers, forwards), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with self.interceptor.replaced(self.layers, forwards), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 self._model.forward(input_ids=stand_in_ids(self._model, 2, 3), use_cache=False)
         except _Reached:
             pass
@@ -172,7 +172,7 @@ class TransformersCausalLM:
     @contextlib.contextmanager
     def replaced_layers(self, forwards: Sequence[Forward]) -> Iterator[None]:
         _ = self._items  # found out by the model's own forward, which is not to run inside of another
-        with replaced_forwards(self.layers, forwards):
+        with self.interceptor.replaced(self.layers, forwards):
             yield
 
     @property
@@ -190,7 +190,7 @@ class TransformersCausalLM:
         taken apart."""
         ids = stand_in_ids(self._model, 2, 3)
         passing = [lambda hidden, *_, **__: _output(hidden, items)] * len(self.layers)
-        with replaced_forwards(self.layers, passing), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with self.interceptor.replaced(self.layers, passing), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
                 hidden = self._first_half(self._model.forward, input_ids=ids)
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -302,7 +302,7 @@ class ComposedCausalLM(nn.Module):
         return hidden
 
     def replaced_layers(self, forwards: Sequence[Forward]) -> contextlib.AbstractContextManager[None]:
-        return replaced_forwards(self.layers, forwards)
+        return self.interceptor.replaced(self.layers, forwards)
 
     def hidden_states(self, on_host: Mapping[str, torch.Tensor] | None = None, **inputs: Any) -> torch.Tensor:
         """Runs through `__call__`, so that hooks of the whole model see it."""

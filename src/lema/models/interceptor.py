@@ -100,6 +100,17 @@ class Interceptor:
         gate: Gate = replaced.value  # type: ignore[union-attr]
         return gate
 
+    @contextlib.contextmanager
+    def replaced(self, modules: Iterable[Any], forwards: Sequence[Forward]) -> Iterator[None]:
+        """Each module's `forward` is another one inside the block; blocks may lie in blocks."""
+        name = f"block {sum(other.startswith('block') for other in self._in_place)}"
+        for module, forward in zip(modules, forwards, strict=True):
+            self.replace(name, module, "forward", forward)
+        try:
+            yield
+        finally:
+            self.take_off(name)
+
     def take_off(self, *names: str) -> None:
         """Leave modules as they were before these names, the latest first; names that are not in place are no error.
 
@@ -114,15 +125,3 @@ class Interceptor:
             each.remove()
         for name in names:
             self._in_place.pop(name, None)
-
-
-@contextlib.contextmanager
-def replaced_forwards(modules: Iterable[Any], forwards: Sequence[Forward]) -> Iterator[None]:
-    """Each module's `forward` is another one inside the block."""
-    block = Interceptor()
-    for module, forward in zip(modules, forwards, strict=True):
-        block.replace("block", module, "forward", forward)
-    try:
-        yield
-    finally:
-        block.take_off("block")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -13,6 +14,8 @@ from .base import LemaModelAdapter
 from .folder import refuse_other_folders
 from .registry import get_adapter
 
+_ADAPTER = ("adapter_model.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # with its tokenizer, if it has one
+
 
 def local_path(name_or_path: str, *patterns: str) -> Path:
     """A local path for a path or a hub id; files of a hub id come through huggingface_hub's cache.
@@ -21,23 +24,39 @@ def local_path(name_or_path: str, *patterns: str) -> Path:
         WeightsNotFoundError: it is neither. ConfigError: it is there, and no model.
     """
     path = Path(name_or_path)
+    if not path.exists():
+        path = _fetched(name_or_path, patterns, "a model", "a directory, a .safetensors file or a hub id")
+    refuse_other_folders(path)
+    return path
+
+
+def adapter_path(name_or_path: str) -> Path:
+    """The folder of a PEFT adapter: a local one, or that of a hub id in huggingface_hub's cache.
+
+    Raises:
+        WeightsNotFoundError: it is neither.
+    """
+    path = Path(name_or_path)
     if path.exists():
-        refuse_other_folders(path)
         return path
+    return _fetched(name_or_path, _ADAPTER, "an adapter", "an adapter's directory, or its hub id")
+
+
+def _fetched(name_or_path: str, patterns: Sequence[str], what: str, instead: str) -> Path:
+    """Files of a hub id, downloaded once; without a network those that are there."""
+    path = Path(name_or_path)
     could_be_hub_id = name_or_path.count("/") <= 1 and path.suffix != ".safetensors" and not path.is_absolute()
     if not could_be_hub_id or name_or_path.startswith("."):
-        raise WeightsNotFoundError(f"{name_or_path} does not exist: give a directory, a .safetensors file or a hub id")
+        raise WeightsNotFoundError(f"{name_or_path} does not exist: give {instead}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        fetched = Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise WeightsNotFoundError(
-            f"{name_or_path!r} is neither a local path nor a model that could be fetched from the hub: {error}"
+            f"{name_or_path!r} is neither a local path nor {what} that could be fetched from the hub: {error}"
         ) from error
-    refuse_other_folders(fetched)
-    return fetched
 
 
 def weights_path(config: LemaConfig) -> Path:

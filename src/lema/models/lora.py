@@ -70,6 +70,9 @@ class LoRAManager(Trained):
         UnsupportedError: a kind of adapter that would start from wrong values on a streamed base.
     """
 
+    kind = "LoRA parameters"
+    why_none = "the LoRAManager has no parameters"
+
     def __init__(self, config: Mapping[str, Any], device: str = "cuda", seed: int | None = None) -> None:
         values = {_NAMES.get(name, name): value for name, value in config.items()}
         for name, label in _REFUSED.items():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .causal_lm import TransformersCausalLM
-from .interceptor import Forward, replaced_forwards
+from .interceptor import Forward
 from .skeleton import stand_in_ids
 
 
@@ -64,15 +64,16 @@ def _feeding(lm: TransformersCausalLM, number: int) -> Forward:
 class EmbeddingStage(nn.Module):
     """The model's forward up to its first layer."""
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList) -> None:
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, lm: TransformersCausalLM) -> None:
         super().__init__()
         self.model = model
         self._layers: Any
-        self.__dict__["_layers"] = layers  # not a submodule of its own
+        self._lm: TransformersCausalLM
+        self.__dict__.update(_layers=layers, _lm=lm)  # not submodules of their own
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Ids `[batch, seq]` -> hidden states `[batch, seq, hidden]`."""
-        with replaced_forwards(self._layers, [_reach] * len(self._layers)):
+        with self._lm.interceptor.replaced(self._layers, [_reach] * len(self._layers)):
             try:
                 self.model(input_ids=input_ids, use_cache=False, **kwargs)
             except _Reached as reached:
@@ -95,7 +96,7 @@ class HeadStage(nn.Module):
         """Hidden states `[batch, seq, hidden]` -> logits `[batch, seq, vocab]`."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         output = self._lm.pass_on(hidden)
-        with replaced_forwards(self._layers, [lambda *_, **__: output] * len(self._layers)):
+        with self._lm.interceptor.replaced(self._layers, [lambda *_, **__: output] * len(self._layers)):
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False, **kwargs).logits
         return logits
 

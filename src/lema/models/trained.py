@@ -22,6 +22,11 @@ class HoldsModel(Protocol):
 class Trained:
     """Parameters that are trained, and their files: here none; `lema.models.lora.LoRAManager` has LoRA's."""
 
+    kind = "trained parameters"
+    """What they are called in messages."""
+    why_none = "use_lora is off"
+    """Why there are none, where there are none."""
+
     def attach(self, adapter: HoldsModel) -> nn.Module:
         """Give a model its trained parameters, once; the module to call, whose mode is switched."""
         module: nn.Module = adapter.causal_lm().module

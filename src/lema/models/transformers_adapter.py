@@ -62,6 +62,7 @@ class TransformersAdapter(LemaModelAdapter):
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._expected: dict[str, torch.Tensor] = {}
         self._unit_paths: list[str] = []
+        self._hollow: list[nn.Parameter] = []
         self._shared: frozenset[str] = frozenset()
         self._map: tuple[GlobalBinaryIndex, CheckpointMap] | None = None
         self._streamed_head: str | None = None
@@ -112,7 +113,24 @@ class TransformersAdapter(LemaModelAdapter):
                 self._places[name] = (self._modules[path], leaf)
             self._shared = self._shared_by_layers(model)
             self._model = model
+            self._hollow = list(model.parameters())
         return self._model
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the skeleton was given weights or adapters."""
+        now = list(self.model.parameters())
+        return len(now) != len(self._hollow) or any(a is not b for a, b in zip(now, self._hollow, strict=True))
+
+    def apart(self) -> TransformersAdapter:
+        """This model once more, without weights and to be changed; a copy of the skeleton unless that is in use."""
+        if self.in_use:
+            other = TransformersAdapter(self.config)
+            other.configure(self.dtype, self._attn)
+            return other
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*self._hollow, *self._expected.values())}
+        memo[id(self._map)] = None
+        return copy.deepcopy(self, memo)
 
     def causal_lm(self) -> TransformersCausalLM:
         """The whole model, its layers ready to be driven."""
@@ -329,7 +347,8 @@ class TransformersAdapter(LemaModelAdapter):
             module.__dict__["lema_unit"] = layer_id - 1
             return module
         layers = memo[id(self.causal_lm().layers)]
-        return EmbeddingStage(module, layers) if layer_id == 0 else HeadStage(module, layers, self._lm)
+        stage = EmbeddingStage if layer_id == 0 else HeadStage
+        return stage(module, layers, self.causal_lm())
 
     def forward_layer(self, module: nn.Module, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Run a constructed layer. Masks and positions of a block are made by the model's own forward."""

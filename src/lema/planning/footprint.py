@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..machine.cuda import WORKSPACE_BYTES
 from ..machine.device import context_bytes
-from .plan import LayerCost, MemoryPlan, ModelSizes, Workload
+from .plan import LayerCost, MemoryPlan, ModelSizes, Workload, loss_chunk
 
 HEAD_CHUNK_BYTES = 16 << 20
 CPU_OVERHEAD = 112 << 20
@@ -56,13 +56,13 @@ class Footprint:
             "overhead": CPU_OVERHEAD,
             "slots": min(plan.host_slots, len(passing)) * max(passing, default=0)
             + (sizes.scratch if self.on_cpu else 0),
-            "layers kept in RAM": sum(sizes.units[u] for u in plan.in_ram),
+            "layers kept in RAM": sum(sizes.units[u] for u in (*plan.in_ram, *plan.mapped)),
             "embedding rows": min(sizes.embedding, work.batch * work.seq * 4096),
         }
         if self.on_cpu:
             parts.update(self._compute_place(plan))
         else:
-            if plan.head != "resident":
+            if plan.head not in ("resident", "mapped"):
                 parts["head"] = sizes.head if plan.head_in_ram else self._head_bytes(plan)
             if plan.boundaries == "host":
                 parts["boundaries"] = max(len(sizes.units) - len(plan.keep_activations), 1) * work.boundary
@@ -105,6 +105,11 @@ class Footprint:
         if head != "chunked" or not self.sizes.head:
             return self.sizes.vocab
         return max(1, min(self.sizes.vocab, HEAD_CHUNK_BYTES * self.sizes.vocab // self.sizes.head))
+
+    def loss_positions(self, plan: MemoryPlan) -> int:
+        """Target positions of a piece of the loss."""
+        total = self.workload.batch * self.workload.seq
+        return min(loss_chunk(plan.loss_chunk_size, total, self.sizes.vocab) or total, total)
 
     def layer(self, rows: int) -> LayerCost:
         """Of one micro-batch of this many rows."""
@@ -153,10 +158,10 @@ class Footprint:
     def loss_peak(self, plan: MemoryPlan) -> int:
         """Of head and loss for one chunk of targets."""
         work = self.workload
-        peak = work.loss(min(plan.loss_chunk_size or work.batch * work.seq, work.batch * work.seq)).peak
-        rows = plan.head_rows
-        if plan.head != "chunked" and plan.loss_chunk_size is not None and self.sizes.head:
-            rows = self.head_rows("chunked")
+        positions = self.loss_positions(plan)
+        peak = work.loss(positions).peak
+        cut = loss_chunk(plan.loss_chunk_size, work.batch * work.seq, self.sizes.vocab) is not None
+        rows = plan.head_rows if plan.head == "chunked" else self.head_rows("chunked" if cut else plan.head)
         if rows < self.sizes.vocab:  # float32 sums of the hidden states' size beside one chunk's logits
             peak = peak * rows // self.sizes.vocab + 4 * work.boundary
         return peak

@@ -5,6 +5,7 @@ It knows what there is to be kept and a strategy; it knows no workload and no ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from ..config import MemoryStrategy
@@ -22,37 +23,37 @@ class Stored(Protocol):
     def head_source(self, gbi: GlobalBinaryIndex) -> ParameterSource | None: ...
 
 
+def stored_bytes(gbi: GlobalBinaryIndex, model: Stored) -> tuple[list[int], int]:
+    """Bytes that are read for each unit, and for a head that can stream; 0: it cannot."""
+    head = model.head_source(gbi)
+    units = [SlotLayout(unit, model.packs_units).read_bytes for unit in model.unit_sources(gbi)]
+    return units, 0 if head is None else head.nbytes
+
+
 def plan_without_budget(
-    gbi: GlobalBinaryIndex,
-    model: Stored,
-    *,
-    device: str,
-    strategy: MemoryStrategy,
-    host_slots: int,
-    device_slots: int,
-) -> MemoryPlan:
+    units: Sequence[int], head: int, *, device: str, strategy: MemoryStrategy, host_slots: int = 2,
+    device_slots: int = 2,
+) -> MemoryPlan:  # fmt: skip
     """What is kept where if nobody counts bytes: nothing is searched, measured or predicted.
 
     STREAMING passes all units through slots. RESIDENT keeps all in RAM: beside a device that is pinned, and on the CPU
     it is the mapped files themselves.
 
     Args:
+        units, head: as `stored_bytes` has them.
         device: kind of the device that computes, 'cpu' among them.
 
     Returns:
-        A plan that says nothing of batches: no rows are expected, and micro-batches are as large as they come.
+        A plan that says nothing of steps: no rows are expected, and micro-batches are as large as they come.
     """
-    units = model.unit_sources(gbi)
     everything, on_cpu, resident = tuple(range(len(units))), device == "cpu", strategy is MemoryStrategy.RESIDENT
-    head = model.head_source(gbi) if on_cpu and not resident else None
-    reads = (SlotLayout(unit, model.packs_units).read_bytes for unit in units)
-    head_streams = head is not None and head_should_stream(head.nbytes, 2 * sum(reads))
+    head_streams = on_cpu and not resident and head > 0 and head_should_stream(head, 2 * sum(units))
     return MemoryPlan(
         device=device, on_device=(), in_ram=everything if resident and not on_cpu else (),
-        from_disk=() if resident else everything, keep_activations=(), host_slots=host_slots,
-        device_slots=device_slots, batch=0, seq=0, micro_batch_size=0, loss_chunk_size=None,
-        loss_by_batch=True, head="streamed" if head_streams else "mapped", head_rows=0,
-        boundaries="device", optimizer="device",
+        from_disk=() if resident else everything, mapped=everything if resident and on_cpu else (), keep_activations=(),
+        host_slots=host_slots, device_slots=device_slots, batch=0, seq=0, micro_batch_size=0, whole_batch=True,
+        loss_chunk_size="auto", head="streamed" if head_streams else "mapped", head_rows=0, boundaries="device",
+        optimizer="device",
     )  # fmt: skip
 
 

@@ -5,10 +5,16 @@ It knows bytes, operations and decisions as numbers; how a plan is found is `pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..errors import PlanError
+
+LARGE_LOGITS = 32 << 20
+"""Bytes of float32 logits from which 'auto' cuts the loss; fewer are no more than what a layer takes."""
+AUTO_CHUNK = 256
+"""Positions of a piece then: beside a run of the vocabulary of 16 MiB its float32 logits take 4 to 8 MiB."""
 IDLE_HEAP = "heap kept between steps"
 """Name of the part of a plan's host bytes that lies idle, so that no page is faulted in twice."""
 
@@ -89,9 +95,9 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What is kept where. Units are numbered from 0; one that is in none of the three tiers is bound to mapped files.
+    """What is kept where. Units are numbered from 0; each is in one of the three tiers, or mapped.
 
-    Without a budget nothing is searched and no bytes are predicted; see `plain`.
+    Without a budget nothing is searched, and bytes and seconds are counted only for who asks; see `policy`.
     """
 
     device: str
@@ -104,9 +110,11 @@ class MemoryPlan:
     device_slots: int
     batch: int
     seq: int
-    """The batch planned for, `[batch, seq]` tokens."""
+    """The batch planned for, `[batch, seq]` tokens; 0: the plan says nothing of steps yet."""
     micro_batch_size: int
-    loss_chunk_size: int | None
+    """Rows a layer runs at once."""
+    loss_chunk_size: int | str | None
+    """Target positions a piece of the loss; None: all at once; 'auto': as each batch asks for, see `loss_chunk`."""
     head: str
     """'resident'; 'streamed' (CPU): whole, once a step; 'chunked': by runs of vocabulary rows, once a step; 'mapped':
     with the rest of the model."""
@@ -116,6 +124,15 @@ class MemoryPlan:
     """'device' (where layers are computed) or 'host'."""
     optimizer: str
     """'device' or 'host'."""
+    mapped: tuple[int, ...] = ()
+    """Units that are bound to the mapped files."""
+    whole_batch: bool = False
+    """`micro_batch_size` is all rows of the batch, and of a larger one as well."""
+    ram_budget: int | None = None
+    """Bytes the plan keeps to; None: no limit."""
+    vram_budget: int | None = None
+    heap_limit: int | None = None
+    """Host bytes above the import floor from which on idle heap is given back between layers; None: nothing is."""
     host_bytes: Mapping[str, int] = field(default_factory=dict)
     """Predicted host peak above the import floor, by what it is for."""
     device_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -125,15 +142,8 @@ class MemoryPlan:
     """Most bytes on the heap that one layer or the loss takes and gives back."""
     loss_bytes: int = 0
     """Most bytes of activations that head and loss have at once."""
-    loss_by_batch: bool = False
-    """`loss_chunk_size` says nothing: the loss is cut as each batch asks for, by the trainer's settings."""
     head_in_ram: bool = False
     """Chunks of the head cross to the device from RAM, and are read from disk once in a run."""
-
-    @property
-    def predicted(self) -> bool:
-        """Whether a budget or a decision asked for bytes and seconds, so that there is something to keep to."""
-        return bool(self.host_bytes or self.device_bytes)
 
     @property
     def keeps_idle_heap(self) -> bool:
@@ -155,6 +165,48 @@ class MemoryPlan:
         """Units that share slots where layers are computed."""
         return tuple(sorted((*self.in_ram, *self.from_disk))) if self.device != "cpu" else self.from_disk
 
+    def check(self, num_units: int, on_cpu: bool) -> None:
+        """Hold the plan against the model it is to be for.
+
+        Raises:
+            PlanError: names the unit that is in no tier, in two, or not in the model, or the field that is not good.
+        """
+        tiers = ("on_device", "in_ram", "from_disk", "mapped")
+        places: dict[int, list[str]] = {unit: [] for unit in range(num_units)}
+        for name in (*tiers, "keep_activations"):
+            for unit in getattr(self, name):
+                if unit not in places:
+                    raise PlanError(f"{name} has unit {unit}, and the model has units 0..{num_units - 1}{_MADE_FOR}")
+                places[unit] += [name] if name in tiers else []
+        for unit, names in places.items():
+            if len(names) != 1:
+                where = " and in ".join(names) if names else f"none of {', '.join(tiers)}"
+                raise PlanError(f"unit {unit} is in {where}; each is in one{_MADE_FOR}")
+        if on_cpu != (self.device == "cpu"):
+            raise PlanError(f"device={self.device!r}, and layers are computed {_place(on_cpu)}{_MADE_FOR}")
+        if on_cpu and self.on_device:
+            raise PlanError(f"on_device has unit {self.on_device[0]}, and there is no device beside the CPU{_MADE_FOR}")
+        for name in ("host_slots", "device_slots"):
+            if (slots := getattr(self, name)) < 2:
+                raise PlanError(f"{name}={slots} must be 2 or more, or nothing could overlap")
+        if self.head == "chunked" and self.head_rows < 1:
+            raise PlanError(f"head_rows={self.head_rows} must be 1 or more where the head is chunked")
+        _check_words("head", self.head, ("resident", "streamed", "chunked", "mapped"))
+        _check_words("boundaries", self.boundaries, ("device", "host"))
+        _check_words("optimizer", self.optimizer, ("device", "host"))
+
+
+_MADE_FOR = ": this plan was made for something else; make one for this model and device"
+
+
+def _place(on_cpu: bool) -> str:
+    return "on the CPU" if on_cpu else "beside it"
+
+
+def _check_words(name: str, value: str, words: Sequence[str]) -> None:
+    if value not in words:
+        raise PlanError(f"{name}={value!r} must be one of {', '.join(words)}")
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -172,6 +224,18 @@ class Estimate:
 def evenly(count: int, total: int) -> tuple[int, ...]:
     """`count` of `total` units, evenly spaced, the last one among them."""
     return tuple(sorted({total - 1 - (i * total) // count for i in range(count)})) if count else ()
+
+
+def loss_chunk(setting: int | str | None, positions: int, vocab: int) -> int | None:
+    """Target positions a piece of the loss, for a setting as `LemaConfig.loss_chunk_size`; None: all at once.
+
+    Args:
+        positions: of the whole batch.
+        vocab: logits a position.
+    """
+    if not isinstance(setting, str):
+        return setting
+    return AUTO_CHUNK if positions * vocab * 4 > LARGE_LOGITS else None
 
 
 def describe(plan: MemoryPlan) -> dict[str, Any]:

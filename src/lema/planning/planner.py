@@ -7,7 +7,7 @@ It knows which decisions there are and which of two plans is better; bytes it as
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -15,8 +15,8 @@ from ..errors import ConfigError
 from ..machine.memory import format_bytes
 from .footprint import Footprint
 from .hardware import Hardware
-from .plan import IDLE_HEAP, Choices, MemoryPlan, ModelSizes, Workload, evenly
-from .step_time import estimate
+from .plan import Choices, MemoryPlan, ModelSizes, Workload, evenly
+from .step_time import counted
 
 _LOSS_CHUNKS = (256, 64)
 _BUDGET_SHARE = 0.96
@@ -126,7 +126,8 @@ class _Planner:
                                     batch=self.workload.batch, seq=self.workload.seq,
                                     micro_batch_size=micro, loss_chunk_size=chunk, head=head,
                                     head_rows=self.footprint.head_rows(head), head_in_ram=in_ram,
-                                    boundaries=boundaries, optimizer=optimizer,
+                                    boundaries=boundaries, optimizer=optimizer, ram_budget=self.ram_budget,
+                                    vram_budget=None if self.on_cpu else self.vram_budget,
                                 )  # fmt: skip
 
     def _splits(self, frame: MemoryPlan, most: bool) -> Iterator[MemoryPlan]:
@@ -202,19 +203,10 @@ class _Planner:
         return host_fits and (self.vram_budget is None or sum(device(plan).values()) <= self.vram_budget)
 
     def _finished(self, plan: MemoryPlan) -> MemoryPlan:
-        host = self.footprint.host(plan)
-        if idle := self._idle_heap(plan, host):
-            host[IDLE_HEAP] = idle
-        plan = replace(
-            plan,
-            transient=self.footprint.transient(plan),
-            loss_bytes=self.footprint.loss_peak(plan),
-            host_bytes=host,
-            device_bytes=self.footprint.on_device(plan),
-        )
-        return replace(plan, estimate=estimate(plan, self.footprint, self.hardware, self.dtype))
+        plan = counted(plan, self.footprint, self.hardware, self.dtype, self._idle_heap(plan))
+        return replace(plan, heap_limit=plan.host_peak - plan.transient // 4 if self.on_cpu else None)
 
-    def _idle_heap(self, plan: MemoryPlan, host: Mapping[str, int] | None = None) -> int:
+    def _idle_heap(self, plan: MemoryPlan) -> int:
         """Bytes of a heap that keeps what is freed, where the budget has room for all of it; else 0.
 
         Half of it would be worse than none: what is kept then is never what is asked for next.
@@ -222,8 +214,7 @@ class _Planner:
         idle = self.footprint.idle_heap(plan)
         if self.ram_budget is None or not idle:
             return 0
-        host = self.footprint.host(plan) if host is None else host
-        left = int(self.ram_budget * _BUDGET_SHARE) - sum(host.values())
+        left = int(self.ram_budget * _BUDGET_SHARE) - sum(self.footprint.host(plan).values())
         return idle if idle <= left else 0
 
     # -- refusal ---------------------------------------------------------------------------------

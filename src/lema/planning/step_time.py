@@ -1,13 +1,15 @@
 """How long a step takes under a memory plan, from measured rates.
 
-It knows bytes, operations and rates as numbers; it knows nothing of memory or of which plan is better.
+It knows bytes, operations and rates as numbers; it knows nothing of which plan is better.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .footprint import Footprint
 from .hardware import Hardware
-from .plan import Estimate, MemoryPlan
+from .plan import IDLE_HEAP, Estimate, MemoryPlan
 
 _FEW_ROWS = 16
 """Rows at which half of a matmul's time goes into reading its weight; an order of magnitude, to rank plans."""
@@ -20,6 +22,23 @@ _OPTIMIZER_BYTES, _HOST_BYTES_PER_S = 28, 10e9
 _FAULT_BYTES_PER_S = 1.2e9
 """Rate at which kept activations get their pages anew where a heap gives back what is freed. Measured on a 1.7B shape
 in bf16 with every activation kept: 1.5 to 3 s for 2.5 GB."""
+
+
+def counted(
+    plan: MemoryPlan, footprint: Footprint, hardware: Hardware, dtype: str, idle_heap: int = 0
+) -> MemoryPlan:  # fmt: skip
+    """The plan with the bytes and seconds predicted for it.
+
+    Args:
+        dtype: what is computed with, for the rate.
+        idle_heap: host bytes left to a heap that keeps what is freed.
+    """
+    host = footprint.host(plan) | ({IDLE_HEAP: idle_heap} if idle_heap else {})
+    plan = replace(
+        plan, transient=footprint.transient(plan), loss_bytes=footprint.loss_peak(plan), host_bytes=host,
+        device_bytes=footprint.on_device(plan),
+    )  # fmt: skip
+    return replace(plan, estimate=estimate(plan, footprint, hardware, dtype))
 
 
 def estimate(plan: MemoryPlan, footprint: Footprint, hardware: Hardware, dtype: str) -> Estimate:
@@ -41,14 +60,15 @@ def estimate(plan: MemoryPlan, footprint: Footprint, hardware: Hardware, dtype: 
     backward = n * sum(count * layer.backward_flops for count, layer in parts) / rate + forward * recomputed / n
     if on_cpu and plan.keep_activations and not plan.keeps_idle_heap:
         forward += footprint.kept_graphs(plan) / _FAULT_BYTES_PER_S
-    positions = min(plan.loss_chunk_size or total, total)
+    positions = footprint.loss_positions(plan)
     head = work.loss(positions).flops * (total / positions) / rate * (1 + _FEW_ROWS / positions)
     shared = plan.streamed_to_compute
     slots = plan.host_slots if on_cpu else plan.device_slots
     # in the steady state the units last in the slots at a turn are found there
     passing = max(1 - slots / len(shared), 0.0) if shared else 0.0
     disk = sum(sizes.units[u] for u in plan.from_disk) * passing / hardware.disk_bytes_per_s
-    disk_head = (sizes.head if plan.head != "resident" and not plan.head_in_ram else 0) / hardware.disk_bytes_per_s
+    comes_and_goes = plan.head in ("streamed", "chunked")
+    disk_head = (sizes.head if comes_and_goes and not plan.head_in_ram else 0) / hardware.disk_bytes_per_s
     at_loss = plan.head == "chunked"  # two slots hold little of it: the rest is read, and crosses, during the loss
     link = link_head = optimizer = 0.0
     if not on_cpu:

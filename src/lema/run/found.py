@@ -80,18 +80,15 @@ def look_at(config: LemaConfig) -> Found:
     return found
 
 
-def describe(adapter: LemaModelAdapter, model: str, adapted: nn.Module | None = None) -> Found:
-    """What is known of a model that is accepted; of an adapter of one's own no more than its name.
-
-    Args:
-        model: as it was named.
-        adapted: the same model with adapters on; None: where they go is left open.
-    """
-    found = Found(model, type(adapter).__name__)
+def describe(adapter: LemaModelAdapter, config: LemaConfig) -> Found:
+    """What is known of a model that is accepted, and where adapters of these settings go; of an adapter of one's own no
+    more than its name."""
+    found = Found(config.model_name_or_path, type(adapter).__name__)
     if isinstance(adapter, TransformersAdapter):
         _describe(found, adapter)
-    if adapted is not None:
-        _count_adapters(found, adapted)
+        if config.use_lora:
+            manager = LoRAManager(lora_settings(config, adapter), device="cpu", seed=0)
+            _count_adapters(found, manager.attach(adapter.apart(), empty=True))
     return found
 
 

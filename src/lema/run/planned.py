@@ -1,6 +1,6 @@
 """A plan with all it was made from: settings and a machine, held against a model and its weights where they are.
 
-It knows where models lie and what a machine has; plans are made by the engine, from a configuration and no weights.
+It knows where models lie and what a machine has; what to keep where is the planning room's to say.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..config import LemaConfig
-from ..engine.assembly import Outlook, resolve_budgets
+from ..engine.assembly import StoredModel, assemble_lora
+from ..engine.outlook import Outlook
 from ..errors import ConfigError, LemaError, WeightsNotFoundError
 from ..machine.device import default_device
 from ..machine.memory import format_bytes
 from ..models.base import LemaModelAdapter
-from ..models.locate import adapter_for, local_path
+from ..models.locate import adapter_for, local_path, weights_path
 from ..models.transformers_adapter import TransformersAdapter
-from ..planning import probe as probing
 from ..planning.hardware import Hardware
 from ..planning.plan import MemoryPlan
+from ..planning.policy import plan_for
 from ..storage.index import GlobalBinaryIndex
 from .found import Found, describe
 
@@ -36,6 +37,7 @@ class Planned:
     config: LemaConfig
     """Its budgets are as they were asked for."""
     plan: MemoryPlan
+    """With bytes and seconds predicted for it, where the model can be looked into."""
     outlook: Outlook | None
     """What it was found from, for steps of other lengths under it; None: let go, as it is some megabytes."""
     hardware: Hardware
@@ -45,24 +47,37 @@ class Planned:
     """Bytes; None: no limit."""
     vram_budget: int | None
     weights: bool
-    """Sizes are those of the weight files; False: they follow from the model's configuration."""
+    """Sizes are those of the weight files; False: they follow from the model's configuration alone."""
     adapter: LemaModelAdapter
     """The model without its weights."""
 
     @property
     def found(self) -> Found:
         """What the model is found to be, and where its adapters go."""
-        adapted = self.outlook.run.lm.module if self.outlook is not None else None
-        return describe(self.adapter, self.config.model_name_or_path, adapted)
-
-    @property
-    def sized(self) -> LemaConfig:
-        """The settings with what automatic budgets came to."""
-        return self.config.replace(ram_budget=self.ram_budget, vram_budget=self.vram_budget)
+        return describe(self.adapter, self.config)
 
 
-def make(values: Mapping[str, Any], spec: str | None = None, probe: bool = False) -> Planned:
+def for_windows(config: LemaConfig) -> LemaConfig:
+    """The settings to plan a run by, whose engine gets a whole accumulation window at once.
+
+    Layers run `batch_size` rows at once as without accumulation; under a budget the plan decides.
+    """
+    on_cpu = torch.device(config.device).type == "cpu"
+    budgeted = config.ram_budget is not None or (config.vram_budget is not None and not on_cpu)
+    micro = config.micro_batch_size
+    if micro is None and not budgeted and config.gradient_accumulation_steps > 1:
+        micro = config.batch_size
+    rows = config.batch_size * config.gradient_accumulation_steps
+    return config.replace(batch_size=rows, gradient_accumulation_steps=1, micro_batch_size=micro)
+
+
+def make(
+    values: Mapping[str, Any], spec: str | None = None, probe: bool = False, to_run: bool = False
+) -> Planned:  # fmt: skip
     """Plan for settings by name, on the machine a specification describes or on this one.
+
+    Args:
+        to_run: the weights have to be there, and are fetched if they are the hub's, so that the plan is one to run by.
 
     Raises:
         LemaError: settings, model, machine or budgets are not good, or nothing fits.
@@ -75,16 +90,16 @@ def make(values: Mapping[str, Any], spec: str | None = None, probe: bool = False
         config = config.replace(device=machine.device if machine is not None else default_device())
     elif machine is not None and config.device.partition(":")[0] != machine.device:
         raise ConfigError(f"device={config.device!r} is not what {machine.name} computes on: {machine.device}")
-    with _opened(config) as (adapter, gbi):
-        # Before anything is measured: what measuring takes is given back, but not at once.
-        ram, vram = resolve_budgets(config, machine)
-        if machine is None:
-            machine = probing.profile(config.device, gbi.path if gbi is not None else None, refresh=probe)
+    with _opened(config, to_run) as model:
+        outlook = Outlook(config, model, machine, probe)
+        ram, vram = outlook.budgets
+        machine = outlook.hardware
         _check_budget("ram_budget", ram, machine.ram_bytes, machine.name)
         _check_budget("vram_budget", vram, machine.vram_bytes, machine.name)
-        outlook = Outlook.of(config.replace(ram_budget=ram, vram_budget=vram), adapter, gbi, machine)
-        plan = outlook.plan()
-    return Planned(config, plan, outlook, machine, spec is not None, ram, vram, gbi is not None, adapter)
+        plan = plan_for(outlook)
+        if isinstance(model.adapter, TransformersAdapter):
+            plan = outlook.counted(plan)
+    return Planned(config, plan, outlook, machine, spec is not None, ram, vram, model.gbi is not None, model.adapter)
 
 
 def _check_budget(name: str, budget: int | None, there: int, machine: str) -> None:
@@ -93,23 +108,32 @@ def _check_budget(name: str, budget: int | None, there: int, machine: str) -> No
 
 
 @contextlib.contextmanager
-def _opened(config: LemaConfig) -> Iterator[tuple[LemaModelAdapter, GlobalBinaryIndex | None]]:
-    """The model's adapter, and the index of its weights where they are on this machine."""
+def _opened(config: LemaConfig, to_run: bool) -> Iterator[StoredModel]:
+    """The model, and the index of its weights where they are on this machine, or have to be."""
     given = Path(config.model_name_or_path)
     if given.suffix == ".json" and not given.exists():
         raise WeightsNotFoundError(f"{given} does not exist: give a model's directory, its config.json or a hub id")
     if given.is_file() and given.name != "config.json" and given.suffix != ".safetensors":
         raise ConfigError(f"{given} is neither a directory, a .safetensors file nor a config.json")
     adapter = adapter_of(config)
-    where = Path(config.gbi_path) if config.gbi_path is not None else given
-    if config.gbi_path is None and not (where.suffix == ".safetensors" or any(where.glob("*.safetensors"))):
-        yield adapter, None
-        return
-    gbi = GlobalBinaryIndex(where)
-    try:
-        yield adapter, gbi
-    finally:
-        gbi.close()
+    where = weights_path(config) if to_run else Path(config.gbi_path or given)
+    if to_run or config.gbi_path or where.suffix == ".safetensors" or any(where.glob("*.safetensors")):
+        with GlobalBinaryIndex(where) as gbi:
+            yield StoredModel(adapter, gbi)
+    else:
+        yield StoredModel(adapter, None)
+
+
+def check_adapters(config: LemaConfig, adapter: LemaModelAdapter) -> None:
+    """Refuse adapters that the model cannot have: they are put into it without memory, and it is of no use afterwards.
+
+    Raises:
+        ConfigError: no module matches. WeightsNotFoundError, FileNotFoundError: no adapter to train further is there.
+        UnsupportedError: a kind of adapter, or a place for one, that cannot be trained here.
+    """
+    lora = assemble_lora(config, adapter)
+    if lora is not None:
+        lora.attach(adapter, empty=True)
 
 
 def adapter_of(config: LemaConfig) -> LemaModelAdapter:

@@ -1,11 +1,10 @@
-"""A trainer and whatever data is at hand, put together to a run.
+"""What a run is put together from, whoever asks: its data, its tokenizer, what is refused before it starts.
 
 It knows what a run needs and where it is to be had; it knows nothing of what happens in one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ import numpy
 import torch
 
 from ..data import Data, load_data
-from ..data.config import DataConfig
 from ..data.limits import ModelLimits
 from ..engine.attach import check_router_loss
 from ..engine.generation import end_tokens
@@ -27,55 +25,13 @@ from ..models.causal_lm import CausalLM
 from ..models.folder import refuse_other_folders
 from ..storage.strangers import code_in, refuse_special_files, tell_of_code
 from ..training.checkpoints import CheckpointFolder
-from ..training.config import TrainingConfig
-from ..training.panel import View, make_view
+from ..training.panel import View
 from ..training.reporters import check_reporters
 from ..training.result import TrainResult
 from ..training.run import RunData, check_evaluation, run_training
 from ..training.run_config import RunConfig
 from ..training.sampling import Sampler
-from ..training.start import Start, choose_start
-
-
-def train_with(
-    trainer: LemaTrainer,
-    dataset: Any,
-    eval_dataset: Any = None,
-    *,
-    training: TrainingConfig | None = None,
-    data: DataConfig | None = None,
-    tokenizer: Any = None,
-    callbacks: Sequence[Any] = (),
-    resume: str | os.PathLike[str] | None = None,
-    plain: bool | None = None,
-) -> TrainResult:
-    """Train as `lema train` does, into the config's `output_dir`.
-
-    Args:
-        dataset: a path, rows (a list of dicts, a `datasets.Dataset`), what `lema.data.load_data` returns, or batches
-            that have `steps_per_epoch`, `state_dict()` and `load_state_dict()`.
-        eval_dataset: in the same forms.
-        training: settings of the run; None: the defaults.
-        data: settings of the data, for paths and rows; None: the defaults.
-        tokenizer: the model's; None: loaded from where the model is.
-        callbacks: `TrainerCallback`s, of LEMA or transformers.
-        resume: `auto`, `none` or a checkpoint; None: anew, in a folder without checkpoints.
-        plain: True: lines instead of a panel; None: a panel on a terminal.
-    """
-    run = RunConfig(trainer.config, data or DataConfig(), training or TrainingConfig())
-    folder = CheckpointFolder(trainer.config.output_dir)
-    cleared = folder.open()
-    try:
-        start = choose_start(folder, resume)
-        start = dataclasses.replace(start, messages=[*cleared, *start.messages])
-        if tokenizer is None and isinstance(dataset, Data):
-            tokenizer = dataset.renderer.tokenizer
-        if tokenizer is None and (not _has_batches(dataset) or run.training.sample_prompts):
-            tokenizer = load_tokenizer(trainer.config.model_name_or_path)
-        loaded = open_data(run, tokenizer, dataset, eval_dataset, trainer.lm)
-        return train_run(trainer, run, loaded, tokenizer, folder, start, make_view(plain), callbacks)
-    finally:
-        folder.close()
+from ..training.start import Start
 
 
 def train_run(
@@ -135,7 +91,7 @@ def open_data(
     """Batches of what was given; without it, of the configuration's files."""
     if isinstance(dataset, (Data, RunData)):
         return dataset
-    if _has_batches(dataset):
+    if has_batches(dataset):
         return RunData(dataset, eval_dataset)
     return load_rows(run, tokenizer, dataset, eval_dataset, lm)
 
@@ -183,7 +139,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{where} has no tokenizer that can be loaded: {error}") from error
 
 
-def _has_batches(dataset: Any) -> bool:
+def has_batches(dataset: Any) -> bool:
     return isinstance(dataset, (Data, RunData)) or hasattr(dataset, "steps_per_epoch")
 
 

@@ -28,8 +28,6 @@ def page_aligned(nbytes: int) -> torch.Tensor:
     From 8 MiB on huge pages are asked for: direct reads into them are faster, as fewer pages are pinned.
     """
     size = max(align_up(nbytes, PAGE), PAGE)
-    if sys.platform == "win32":
-        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -39,8 +37,6 @@ def page_aligned(nbytes: int) -> torch.Tensor:
 
 def evict_pages(buffer: torch.Tensor) -> None:
     """Give the pages of a `page_aligned` buffer back to the system; it reads as zeros until it is written again."""
-    if sys.platform == "win32":
-        return
     ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel()), mmap.MADV_DONTNEED)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..errors import LemaError
 from ..storage.layout import Move
 from .backend import DeviceBackend, TimingEvent
-from .schedule import Phase, Schedule
+from .schedule import AccessSchedule, Phase
 from .slot_cache import Load, SlotCache
 from .tiers import Tier, slot_sizes, unit_name
 from .timeline import COPY, Timeline
@@ -85,7 +85,7 @@ class DeviceTier(Tier):
         backend: DeviceBackend,
         below: Tier,
         slot_of: dict[int, int],
-        schedule: Schedule,
+        schedule: AccessSchedule,
         depth: int | None,
         moves: Mapping[int, Sequence[Move]],
         stream: str = "weights",
@@ -148,7 +148,7 @@ class DeviceTier(Tier):
         threads, self._threads = self._threads, ()
         if threads:
             self._queue.put(None)
-            if threading.current_thread() not in threads:  # where the collector ends a forgotten manager
+            if threading.current_thread() not in threads:  # where the collector ends a forgotten store
                 for thread in threads:
                     thread.join()
 

@@ -61,6 +61,8 @@ class Residency(Enum):
     """In a slot of its own where it is computed."""
     MAPPED = "mapped"
     """In the files, whose pages the parameters are."""
+    CUT = "cut"
+    """Nowhere as a whole: its runs of rows are units of their own, with a residency each."""
 
 
 class Scratch:

@@ -16,8 +16,8 @@ from .arguments import Arguments, check_replayable, holds_cache, named_leaves, t
 from .boundaries import KeptBoundaries
 from .draws import Draws
 from .layer_call import Batching, LayerCall, LayerGraph
-from .memory import TripleBufferManager
 from .schedule import Phase
+from .weight_store import WeightStore
 
 _BESIDE_A_GRAPH = KeptBoundaries(copied=False)  # the graph holds the tensor in any case
 
@@ -40,7 +40,7 @@ class StreamedLayer:
         self,
         unit: int,
         layer: nn.Module,
-        memory: TripleBufferManager,
+        memory: WeightStore,
         batching: Batching,
         heap: HeapGuard,
         draws: Draws,

@@ -28,29 +28,29 @@ class Access:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class AccessSchedule:
     """A cycle of accesses that repeats from step to step. It predicts; callers may do otherwise."""
 
     accesses: tuple[Access, ...]
 
     @classmethod
-    def inference(cls, num_units: int) -> Schedule:
+    def inference(cls, num_units: int) -> AccessSchedule:
         """0 .. n-1, again and again."""
         return cls(tuple(Access(unit, Phase.FORWARD) for unit in range(num_units)))
 
     @classmethod
-    def training(cls, num_units: int, lowest: int = 0) -> Schedule:
+    def training(cls, num_units: int, lowest: int = 0) -> AccessSchedule:
         """0 .. n-1, then n-1 down to `lowest`, the deepest unit a gradient has to reach."""
         if not 0 <= lowest <= num_units:
             raise ConfigError(f"lowest unit {lowest} is outside 0..{num_units}")
         down = tuple(Access(unit, Phase.BACKWARD) for unit in range(num_units - 1, lowest - 1, -1))
         return cls(cls.inference(num_units).accesses + down)
 
-    def only(self, units: frozenset[int]) -> Schedule:
+    def only(self, units: frozenset[int]) -> AccessSchedule:
         """The same order with the accesses of other units left out."""
-        return Schedule(tuple(access for access in self.accesses if access.unit in units))
+        return AccessSchedule(tuple(access for access in self.accesses if access.unit in units))
 
-    def loads(self, slot_of: dict[int, int]) -> Schedule:
+    def loads(self, slot_of: dict[int, int]) -> AccessSchedule:
         """The accesses of a steady-state cycle that find their slot holding another unit: the loads.
 
         Args:
@@ -66,7 +66,7 @@ class Schedule:
                     held[slot] = access.unit
                     loaded.append(access)
             cycles.append(loaded)
-        return Schedule(tuple(cycles[1]))
+        return AccessSchedule(tuple(cycles[1]))
 
     def position(self, access: Access, start: int = 0) -> int | None:
         """Index in the cycle of the first such access at or after `start`, going round; None if it has none."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..errors import StreamingError
-from .schedule import Access, Phase, Schedule
+from .schedule import Access, AccessSchedule, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class SlotCache:
     """
 
     def __init__(
-        self, slot_of: dict[int, int], schedule: Schedule, depth: int | None, fill: Callable[[Load], None]
+        self, slot_of: dict[int, int], schedule: AccessSchedule, depth: int | None, fill: Callable[[Load], None]
     ) -> None:
         self.slot_of = slot_of
         self.slots = [Slot() for _ in range(max(slot_of.values(), default=-1) + 1)]
@@ -103,7 +103,7 @@ class SlotCache:
 
     # -- the user's side -------------------------------------------------------------------------
 
-    def predict(self, schedule: Schedule) -> bool:
+    def predict(self, schedule: AccessSchedule) -> bool:
         """Expect a cycle of accesses from its start on; False where just that was expected already."""
         with self._changed:
             at_start = bool(schedule.accesses) and self._next_use % len(schedule.accesses) == 0
@@ -221,7 +221,7 @@ class SlotCache:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StreamingError("the memory manager is closed: no more weights can be asked for")
+            raise StreamingError("the weight store is closed: no more weights can be asked for")
 
     def _access(self, number: int) -> Access:
         return self._schedule.accesses[number % len(self._schedule.accesses)]
@@ -233,7 +233,7 @@ class SlotCache:
         position = self._schedule.position(access, start)
         if position is None:
             known = self._schedule if self.learns else self._predicted
-            self._schedule = Schedule((*known.accesses, access))
+            self._schedule = AccessSchedule((*known.accesses, access))
             position = len(self._schedule.accesses) - 1
         logger.debug("unpredicted access of unit %d (%s): replanning", access.unit, access.phase.value)
         self._replan(position)

@@ -12,7 +12,7 @@ import torch
 from ..storage.layout import SlotLayout
 from ..storage.reader import DiskReader, ReadJob
 from ..storage.views import evict_pages, page_aligned
-from .schedule import Phase, Schedule
+from .schedule import AccessSchedule, Phase
 from .slot_cache import Load, SlotCache
 from .timeline import DISK, Timeline
 
@@ -54,7 +54,7 @@ class Tier:
         """Seconds the computation stood still for units so far."""
         return self.cache.wait_seconds
 
-    def predict(self, schedule: Schedule) -> None:
+    def predict(self, schedule: AccessSchedule) -> None:
         """Expect these accesses, over and over, from now on; the tier below is accessed once for every load."""
         if self.cache.predict(schedule) and self.below is not None:
             self.below.predict(schedule.loads(self.cache.slot_of))
@@ -123,7 +123,9 @@ class HostTier(Tier):
         poison: bool = False,
     ) -> None:
         sizes = slot_sizes(slot_of, {unit: layouts[unit].nbytes for unit in slot_of})
-        super().__init__(SlotCache(slot_of, Schedule(()), depth, self._read), [page_aligned(size) for size in sizes])
+        super().__init__(
+            SlotCache(slot_of, AccessSchedule(()), depth, self._read), [page_aligned(size) for size in sizes]
+        )
         self._layouts = layouts
         self._reader = reader
         self._timeline = timeline

@@ -52,6 +52,11 @@ class Turn:
             self._owner = None
             self._lock.release()
 
+    @property
+    def held(self) -> bool:
+        """Whether this thread holds it."""
+        return self._owner == threading.get_ident()
+
     @contextlib.contextmanager
     def taken(self, what: str) -> Iterator[None]:
         """Hold it inside the block; raises as `take` does."""

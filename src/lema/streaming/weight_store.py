@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ..errors import ConfigError, StreamingError
+from ..errors import StreamingError
 from ..machine.device import check_device
 from ..machine.heap import resident_bytes
 from ..planning.plan import MemoryPlan
@@ -27,7 +27,7 @@ from .boundaries import BoundaryStore, KeptBoundaries, OffloadedBoundaries
 from .device_tier import DeviceTier
 from .head import HeadChunks, HeadState, cut_head
 from .layer_state import LayerState, Residency, Scratch, StreamableModel, pack
-from .schedule import Access, Phase, Schedule
+from .schedule import Access, AccessSchedule, Phase
 from .slot_cache import Load
 from .tiers import HostTier, Tier, place
 from .timeline import COMPUTE, Timeline
@@ -69,8 +69,7 @@ class WeightStore:
     Args:
         gbi: the index of the weights.
         adapter: says what the layers are and binds them.
-        plan: which layers stay where (those in none of its tiers are bound to the mapped files), how many slots the
-            others share, and where the head and boundaries are. A plan without predicted bytes sets the heap no limit.
+        plan: which layers stay where, how many slots the others share, and where the head and boundaries are.
         device: 'cpu' computes in host slots.
         num_readers: disk threads, 1 or more.
         prefetch_depth: accesses planned ahead; None: as many as the slots allow; 0: none.
@@ -81,6 +80,7 @@ class WeightStore:
 
     Raises:
         DeviceError: the device is not there.
+        PlanError: the plan is for another model or device.
         MissingTensorError, ShapeMismatchError, UnsupportedError: the files do not fit the model.
     """
 
@@ -98,8 +98,6 @@ class WeightStore:
         direct_io: bool | None = None,
         poison: bool = False,
     ) -> None:
-        if (least := min(plan.host_slots, plan.device_slots)) < 2:
-            raise ConfigError(f"num_slots={least} must be 2 or more, or nothing could overlap")
         if backend is None:
             check_device(device)
         self.gbi = gbi
@@ -110,8 +108,10 @@ class WeightStore:
         self.turn = Turn()
         self.timeline = Timeline(backend)
         """Told of reads, copies, waits and uses; records them while asked to."""
-        self.heap_limit = _heap_limit(plan, backend, floor)
-        """Resident set between layers from which on idle heap is given back; None: not predicted, or another heap."""
+        self.heap_limit = None
+        """Resident set between layers from which on idle heap is given back; None: the plan has no limit."""
+        if plan.heap_limit is not None:
+            self.heap_limit = plan.heap_limit + (resident_bytes() if floor is None else floor)
         self._reader = DiskReader(num_readers, direct_io)
         self._depth = prefetch_depth
         self._poison = poison
@@ -134,15 +134,15 @@ class WeightStore:
     # -- construction ----------------------------------------------------------------------------
 
     def _describe_layers(self, plan: MemoryPlan) -> list[LayerState]:
+        units = self.adapter.unit_sources(self.gbi)
+        plan.check(len(units), self.backend is None)
         residency = {
             **dict.fromkeys(plan.from_disk, Residency.STREAMED),
             **dict.fromkeys(plan.in_ram, Residency.RAM),
             **dict.fromkeys(plan.on_device, Residency.DEVICE),
+            **dict.fromkeys(plan.mapped, Residency.MAPPED),
         }
-        return [
-            self._describe(unit, sources, residency.get(unit, Residency.MAPPED))
-            for unit, sources in enumerate(self.adapter.unit_sources(self.gbi))
-        ]
+        return [self._describe(unit, sources, residency[unit]) for unit, sources in enumerate(units)]
 
     def _describe(self, unit: int, sources: Sequence[ParameterSource], residency: Residency) -> LayerState:
         layout = None
@@ -181,7 +181,9 @@ class WeightStore:
             tier.cache.learns = False  # the first cycle has loads that later ones do not have
             ahead = None if depth is None else max(depth, 1)
             moves = {unit: layout.moves for unit, layout in layouts.items()}
-            tier = DeviceTier(self.backend, tier, device, Schedule(()), ahead, moves, stream, self.timeline, names)
+            tier = DeviceTier(
+                self.backend, tier, device, AccessSchedule(()), ahead, moves, stream, self.timeline, names
+            )
         tier.cache.on_overwrite = partial(_tell_overwritten, by_unit)
         return tier
 
@@ -210,7 +212,7 @@ class WeightStore:
             return HeadState(self.head_unit, None, Residency.MAPPED), None, None
         if chunked:
             chunks = cut_head(source, plan.head_rows, self.head_unit + 1, moved=self.backend is not None)
-            head = HeadState(self.head_unit, None, Residency.MAPPED)
+            head = HeadState(self.head_unit, None, Residency.CUT)
             return head, chunks, self._bind_chunks(chunks, source, plan.head_in_ram)
         residency = Residency.RAM if plan.head == "resident" else Residency.STREAMED
         head = HeadState(self.head_unit, source, residency)
@@ -218,7 +220,7 @@ class WeightStore:
 
     def _bind_head(self, head: HeadState) -> Tier:
         tier = self._open_tiers([head], {head.unit: 0}, {}, depth=0)
-        tier.predict(Schedule((Access(head.unit, Phase.FORWARD),)))
+        tier.predict(AccessSchedule((Access(head.unit, Phase.FORWARD),)))
         (view,) = head.views(tier, None, self.timeline).values()
         head.bind([view])
         self.adapter.bind_head(view)
@@ -228,7 +230,7 @@ class WeightStore:
         units = [state.unit for state in chunks.states]
         host, device = place(units, units if in_ram else (), 2)[0], place(units, (), 2)[0]
         tier = self._open_tiers(chunks.states, host, device, None, "head")
-        tier.predict(Schedule(tuple(Access(unit, Phase.FORWARD) for unit in units)))
+        tier.predict(AccessSchedule(tuple(Access(unit, Phase.FORWARD) for unit in units)))
         for state in chunks.states:
             state.bind(list(state.views(tier, None, self.timeline).values()))
         nothing = torch.zeros((), dtype=source.dtype, device=self.compute_device)
@@ -277,7 +279,7 @@ class WeightStore:
         """The head's number: it can be asked for like a layer, wherever it is. Runs of its rows follow."""
         return len(self._layers)
 
-    def predict(self, schedule: Schedule) -> None:
+    def predict(self, schedule: AccessSchedule) -> None:
         """Expect these accesses, over and over, from now on. Those of mapped layers are left out."""
         if self.streamed:
             self._tier.predict(schedule.only(frozenset(self.streamed)))
@@ -348,11 +350,6 @@ class WeightStore:
         """Where layers are computed."""
         return self._scratch.buffer.device
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of all host slots and the scratch together."""
-        return self._tier.host_bytes + self._scratch.buffer.numel()
-
     # -- the end ---------------------------------------------------------------------------------
 
     def abort(self) -> None:
@@ -370,12 +367,6 @@ class WeightStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _heap_limit(plan: MemoryPlan, backend: DeviceBackend | None, floor: int | None) -> int | None:
-    if backend is not None or not plan.predicted:
-        return None
-    return (resident_bytes() if floor is None else floor) + plan.host_peak - plan.transient // 4
 
 
 def _tell_overwritten(states: Mapping[int, LayerState], load: Load) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from ..coordinator import Coordinator
 from ..errors import CallbackError, UnsupportedError
 from .state import TrainerControl, TrainerState
 
@@ -69,7 +70,7 @@ class Arguments(SimpleNamespace):
         return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(self).items()}
 
 
-def arguments(settings: Mapping[str, Any], strategies: Mapping[str, str]) -> Arguments:
+def arguments(settings: Mapping[str, Any], strategies: Mapping[str, str], ranks: Coordinator) -> Arguments:
     """What callbacks get as `args`: the settings, and their aliases in transformers."""
     values = {
         **settings,
@@ -83,11 +84,11 @@ def arguments(settings: Mapping[str, Any], strategies: Mapping[str, str]) -> Arg
         else settings["save_strategy"],
         "eval_delay": 0,
         "disable_tqdm": True,
-        "should_log": True,
-        "should_save": True,
-        "process_index": 0,
-        "local_process_index": 0,
-        "world_size": 1,
+        "should_log": ranks.is_writer,
+        "should_save": ranks.is_writer,
+        "process_index": ranks.rank,
+        "local_process_index": ranks.rank,
+        "world_size": ranks.world_size,
         **strategies,
     }
     return Arguments(**values)

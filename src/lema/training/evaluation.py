@@ -20,8 +20,8 @@ def evaluate(
     """`eval_loss`, `eval_perplexity`, `eval_token_accuracy`, `eval_targets` and `seconds`; dropout is off.
 
     Args:
-        batches: with `inputs`; one pass is made over them.
-        between: called after every batch.
+        batches: with `inputs`, this rank's of them; one pass is made over them.
+        between: called after every batch, of which ranks may have different numbers.
 
     Raises:
         ConfigError: there was no target at all.
@@ -38,10 +38,10 @@ def evaluate(
         right += of_them
         between()
     ranks = engine.coordinator
-    targets, right = ranks.total("evaluated targets", targets), ranks.total("right targets", right)
+    targets, right = ranks.totals("evaluated targets", [targets, right])
     if targets == 0:
         raise ConfigError("the evaluation data has no target, so there is nothing to evaluate; look at eval_file")
-    mean = ranks.total("evaluation loss", math.fsum(losses)) / targets
+    mean = ranks.totals("evaluation loss", [math.fsum(losses)])[0] / targets
     return {
         "eval_loss": mean,
         "eval_perplexity": math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean,

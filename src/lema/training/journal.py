@@ -19,15 +19,18 @@ from .panel import View
 
 class Journal:
     """Tells the files and the view. A full disk is told once and does not end the run: files catch up when there is
-    room again."""
+    room again.
 
-    def __init__(self, folder: Path, view: View) -> None:
-        self.folder = folder
-        self.view = view
-        self._metrics = JsonLines(folder / METRICS_FILE)
-        self._samples = JsonLines(folder / SAMPLES_FILE)
+    Args:
+        writes: False: nothing is told; another process does.
+    """
+
+    def __init__(self, folder: Path, view: View, writes: bool = True) -> None:
+        self.view = view if writes else View()
+        self._metrics = JsonLines(folder / METRICS_FILE) if writes else None
+        self._samples = JsonLines(folder / SAMPLES_FILE) if writes else None
         self._failing = False
-        self.resumed = self._metrics.resumed
+        self.resumed = self._metrics is not None and self._metrics.resumed
         """Whether a run before wrote here."""
 
     def step(self, line: dict[str, Any]) -> None:
@@ -52,14 +55,16 @@ class Journal:
 
     def close(self) -> None:
         """Let go of files and screen."""
-        for file in (self._metrics, self._samples):
+        for file in filter(None, (self._metrics, self._samples)):
             try:
                 file.close()
             except OSError as error:
                 self.view.event(f"{file.path.name} is not complete: {error}")
         self.view.end()
 
-    def _write(self, file: JsonLines, values: dict[str, Any]) -> None:
+    def _write(self, file: JsonLines | None, values: dict[str, Any]) -> None:
+        if file is None:
+            return
         try:
             file.write({name: _finite(value) for name, value in values.items()})
             self._failing = False

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..coordinator import StepAbandoned
 from ..errors import CheckpointError, LemaError, NonFiniteError
 from .callbacks import Callbacks, arguments
 from .engine import Batch, Stream, TrainingEngine
@@ -27,8 +28,11 @@ from .saving import Saver
 from .start import Start
 from .state import TrainerControl
 from .step_runner import StepRunner
-from .stop import StepAbandoned, StopSignals
+from .stop import StopSignals
 from .time_limit import TimeLimit
+
+OUT_OF_TIME = "out of time"
+"""Why a run stops that no signal stops."""
 
 
 class TrainingLoop:
@@ -55,15 +59,16 @@ class TrainingLoop:
         self.saver, self.journal = saver, journal
         self.eval_stream, self.sampler = eval_stream, sampler
         self.control = TrainerControl()
+        self.state.is_world_process_zero = self.state.is_local_process_zero = self.coordinator.is_writer
         strategies = {"eval_strategy": progress.eval_strategy}
-        self.callbacks = Callbacks(
-            callbacks, arguments(config.to_dict(), strategies), model=engine.model, optimizer=engine.optimizer,
-            **(always or {}),
-        )  # fmt: skip
+        args = arguments(config.to_dict(), strategies, self.coordinator)
+        self.callbacks = Callbacks(callbacks, args, model=engine.model, optimizer=engine.optimizer, **(always or {}))
         self.signals = StopSignals()
         self.limit = limit
-        self._signal: str | None = None
-        self._out_of_time = False
+        self._stop: str | None = None
+        """Why the run ends before its end; all ranks know the same."""
+        self._late = False
+        """Whether this rank is out of time."""
         self._rollback = Rollback(engine, stream, self.state)
         timeline = saver.folder.folder / TIMELINE_FILE
         self._steps = StepRunner(engine, self.state, journal, timeline, self._abandonable)
@@ -99,7 +104,8 @@ class TrainingLoop:
 
     def _begin(self, start: Start) -> None:
         step = self.state.global_step
-        self._steps.recorded = min(step + 3, self.schedule.max_steps)
+        if self.coordinator.is_writer:
+            self._steps.recorded = min(step + 3, self.schedule.max_steps)
         self.journal.view.begin(step, self.schedule.max_steps, str(self.engine.device))
         for message in start.messages:
             self.journal.event(step, "found", message)
@@ -148,15 +154,15 @@ class TrainingLoop:
         seconds = time.perf_counter() - started
         state = self.state
         state.global_step, state.epoch = number, number / self.schedule.steps_per_epoch
-        state.num_input_tokens_seen += batch.tokens
+        state.num_input_tokens_seen += outcome.counts.tokens
         state.train_seconds += seconds + self._data_seconds
         if outcome.loss is not None:
-            self.progress.count_loss(outcome.loss, batch.targets)
+            self.progress.count_loss(outcome.loss, outcome.counts.targets)
         if outcome.skipped is not None:
-            state.nonfinite_steps += batch.targets > 0
+            state.nonfinite_steps += outcome.counts.targets > 0
             self.journal.event(number, "skipped", f"step {number} was skipped: {outcome.skipped}")
         self.journal.step(train_line(
-            state, batch, outcome.report, loss=outcome.loss, grad_norm=outcome.grad_norm,
+            state, outcome.counts, outcome.report, loss=outcome.loss, grad_norm=outcome.grad_norm,
             learning_rate=self._learning_rate, step_seconds=seconds, data_seconds=self._data_seconds,
             skipped=outcome.skipped is not None,
         ))  # fmt: skip
@@ -212,7 +218,7 @@ class TrainingLoop:
 
     def _saves(self) -> bool:
         """Write this step's checkpoint; whether that was done."""
-        saved = self.coordinator.broadcast("saved", self.saver.save(self.state))
+        saved = self.saver.save(self.state)
         if saved:
             self._saved_step = self.state.global_step
         return saved
@@ -228,7 +234,8 @@ class TrainingLoop:
         best, holds_best = self.state.best_model_checkpoint, False
         if self.config.training.load_best_model_at_end and self.state.best_global_step != self.state.global_step:
             path = None if best is None else self.saver.folder.folder / Path(best).name
-            if path is None or path.name != f"checkpoint-{self.state.best_global_step}" or not path.is_dir():
+            there = path is not None and self.coordinator.broadcast("best checkpoint", path.is_dir())
+            if path is None or path.name != f"checkpoint-{self.state.best_global_step}" or not there:
                 message = "the best checkpoint could not be kept: final/ holds the last adapter"
                 self.journal.event(self.state.global_step, "best_missing", message)
             else:
@@ -246,11 +253,11 @@ class TrainingLoop:
         step = self.state.global_step
         whole = self._saved_step == step or (step > 0 and self._saves())
         path = self.saver.folder.path(step) if whole else self.saver.last
-        signal = self._signal
-        reason = signal or f"max_train_hours={self.limit.hours:g}"
-        self.journal.event(step, "interrupted" if signal else "out_of_time", f"{reason}: stopped after step {step}")
+        event, status = ("out_of_time", STOPPED) if self._stop == OUT_OF_TIME else ("interrupted", INTERRUPTED)
+        reason = f"max_train_hours={self.limit.hours:g}" if status == STOPPED else self._stop
+        self.journal.event(step, event, f"{reason}: stopped after step {step}")
         self._fire("on_train_end")
-        return TrainResult(INTERRUPTED if signal else STOPPED, step, path, self.state.summary())
+        return TrainResult(status, step, path, self.state.summary())
 
     # -- when something goes wrong ---------------------------------------------------------------
 
@@ -262,34 +269,43 @@ class TrainingLoop:
         )
 
     def _rescue(self) -> None:
-        """Save the last whole step before an error ends the run, if the state still is that step's."""
-        if self._rollback.go_back() and self.state.global_step not in (0, self._saved_step):
+        """Save the last whole step before an error ends the run, if the state still is that step's. Other ranks are not
+        asked: they end as well, or will."""
+        writes = self.coordinator.is_writer
+        if writes and self._rollback.go_back() and self.state.global_step not in (0, self._saved_step):
             with contextlib.suppress(LemaError, OSError):  # the error under way comes first; the journal has this one
-                self.saver.save(self.state)
+                self.saver.save(self.state, together=False)
 
     # -- signals and callbacks -------------------------------------------------------------------
 
     def _is_stopping(self) -> bool:
-        self._signal = self.coordinator.agree("stop", self.signals.requested)
-        return self._signal is not None or self._out_of_time
+        own = self.signals.requested or (OUT_OF_TIME if self._late else None)
+        self._stop = self.coordinator.agree("stop", own)
+        return self._stop is not None
 
     def _in_time(self, *kinds: str) -> bool:
         """Whether there is time for one more of these and the save after it; if not, the run is stopping."""
-        late = self._out_of_time or not self.limit.allows(*kinds, "save")
-        self._out_of_time = self.coordinator.agree("out of time", late)
-        return not self._out_of_time
+        self._late = self.coordinator.agree("out of time", self._late or not self.limit.allows(*kinds, "save"))
+        return not self._late
 
     def _wanted(self, what: str, due: bool = False) -> bool:
         """Whether something is due, or a callback of any rank asks for it."""
         return self.coordinator.agree(what, due or getattr(self.control, f"should_{what}"))
 
     def _leave_if_late(self) -> None:
-        if not self._in_time():
+        """End an evaluation for which there is no time: ranks have different numbers of batches, so that none is asked
+        between them."""
+        self._late = not self.limit.allows("save")
+        if self._late:
             raise StepAbandoned
 
-    def _abandonable(self) -> contextlib.AbstractContextManager[None]:
-        """A block that a second signal leaves, unless parameters have changed already."""
-        return self.signals.abandonable(lambda: not self._rollback.is_past)
+    @contextlib.contextmanager
+    def _abandonable(self) -> Iterator[None]:
+        """A block that a second signal to any rank leaves, unless parameters change already. Nobody goes on behind it
+        before all have come out."""
+        with self.signals.abandonable(lambda: not self._rollback.is_past):
+            yield
+        self.coordinator.meet("end of a block")
 
     def _fire(self, event: str, **more: Any) -> None:
         self.callbacks.fire(event, self.state, self.control, **more)

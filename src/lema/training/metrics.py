@@ -1,15 +1,17 @@
 """`metrics.jsonl`, and other files of a run with one JSON object a line: appended, flushed, never half read.
 
-It knows lines; it knows nothing of what they say but `step` and the event `resumed`.
+It knows lines, and which numbers that of a step has.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..coordinator import Coordinator
 from .engine import Batch, Report
 from .state import TrainerState
 
@@ -18,17 +20,36 @@ SAMPLES_FILE = "samples.jsonl"
 TIMELINE_FILE = "timeline.json"
 
 
-def train_line(state: TrainerState, batch: Batch, report: Report | None, **numbers: Any) -> dict[str, Any]:
-    """What `metrics.jsonl` says of a step: seconds, bytes and tokens of it alone; no report: it was not made."""
+@dataclass(frozen=True)
+class Counts:
+    """Of a step, over all ranks."""
+
+    targets: int
+    tokens: int
+    dropped: int
+    """Rows."""
+    truncated: int
+    """Rows."""
+
+    @classmethod
+    def of(cls, batch: Batch, ranks: Coordinator) -> Counts:
+        """Each rank's batch added up."""
+        own = [batch.targets, batch.tokens, getattr(batch, "dropped", 0), getattr(batch, "truncated", 0)]
+        return cls(*ranks.totals("batch", own))
+
+
+def train_line(state: TrainerState, counts: Counts, report: Report | None, **numbers: Any) -> dict[str, Any]:
+    """What `metrics.jsonl` says of a step alone: tokens of all ranks, seconds and bytes of this one; no report: it was
+    not made."""
     return {
         "step": state.global_step,
         "epoch": state.epoch,
         **numbers,
-        "tokens": batch.tokens,
-        "targets": batch.targets,
-        "rows_dropped": getattr(batch, "dropped", 0),
-        "rows_truncated": getattr(batch, "truncated", 0),
-        "tokens_per_second": batch.tokens / max(numbers["step_seconds"], 1e-9),
+        "tokens": counts.tokens,
+        "targets": counts.targets,
+        "rows_dropped": counts.dropped,
+        "rows_truncated": counts.truncated,
+        "tokens_per_second": counts.tokens / max(numbers["step_seconds"], 1e-9),
         "wait_seconds": report.wait_seconds if report else 0.0,
         "bytes_read": report.bytes_read if report else 0,
         "bytes_copied": report.bytes_copied if report else 0,
@@ -78,19 +99,3 @@ def _cut_half_line(path: Path) -> None:
                 break
             end = start
         file.truncate(end)
-
-
-def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines that count: where a run was resumed after step N, what was written of later steps before
-    does not.
-
-    The last line may be half written and is then left out.
-    """
-    found: list[dict[str, Any]] = []
-    text = Path(path).read_text(encoding="utf-8")
-    for line in text.split("\n")[:-1]:
-        values = json.loads(line)
-        if values.get("event") == "resumed":
-            found = [v for v in found if v.get("type") == "event" or v.get("step", 0) <= values["step"]]
-        found.append(values)
-    return found

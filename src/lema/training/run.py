@@ -77,12 +77,15 @@ def run_training(
         progress = _progress(config, schedule, state, data.eval is not None or bool(sampler and sampler.prompts))
         engine.label_smoothing = training.label_smoothing_factor
         end.callback(setattr, engine, "label_smoothing", 0.0)
-        reporters = end.enter_context(reporting(training.report_to, folder.folder, name, resolved.to_dict()))
-        start = start.put_aside(folder)
-        resolved.save(folder.folder)
-        if data.summary is not None:
-            write_json(folder.folder / SUMMARY_FILE, data.summary)
-        journal = Journal(folder.folder, view)
+        writes = engine.coordinator.is_writer
+        told = training.report_to if writes else ()
+        reporters = end.enter_context(reporting(told, folder.folder, name, resolved.to_dict()))
+        if writes:
+            start = start.put_aside(folder)
+            resolved.save(folder.folder)
+            if data.summary is not None:
+                write_json(folder.folder / SUMMARY_FILE, data.summary)
+        journal = Journal(folder.folder, view, writes)
         end.callback(journal.close)
         saver = Saver(engine, data.train, resolved, schedule, folder, journal, write_tokenizer, _identity(data.eval))
         end.callback(saver.close)

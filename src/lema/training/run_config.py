@@ -144,18 +144,6 @@ class RunConfig:
         """Rows an optimizer step is made of."""
         return self.lema.batch_size * self.lema.gradient_accumulation_steps
 
-    def engine_config(self) -> LemaConfig:
-        """What the engine is built with: a whole accumulation window is one batch, so the base is read once a step.
-
-        Layers run `batch_size` rows at once as without accumulation; under a budget the plan decides.
-        """
-        config = self.lema
-        planned = config.ram_budget is not None or config.vram_budget is not None
-        micro = config.micro_batch_size
-        if micro is None and not planned and config.gradient_accumulation_steps > 1:
-            micro = config.batch_size
-        return config.replace(batch_size=self.rows_per_step, gradient_accumulation_steps=1, micro_batch_size=micro)
-
 
 def setting_named(error: LemaError) -> str:
     """The setting an error is about: its message begins with it."""

@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from ..coordinator import StepAbandoned
 
-class StepAbandoned(BaseException):
-    """A second signal came, or time ran out, in the middle of something.
-
-    Not an `Exception`: nobody in between is to handle it.
-    """
+__all__ = ["StepAbandoned", "StopSignals"]
 
 
 class StopSignals:

@@ -36,6 +36,7 @@ from .transport import Transport, unless_silent
 T = TypeVar("T")
 _ENVIRONMENTS = ("PROD", "LOCALHOST", "ADMIN", "STAGING", "QA", "TEST")
 _END_OF_LOG = "END_OF_LOG"
+_NOT_TAKEN = frozenset({429, 503})  # of a push: it did not arrive, and may be sent again as it is
 
 
 class Kernels:
@@ -155,15 +156,15 @@ class Kernels:
         kernel = str(metadata["id"])
         before = self.version(kernel)
         request = save_request(metadata, source, run_seconds)
-        for attempt in range(self.retry_policy.tries):
+
+        def save() -> Any:
+            """Kaggle's answer, or what shows that the request had arrived."""
+            retry = self.retry_policy.retry
             try:
-                answer = self.retry_policy.retry(
-                    "push", lambda: self._api.save_kernel(request), statuses={429, 503}, dropped=False
-                )
-                break
+                return retry("push", lambda: self._api.save_kernel(request), statuses=_NOT_TAKEN, dropped=False)
             except requests.RequestException as error:
-                if not _may_have_arrived(error) or attempt == self.retry_policy.tries - 1:
-                    raise explained(error, f"pushing {kernel}", self.credentials.source) from error
+                if not _may_have_arrived(error):
+                    raise
                 now = self.version(kernel)
                 if now is None or before is None:
                     raise KaggleError(
@@ -172,8 +173,14 @@ class Kernels:
                     ) from error
                 if now != before:
                     return Pushed(kernel, f"https://www.kaggle.com/code/{kernel}", now)
-                self.retry_policy.say(f"push: the answer was lost and {kernel} has no new version; sent again")
-                self.retry_policy.sleep(self.retry_policy.wait(attempt))
+                raise  # it has no new version: it may be sent again
+
+        try:
+            answer = self.retry_policy.retry("push that left no new version", save, statuses=RETRIED - _NOT_TAKEN)
+        except requests.RequestException as error:
+            raise explained(error, f"pushing {kernel}", self.credentials.source) from error
+        if isinstance(answer, Pushed):
+            return answer
         _check_answer(kernel, answer)
         return Pushed(answer.ref.removeprefix("/code/") or kernel, answer.url, answer.version_number)
 
@@ -231,7 +238,7 @@ def _texts(payload: str) -> Iterator[str]:
 
 def _may_have_arrived(error: requests.RequestException) -> bool:
     if isinstance(error, requests.HTTPError):
-        return error.response is not None and error.response.status_code in RETRIED - {429, 503}
+        return error.response is not None and error.response.status_code in RETRIED - _NOT_TAKEN
     return isinstance(error, DROPPED)
 
 

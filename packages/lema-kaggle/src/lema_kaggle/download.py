@@ -8,7 +8,6 @@ never put together (RFC 9110, 13.1.5: If-Range) and a whole file is not fetched 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 import requests
 
 from lema.errors import KaggleError
+from lema.storage.atomic import put_in_place, write_text
 
 from .advice import explained
 from .answers import OutputFile
@@ -60,7 +60,7 @@ def pull(
                 raise explained(error, f"fetching {file.name}", kernels.credentials.source) from error
             say(f"{file.name}: {target.stat().st_size:,} bytes{'' if fresh else ', was here already'}")
     if (log := kernels.log(kernel)) and wanted is None:
-        _write(target := folder / f"{kernels.ref(kernel).split('/')[1]}.log", log)
+        write_text(target := folder / f"{kernels.ref(kernel).split('/')[1]}.log", log)
         targets.append(target)
     return targets
 
@@ -109,7 +109,7 @@ def _fetch(session: requests.Session, file: OutputFile, target: Path, record: _R
                 out.write(chunk)
         if size is not None and growing.stat().st_size != size:
             raise requests.ConnectionError(f"{growing.stat().st_size} of {size} bytes came")
-    os.replace(growing, target)
+    put_in_place(growing, target)
     record.set(file.name, whole)
     return True
 
@@ -143,13 +143,7 @@ class _Record:
 
     def set(self, name: str, value: dict[str, Any]) -> None:
         self._known[name] = value
-        _write(self._path, json.dumps(self._known, indent=1, sort_keys=True))
+        write_text(self._path, json.dumps(self._known, indent=1, sort_keys=True))
 
     def forget(self, name: str) -> None:
         self._known.pop(name, None)
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lema.errors import KaggleError
+from lema.storage.atomic import write_text
 
 from .credentials import check_user
 from .metadata import ACCELERATOR, FILE, LONGEST_HOURS, metadata, notebook
@@ -72,8 +72,8 @@ def build(order: Order, folder: Path) -> Path:
     )  # fmt: skip
     text = build_notebook(order.name, parameters, title, order.benchmarks)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / name, text)
-    _write(folder / FILE, json.dumps(described, indent=2) + "\n")
+    write_text(folder / name, text)
+    write_text(folder / FILE, json.dumps(described, indent=2) + "\n")
     return folder / name
 
 
@@ -120,9 +120,3 @@ def read(folder: Path) -> tuple[dict[str, Any], str, int | None]:
     hours = parameters_of(source).get("HOURS")
     seconds = None if hours is None else math.ceil(3600 * (float(hours) + SPARE_HOURS))
     return described, json.dumps(content), seconds
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import requests
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 T = TypeVar("T")
 
@@ -55,24 +56,37 @@ class RetryPolicy:
             statuses: of an HTTPError that are tried again; any other is raised at once.
             dropped: whether a connection that was lost is tried again.
         """
-        for attempt in range(self.tries):
-            try:
-                return call()
-            except requests.HTTPError as error:
-                response = error.response
-                if response is None or response.status_code not in statuses or attempt == self.tries - 1:
-                    raise
-                asked = retry_after(response, self.now())
-                if asked is not None and asked > self.longest_asked:
-                    raise
-                seconds, reason = (self.wait(attempt) if asked is None else asked), f"HTTP {response.status_code}"
-            except DROPPED as error:
-                if not dropped or attempt == self.tries - 1:
-                    raise
-                seconds, reason = self.wait(attempt), f"connection lost ({type(error).__name__})"
-            self.say(f"{what}: {reason}, next try in {seconds:.0f} s")
-            self.sleep(seconds)
-        raise AssertionError("the last try raises or returns")
+
+        def again(error: BaseException) -> bool:
+            if not isinstance(error, requests.HTTPError):
+                return dropped and isinstance(error, DROPPED)
+            asked = self._asked_by(error)
+            status = None if error.response is None else error.response.status_code
+            return status in statuses and (asked is None or asked <= self.longest_asked)
+
+        def tell(state: RetryCallState) -> None:
+            error = _error_of(state)
+            http = isinstance(error, requests.HTTPError) and error.response is not None
+            reason = f"HTTP {error.response.status_code}" if http else f"connection lost ({type(error).__name__})"
+            self.say(f"{what}: {reason}, next try in {state.upcoming_sleep:.0f} s")
+
+        return Retrying(
+            stop=stop_after_attempt(self.tries), retry=retry_if_exception(again), wait=self._seconds,
+            sleep=self.sleep, before_sleep=tell, reraise=True,
+        )(call)  # fmt: skip
+
+    def _seconds(self, state: RetryCallState) -> float:
+        asked = self._asked_by(_error_of(state))
+        return self.wait(state.attempt_number - 1) if asked is None else asked
+
+    def _asked_by(self, error: BaseException | None) -> float | None:
+        response = error.response if isinstance(error, requests.HTTPError) else None
+        return None if response is None else retry_after(response, self.now())
+
+
+def _error_of(state: RetryCallState) -> Any:
+    assert state.outcome is not None
+    return state.outcome.exception()
 
 
 def retry_after(response: requests.Response, now: float) -> float | None:

@@ -14,7 +14,6 @@ for those marked `single`, which stay and are asked in other words.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from random import Random
 
 from lema.errors import ConfigError, InputError
+from lema.storage.atomic import replaced_file
 
 from .categories import FACTS
 from .grammar import LemaReply
@@ -118,27 +118,16 @@ def write(built: Built, train: Path, held_out: Path) -> None:
         InputError: what was written is not what was meant, which no fault of the caller explains.
         OSError: the disk refuses.
     """
-    aside = []
-    try:
-        for path, rows in ((train, built.train), (held_out, built.held_out)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.append((path.with_name(f".{path.name}.{os.getpid()}.tmp"), path))
-            _write_rows(aside[-1][0], rows)
-        checked = check_files([aside[i][0] for i, rows in enumerate((built.train, built.held_out)) if rows])
+    for path in (train, held_out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(held_out, durable=True) as held_out_aside, replaced_file(train, durable=True) as train_aside:
+        written = ((train_aside, built.train), (held_out_aside, built.held_out))
+        for path, rows in written:
+            with path.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(row.to_json() + "\n" for row in rows)
+        checked = check_files([path for path, rows in written if rows])
         if checked.faults or checked.rows != len(built.train) + len(built.held_out):
             raise InputError(f"the rows written to {train.parent} read back wrong: {checked.faults[:3]}")
-        for temporary, path in aside:
-            os.replace(temporary, path)
-    finally:
-        for temporary, _ in aside:
-            temporary.unlink(missing_ok=True)
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(row.to_json() + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _in_turn(rows: Sequence[Row]) -> list[Row]:

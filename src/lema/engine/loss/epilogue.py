@@ -13,7 +13,6 @@ from torch import nn
 
 from ...errors import UnsupportedError
 from ...models.causal_lm import CausalLM
-from ...models.interceptor import replaced_forwards
 from .positions import IGNORE_INDEX
 from .vocabulary import Linear
 
@@ -21,8 +20,8 @@ from .vocabulary import Linear
 class ModelEpilogue:
     """A model's own way from hidden states to logits, with a linear given to each call in place of its head.
 
-    Made once for a model. The head's forward is replaced while it is `in_place`, as long as a loss takes, and only then
-    can it be called; a call says no more than which linear the head stands for.
+    Made once for a model, whose interceptor has a gate before the head. The head is passed by while the epilogue is
+    `in_place`, as long as a loss takes, and only then can it be called; a call says which linear the head stands for.
     """
 
     def __init__(self, lm: CausalLM) -> None:
@@ -33,8 +32,8 @@ class ModelEpilogue:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside the block the head is whatever linear a call gives; afterwards its forward is the one it was."""
-        with replaced_forwards([self._lm.head], [self._head]):
+        """Inside the block the head is whatever linear a call gives."""
+        with self._lm.interceptor.gate("epilogue", self.linear).taken_by(self._head):
             yield
 
     def __call__(self, hidden: torch.Tensor, linear: Linear) -> torch.Tensor:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ...config import LemaConfig
 from ...errors import UnsupportedError
 from ...models.causal_lm import CausalLM
 from ...models.trained import trained_outside
+from ...planning.plan import loss_chunk
 from ...streaming.head import SLICE_BYTES, SlicedHead
-from ...streaming.memory import TripleBufferManager
 from ...streaming.timeline import COMPUTE
+from ...streaming.weight_store import WeightStore
 from .epilogue import ModelEpilogue
 from .positions import LossResult, compute_loss
 from .streamed_head import head_held, head_pieces
@@ -25,24 +25,8 @@ from .vocabulary import Head, HeadPieces, linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 
-LARGE_LOGITS = 32 << 20
-"""Bytes of float32 logits from which 'auto' cuts the loss; fewer are no more than what a layer takes."""
-AUTO_CHUNK = 256
-"""Positions of a piece then: beside a run of the vocabulary of 16 MiB its float32 logits take 4 to 8 MiB."""
 _WIDEST = 1024
 """Positions at once beyond which a matmul gains nothing from more."""
-
-
-def loss_chunk(setting: int | str | None, positions: int, vocab: int) -> int | None:
-    """Target positions a piece of the loss, for a setting as `LemaConfig.loss_chunk_size`; None: all at once.
-
-    Args:
-        positions: of the whole batch.
-        vocab: logits a position.
-    """
-    if not isinstance(setting, str):
-        return setting
-    return AUTO_CHUNK if positions * vocab * 4 > LARGE_LOGITS else None
 
 
 def wide_piece(chunk: int, positions: int) -> tuple[int, int]:
@@ -60,28 +44,25 @@ class HeadLoss:
 
     Args:
         lm: the model.
-        memory: holds its head.
-        config: says how many targets are a piece, where the plan leaves it open.
+        memory: holds its head; its plan says how many targets are a piece.
     """
 
-    def __init__(self, lm: CausalLM, memory: TripleBufferManager, config: LemaConfig) -> None:
+    def __init__(self, lm: CausalLM, memory: WeightStore) -> None:
         self._lm = lm
         self._memory = memory
-        self._config = config
         self._epilogue = ModelEpilogue(lm)
         self._trained = list(trained_outside(lm.module, lm.layers).values())
         self._sliceable: bool | None = None
-        self.smoothing = 0.0
-        """Label smoothing, where there is a gradient: what is evaluated is the plain loss."""
 
     def __call__(
         self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, *, scale: float = 1.0,
-        with_gradient: bool = True, with_logits: bool = False, with_accuracy: bool = False,
+        with_gradient: bool = True, with_logits: bool = False, with_accuracy: bool = False, smoothing: float = 0.0,
     ) -> LossResult:  # fmt: skip
         """As `compute_loss`: `hidden` is `[batch, seq, hidden]`, `targets` `[batch, seq]`."""
-        wanted: dict[str, Any] = {"scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy}
-        wanted["smoothing"] = self.smoothing if with_gradient else 0.0
-        wanted["trained"] = self._trained if with_gradient else ()
+        wanted: dict[str, Any] = {
+            "scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy, "smoothing": smoothing,
+            "trained": self._trained,
+        }  # fmt: skip
         chunk = self._chunk_of(targets)
         pieces = head_pieces(self._memory)
         if pieces is not None:
@@ -123,6 +104,4 @@ class HeadLoss:
         return self._sliceable
 
     def _chunk_of(self, targets: torch.Tensor) -> int | None:
-        plan = self._memory.plan
-        setting = self._config.loss_chunk_size if plan.loss_by_batch else plan.loss_chunk_size
-        return loss_chunk(setting, targets.numel(), self._lm.vocab_size)
+        return loss_chunk(self._memory.plan.loss_chunk_size, targets.numel(), self._lm.vocab_size)

@@ -14,22 +14,22 @@ from ...machine.heap import HeapGuard
 from ...streaming.arguments import BatchRules
 from ...streaming.draws import Draws
 from ...streaming.layer_call import Batching
-from ...streaming.memory import TripleBufferManager
 from ...streaming.recompute import StreamedLayer
+from ...streaming.weight_store import WeightStore
 from .vocabulary import Head, HeadPieces
 
 
-def head_pieces(memory: TripleBufferManager) -> HeadPieces | None:
+def head_pieces(memory: WeightStore) -> HeadPieces | None:
     """The head's weight by runs of vocabulary rows, where it is never there whole."""
     return memory.head_chunks
 
 
-def head_held(memory: TripleBufferManager) -> AbstractContextManager[None]:
+def head_held(memory: WeightStore) -> AbstractContextManager[None]:
     """The head's weight is there inside the block, wherever it is else."""
     return memory.use(memory.head_unit)
 
 
-def streamed_forward(head: nn.Module, memory: TripleBufferManager) -> Callable[..., Any] | None:
+def streamed_forward(head: nn.Module, memory: WeightStore) -> Callable[..., Any] | None:
     """What stands in for the forward of a head; None where its weight stays."""
     pieces = head_pieces(memory)
     if pieces is None or not isinstance(head, nn.Linear):
@@ -49,7 +49,7 @@ class StreamedHead(StreamedLayer):
     """A head whose weight comes and goes. While the engine holds it, as it does from the first chunk of logits
     to the last chunk's gradient, it is an ordinary layer; else it is replayed like the others."""
 
-    def __init__(self, head: nn.Module, memory: TripleBufferManager) -> None:
+    def __init__(self, head: nn.Module, memory: WeightStore) -> None:
         super().__init__(memory.head_unit, head, memory, Batching(None, BatchRules), HeapGuard(None), Draws())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lema.errors import CheckpointError, ConfigError, LemaError
+from lema.storage.atomic import new_directory, replaced_file
 
 _KAGGLE = Path("/kaggle")
 _PREFIX = "LEMA_KAGGLE_"
@@ -168,13 +169,12 @@ class Session:
         target = self.run_folder / source.name
         if target.exists():
             return None
-        aside = self.run_folder / f".{source.name}.copy"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(source, aside)
-        os.replace(aside, target)
+        with new_directory(target) as fresh:
+            shutil.copytree(source, fresh, dirs_exist_ok=True)
         for name in ("metrics.jsonl", "data_summary.json"):
             if (source.parent / name).is_file() and not (self.run_folder / name).exists():
-                shutil.copyfile(source.parent / name, self.run_folder / name)
+                with replaced_file(self.run_folder / name) as aside:
+                    shutil.copyfile(source.parent / name, aside)
         return step
 
     def adapter(self) -> tuple[Path, bool]:

@@ -1,6 +1,6 @@
 """Bad rows, files, tokenizers, models and checkpoints, and what the command line says of each: the table in docs.
 
-`python tests/hostile.py` writes docs/errors.md anew; tests/cli/test_hostile.py checks that it still says the truth.
+`python tests/support/hostile.py` writes docs/errors.md anew; tests/cli/test_hostile.py checks that it says the truth.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 from data_helpers import CHATML, VOCABULARY, make_tokenizer, write_jsonl
 from families import save_tiny
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 GOOD = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
 HEAD = """# What goes wrong, and what one sees
 
 Every message below was printed by the command beside it, with paths shortened; the status was 1 unless said otherwise.
-`python tests/hostile.py` writes this page, and a test compares it with what the commands say now.
+`python tests/support/hostile.py` writes this page, and a test compares it with what the commands say now.
 """
 
 
@@ -226,7 +226,7 @@ def _settings(shop: Workshop) -> Iterator[Case]:
     yield case("a name that another tool uses", "other-tool", "sequence_len: 64")
     yield case("rows longer than the model takes", "positions", verb="check", max_seq_length=4096)
     yield case("the same before training", "positions-dry", max_seq_length=4096)
-    yield case("an adapter to train further that is not there", "further", adapter_name_or_path="nowhere")
+    yield case("an adapter to train further that is not there", "further", adapter_name_or_path="./nowhere")
     yield Case("Settings", "a device in place of a file", ["train", "/dev/zero"])
 
 

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from data_helpers import VOCABULARY, make_tokenizer, write_jsonl
 from families import save_tiny
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = ("bash", "python")
 _FENCE = re.compile(r"^(?P<mark>`{3,})(?P<language>[^\n]*)\n(?P<code>.*?)^(?P=mark)[ ]*$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- (?P<kind>skip|slow): (?P<why>[^>]+?) -->\s*\Z")

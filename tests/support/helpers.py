@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lema
 from lema.engine.trainer import LemaTrainer
-from lema.planning.plain import plan_without_budget
+from lema.planning.plain import plan_without_budget, stored_bytes
 from lema.planning.plan import MemoryPlan
 
 transformers.logging.set_verbosity_error()
@@ -150,6 +151,18 @@ def lema_step(model: lema.LemaModel, batch: Batch, trainer: LemaTrainer | None =
     return loss, recorded(trainer, model.hf_model)
 
 
+@contextlib.contextmanager
+def cut_into(model: lema.LemaModel, micro: int | None = None, chunk: int | None = None) -> Iterator[None]:
+    """Inside the block layers run so many rows at once, and the loss so many targets; None: all."""
+    batching, memory = model.attachment.batching, model.memory
+    before = batching.micro_batch_size, memory.plan
+    batching.micro_batch_size, memory.plan = micro, replace(memory.plan, loss_chunk_size=chunk)
+    try:
+        yield
+    finally:
+        batching.micro_batch_size, memory.plan = before
+
+
 def differing(expected: Gradients, found: Gradients) -> list[str]:
     """Names whose gradient is missing or differs in a bit; also complains if there is nothing to compare."""
     assert expected, "the reference has no gradients"
@@ -223,9 +236,10 @@ class Pair:
         self.model.close()
 
 
-def with_mapped(gbi: Any, adapter: Any, mapped: Sequence[int], device: str = "cpu", **changes: Any) -> MemoryPlan:
+def strategy_plan(
+    gbi: Any, adapter: Any, mapped: Sequence[int] = (), device: str = "cpu", strategy: str = "streaming", **changes: Any
+) -> MemoryPlan:
     """The plan of no budget, two slots a tier, but for some layers that are bound to the mapped files."""
-    plan = plan_without_budget(
-        gbi, adapter, device=device, strategy=lema.MemoryStrategy.STREAMING, host_slots=2, device_slots=2
-    )
-    return replace(plan, from_disk=tuple(unit for unit in plan.from_disk if unit not in mapped), **changes)
+    plan = plan_without_budget(*stored_bytes(gbi, adapter), device=device, strategy=lema.MemoryStrategy.parse(strategy))
+    left = tuple(unit for unit in plan.from_disk if unit not in mapped)
+    return replace(plan, from_disk=left, mapped=(*plan.mapped, *mapped), **changes)

@@ -1,4 +1,5 @@
-"""A stand-in for the hub's HTTP API on loopback: repositories, LFS uploads, commits; and failures on demand."""
+"""A stand-in for the hub's HTTP API on loopback: repositories, LFS uploads, commits, downloads; and failures on
+demand."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+
+_COMMIT = "a" * 40
 
 
 class Hub(ThreadingHTTPServer):
@@ -73,12 +77,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {})
 
     def do_GET(self) -> None:
-        """The list of files; there is nothing else to read here."""
-        if not re.match(r"/api/models/.*/tree/", self.path):
-            self._send(404, {"error": f"no {self.path}"})
-        elif not self._fails("tree"):
-            files = self.server.files.items()
-            self._send(200, [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files])
+        """The list of files, what is known of a model, or one of its files."""
+        files = self.server.files
+        resolved = re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", self.path)
+        if resolved and resolved[1] in files:
+            self._send_bytes(200, files[resolved[1]], {"ETag": f'"{hashlib.sha1(files[resolved[1]]).hexdigest()}"'})
+        elif re.match(r"/api/models/.*/tree/", self.path):
+            if not self._fails("tree"):
+                listed = ((n, {"size": len(c), "oid": hashlib.sha1(c).hexdigest()}) for n, c in files.items())
+                self._send(200, [{"type": "file", "path": name, **about} for name, about in listed])
+        elif files and (model := re.match(r"/api/models/([^/]+/[^/?]+)", self.path)):
+            self._send(200, {"id": model[1], "sha": _COMMIT, "siblings": [{"rfilename": name} for name in files]})
+        else:
+            self._send(404, {"error": f"no {self.path}"}, {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
 
     def _fails(self, step: str) -> bool:
         self.server.requests.append(step)
@@ -91,13 +104,16 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _send(self, status: int, values: Any) -> None:
-        body = json.dumps(values).encode()
+    def _send(self, status: int, values: Any, headers: dict[str, str] | None = None) -> None:
+        self._send_bytes(status, json.dumps(values).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def _send_bytes(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {**headers, "X-Repo-Commit": _COMMIT, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def _create(self, body: bytes) -> dict[str, Any]:
         asked = json.loads(body)
@@ -154,12 +170,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def running_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that huggingface_hub talks to in this process; waiting between its retries takes no time."""
+def running_hub(monkeypatch: pytest.MonkeyPatch, cache: Path | None = None) -> Iterator[Hub]:
+    """A hub that huggingface_hub talks to in this process; waiting between its retries takes no time.
+
+    Args:
+        cache: where downloads go; None: nothing is downloaded.
+    """
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    if cache is not None:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # LFS is the protocol spoken here
     monkeypatch.setenv("HF_TOKEN", "hf_test")

@@ -2,8 +2,8 @@
 
 Copies happen late and beside everything else, a wait takes the event's last record at the time of the
 call, an event never recorded is complete. Work that reads bytes before their copy ended, a copy over
-bytes somebody still reads, and bytes changed under a copy that reads them are caught and raised. For
-tests and dry runs; it knows nothing of models.
+bytes somebody still reads, and bytes changed under a copy that reads them are caught and raised. It
+knows nothing of models.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..errors import StreamingError
-from .accelerator import StagedCopier
+from lema.errors import StreamingError
+from lema.streaming.accelerator import StagedCopier
 
 _POISON = 0xFF
 _LONGEST_WAIT = 60.0

@@ -114,3 +114,19 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 __all__ = ["DataConfig", "StopAfter", "TrainingConfig", "adapter_bytes", "batches_of", "history", "make_model",
            "settings_of", "tiny_tokenizer", "train", "write_rows"]  # fmt: skip
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines that count: where a run was resumed after step N, what was written of later steps before
+    does not.
+
+    The last line may be half written and is then left out.
+    """
+    found: list[dict[str, Any]] = []
+    text = Path(path).read_text(encoding="utf-8")
+    for line in text.split("\n")[:-1]:
+        values = json.loads(line)
+        if values.get("event") == "resumed":
+            found = [v for v in found if v.get("type") == "event" or v.get("step", 0) <= values["step"]]
+        found.append(values)
+    return found
