@@ -23,6 +23,7 @@ from helpers import (
     Gradients,
     adapter_of,
     assert_as_exact_as_plain,
+    cut_into,
     differing,
     lema_config,
     lema_model,
@@ -129,15 +130,8 @@ def test_a_batch_in_pieces_and_a_window_of_batches_are_as_exact_as_plain_peft(wh
                 parameter.copy_(own[name])
         _, reference = plain_step(double.train(), batch)
     trainer = recording_trainer(whole.model)
-    streamer = whole.model._streamer
-    assert streamer is not None
-    streamer.batching.micro_batch_size = 1
-    trainer.config.loss_chunk_size = 3
-    try:
+    with cut_into(whole.model, micro=1, chunk=3):
         loss, found = lema_step(whole.model, batch, trainer)
-    finally:
-        streamer.batching.micro_batch_size = None
-        trainer.config.loss_chunk_size = None
     assert relative(loss, expected_loss) <= 1e-6
     as_exact(whole.family, reference, plain, found)
     trainer = recording_trainer(whole.model)
