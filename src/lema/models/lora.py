@@ -270,11 +270,8 @@ class LoRAManager(Trained):
 def _refuse_unlike_linear(base: nn.Module) -> None:
     """Refuse modules that are linear by name and compute something else, such as routers that return their choice as
     well: PEFT adds to one output, of the linear's shape."""
-    own = {
-        name: module.get_base_layer()
-        for name, module in base.named_modules()
-        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear)
-    }
+    adapted = ((n, module.get_base_layer()) for n, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+    own = {name: linear for name, linear in adapted if isinstance(linear, nn.Linear)}
     unlike = {
         name: type(linear).__name__
         for name, linear in own.items()

@@ -42,7 +42,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
     take_out_outputs(config)
     try:
         with apart_from_heap(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = auto.from_config(
+            model: Any = auto.from_config(
                 config, dtype=dtype, attn_implementation=_attention_of_parts(config, attn_implementation),
                 trust_remote_code=False,
             )  # fmt: skip
@@ -61,7 +61,8 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementa
             if parameter is not None:
                 shared.setdefault(id(parameter), _hollow(parameter))
                 module._parameters[name] = shared[id(parameter)]
-    return model
+    built: PreTrainedModel = model
+    return built
 
 
 def _attention_of_parts(config: PreTrainedConfig, asked: str | None) -> Any:
