@@ -99,13 +99,13 @@ class Plain:
     def __init__(self, family: str, folder: Path) -> None:
         import torch
 
-        from .tiny_families import auto_class, save_tiny
+        from .tiny_families import save_tiny
 
         self.family, self.folder = family, folder
         try:
             made = save_tiny(family, folder)
             original = made.state_dict()
-            self.base = auto_class(family).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+            self.base = self._loaded()
             again = self.base.state_dict()
             other = [name for name, value in original.items() if not torch.equal(value, again[name])]
             if other:
@@ -120,6 +120,15 @@ class Plain:
         for file in self.folder.glob("*.safetensors*"):
             file.unlink()
         self.base.save_pretrained(self.folder, save_original_format=False)
+        self.base = self._loaded()
+
+    def _loaded(self) -> Any:
+        import torch
+
+        from .tiny_families import auto_class
+
+        auto = auto_class(self.family)
+        return auto.from_pretrained(self.folder, dtype=torch.float32, attn_implementation="eager")
 
     def batch(self, step: int) -> dict[str, Any]:
         """Rows of text: one padded at the right, one at the left."""
