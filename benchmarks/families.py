@@ -32,7 +32,7 @@ RESULTS = {
     "crash": "an error that is not LEMA's own, or a dead process",
     "not trained": "plain transformers and PEFT do not train the tiny model on rows of text either",
 }
-_SCANS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2")
+_SCANS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h", "nemotron_h_omni")
 EXCLUDED = {
     "deepseek_v4": ["o_a_proj"],
     **{family: ["router"] for family in ("llama4", "llama4_text", "phimoe")},

@@ -129,11 +129,16 @@ def place_parameters(
             _, records = gathered.setdefault(name, (by_pattern[pattern], {}))
             records.setdefault(pattern, []).append(gbi.record(key))
     for name, (converter, records) in gathered.items():
-        placed.update(_convert(name, converter, records))
+        placed.update(_convert(name, converter, records, expected))
     return placed, unused
 
 
-def _convert(name: str, converter: WeightConverter, records: dict[str, list[TensorRecord]]) -> dict[str, PlacedTensor]:
+def _convert(
+    name: str,
+    converter: WeightConverter,
+    records: dict[str, list[TensorRecord]],
+    expected: Mapping[str, torch.Tensor],
+) -> dict[str, PlacedTensor]:
     """What transformers' conversion of these tensors would give, as placement."""
     collected: dict[str, list[PlacedTensor] | PlacedTensor] = {
         pattern: [PlacedTensor.whole(r) for r in group] for pattern, group in records.items()
@@ -155,6 +160,8 @@ def _convert(name: str, converter: WeightConverter, records: dict[str, list[Tens
             (group,) = collected.values()
             parts = chunk(_listed(group)[0], len(targets), operation.dim)
             collected = dict(zip(targets, parts, strict=True))
+        elif kind == "Transpose" and _is_in_order(operation, collected, expected.get(name)):
+            collected = {targets[0]: next(iter(collected.values()))}
         else:
             files = sorted({r.file.name for group in records.values() for r in group})
             raise UnsupportedError(
@@ -165,6 +172,15 @@ def _convert(name: str, converter: WeightConverter, records: dict[str, list[Tens
     full = name.replace("*.", "0.")
     before, _, after = next(full.partition(target) for target in collected if target in full)
     return {before + target + after: _listed(group)[0] for target, group in collected.items()}
+
+
+def _is_in_order(
+    operation: Any, collected: Mapping[str, list[PlacedTensor] | PlacedTensor], wanted: torch.Tensor | None
+) -> bool:
+    """Whether a tensor is stored as it is computed with, which an operation that looks at shapes leaves as it is."""
+    (stored, *others) = [tensor for group in collected.values() for tensor in _listed(group)]
+    same = wanted is not None and stored.shape == tuple(wanted.shape)
+    return bool(getattr(operation, "check_dims", False)) and not others and same
 
 
 def _listed(group: list[PlacedTensor] | PlacedTensor) -> list[PlacedTensor]:
