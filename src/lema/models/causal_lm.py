@@ -110,13 +110,14 @@ class TransformersCausalLM:
     def _decoder(self) -> nn.Module:
         """What is between the model's own forward and its layers: the outermost module that has these, has no head and
         is called (OPT's and composite models reach past one)."""
-        head = self.head
+        models = [module for module in self._model.modules() if isinstance(module, PreTrainedModel)]
+        heads = {id(head) for model in models if (head := model.get_output_embeddings()) is not None}
         around = [
             module
             for module in self._model.modules()
             if module is not self._model
             and any(part is self.layers[0] for part in module.modules())
-            and all(part is not head for part in module.modules())
+            and heads.isdisjoint(map(id, module.modules()))
         ]
         called: list[nn.Module] = []
         handles = [module.register_forward_pre_hook(lambda m, _: called.append(m)) for module in around]
