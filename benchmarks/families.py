@@ -256,6 +256,7 @@ def _child(family: str, folder: Path, seconds: int, writing: int) -> NoReturn:
     """Never returns; the parent's exit handlers must not run here."""
     code = 1
     try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
