@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,8 @@ class LoRAManager(Trained):
         with self._random_state():
             try:
                 with peft_of_this_transformers():
+                    if getattr(lm, "left_out", None):  # what is excluded may be gone
+                        warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                     peft_model: Any = get_peft_model(base, config, low_cpu_mem_usage=empty)
             except ValueError as error:
                 raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
@@ -296,16 +298,27 @@ def _is_like_linear(module: nn.Linear) -> bool:
 
 
 def _keep_off(config: LoraConfig, left_out: Mapping[str, nn.Module]) -> None:
-    """Name the targets of a model without its towers so that in the whole model they are the same modules."""
-    towers = [path for path, tower in left_out.items() if _takes_any(config, path, tower)]
+    """Name the targets of a model without its towers so that in the whole model they are the same modules.
+
+    Where PEFT has made adapters on parameters of fused experts out of names, it takes a pattern apart into names, so
+    there the towers are excluded.
+    """
+    towers = [re.escape(path) for path, tower in left_out.items() if _takes_any(config, path, tower)]
     targets = config.target_modules
     if not towers or targets is None:
         return
-    if isinstance(targets, str):
-        names = f"(?:{targets})"
+    if config.target_parameters is not None:
+        own = [_as_pattern(config.exclude_modules)] if config.exclude_modules else []
+        config.exclude_modules = "|".join([*own, rf"(?:{'|'.join(towers)})(?:\..*)?"])
     else:
-        names = rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in sorted(targets))})"
-    config.target_modules = rf"(?!(?:{'|'.join(re.escape(path) for path in towers)})(?:\.|$)){names}"
+        config.target_modules = rf"(?!(?:{'|'.join(towers)})(?:\.|$)){_as_pattern(targets)}"
+
+
+def _as_pattern(names: str | Collection[str]) -> str:
+    """Of whole paths, for names as PEFT compares them with the ends of paths."""
+    if isinstance(names, str):
+        return f"(?:{names})"
+    return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in sorted(names))})"
 
 
 def _takes_any(config: LoraConfig, path: str, tower: nn.Module) -> bool:
