@@ -22,6 +22,7 @@ from lema.engine.loss.epilogue import ModelEpilogue
 from lema.engine.loss.positions import LossResult, compute_loss
 from lema.engine.loss.vocabulary import Head
 from lema.errors import InputError, UnsupportedError
+from lema.models.interceptor import Interceptor
 from rounding import head_gradient_bound
 
 pytestmark = pytest.mark.timeout(120)
@@ -352,6 +353,7 @@ class MadeUp(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64))
         self.vocab_size, self.max_positions = vocab, None
         self.before, self.after = before, after
+        self.interceptor = Interceptor()
 
     @property
     def module(self) -> nn.Module:
@@ -547,8 +549,9 @@ def test_the_heads_forward_is_put_back_after_errors(models: Any, replaced: bool)
     tiny = models("llama")
     hidden, targets = tiny.batch()
     head = tiny.headless.head
-    before = {"forward": lambda x: x} if replaced else {}
-    head.__dict__.update(before)
+    if replaced:
+        head.__dict__["forward"] = lambda x: 2 * x
+    before = head(hidden).detach()
 
     class Broken(Pieces):
         @contextlib.contextmanager
@@ -564,6 +567,21 @@ def test_the_heads_forward_is_put_back_after_errors(models: Any, replaced: bool)
             ):
                 with pytest.raises(error) if error else contextlib.nullcontext():
                     run()
-                assert {k: v for k, v in head.__dict__.items() if k == "forward"} == before
+                torch.testing.assert_close(head(hidden).detach(), before, rtol=0, atol=0, equal_nan=True)
     finally:
+        tiny.headless.interceptor.take_off("epilogue")
+        assert ("forward" in head.__dict__) is replaced
         head.__dict__.pop("forward", None)
+
+
+def test_a_forward_that_is_put_there_later_is_passed_by_too(models: Any) -> None:
+    tiny = models("llama")
+    hidden, targets = tiny.batch()
+    head, interceptor = tiny.headless.head, tiny.headless.interceptor
+    expected = vocabulary_loss(tiny.headless, hidden, targets, 1.0, tiny.pieces()).loss
+    for _ in range(2):
+        head.forward = lambda x: 2 * x
+        assert vocabulary_loss(tiny.headless, hidden, targets, 1.0, tiny.pieces()).loss == expected
+        assert torch.equal(head(hidden), 2 * hidden)
+    interceptor.take_off("epilogue")
+    del head.forward
