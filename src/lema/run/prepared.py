@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import LemaConfig
+from ..config import CONFIG_NAME, LemaConfig
 from ..coordinator import Coordinator
 from ..data import Data
 from ..data.load import check_all_rows
@@ -162,7 +162,7 @@ def _kept(config: LemaConfig, run: RunConfig, start: Start) -> LemaConfig:
     if start.checkpoint is None:
         return config
     before: Mapping[str, Any] = start.state["lema"]["run"]["settings"]
-    saved = json.loads((start.checkpoint / "lema_config.json").read_text(encoding="utf-8"))
+    saved = json.loads((start.checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
     kept = {name: saved.get(name) for name in _BUDGETS if before.get(name) == getattr(run.lema, name)}
     if saved.get("adapter_name_or_path") is not None:
         kept["adapter_name_or_path"] = str(start.checkpoint)

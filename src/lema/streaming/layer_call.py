@@ -184,7 +184,7 @@ class LayerCall:
             arguments, (part, *_) = self.prepared(cut, hidden, none)
             with self.autocast.restored(), self._noted(cut.number, hidden.device, replayed):
                 parts.append(self.run(part, arguments))
-        return self._joined(hidden, parts)
+        return self._joined(parts)
 
     def forward_with_graph(
         self, hidden: torch.Tensor, wanted: Sequence[bool]
@@ -195,7 +195,7 @@ class LayerCall:
             arguments, inputs = self.prepared(cut, hidden, wanted)
             with torch.enable_grad(), self.autocast.restored(), self._noted(cut.number, hidden.device):
                 graphs.append(LayerGraph(inputs, self.run(inputs[0], arguments)))
-        return graphs, self._joined(hidden, [[output.detach() for output in graph.outputs] for graph in graphs])
+        return graphs, self._joined([[output.detach() for output in graph.outputs] for graph in graphs])
 
     def replay(self, cut: Cut, hidden: torch.Tensor, wanted: Sequence[bool]) -> LayerGraph:
         """A micro-batch run again, with its graph."""
@@ -203,7 +203,7 @@ class LayerCall:
         with self.replaying(cut.number):
             return LayerGraph(inputs, self.run(inputs[0], arguments))
 
-    def _joined(self, hidden: torch.Tensor, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    def _joined(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         """The micro-batches' outputs as those of the batch; hidden states have the rows where they came in."""
         if len(parts) == 1:
             self.output_dims = [0] * len(parts[0])

@@ -14,8 +14,9 @@ import torch
 from ...errors import UnsupportedError
 from ...models.causal_lm import CausalLM
 from ...models.trained import trained_outside
+from ...planning.footprint import HEAD_CHUNK_BYTES
 from ...planning.plan import loss_chunk
-from ...streaming.head import SLICE_BYTES, SlicedHead
+from ...streaming.head import SlicedHead
 from ...streaming.timeline import COMPUTE
 from ...streaming.weight_store import WeightStore
 from .epilogue import ModelEpilogue
@@ -36,7 +37,7 @@ def wide_piece(chunk: int, positions: int) -> tuple[int, int]:
     matmuls of 128, 256 and 512 positions beside 4 MiB took 1.15, 1.03 and 0.94 of the time (float32, width 2048).
     """
     wide = min(max(chunk, min(4 * chunk, _WIDEST)), max(positions, 1))
-    return wide, min(SLICE_BYTES, SLICE_BYTES * chunk // wide)
+    return wide, min(HEAD_CHUNK_BYTES, HEAD_CHUNK_BYTES * chunk // wide)
 
 
 class HeadLoss:
