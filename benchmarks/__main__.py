@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from . import (
     decoding,
     dial,
+    families,
     gpu,
     larger_than_memory,
     memory,
@@ -37,6 +38,10 @@ BENCHMARKS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "published": (
         published.main,
         "four real models at 128 and 512 tokens beside PEFT, as the original published; a card",
+    ),
+    "families": (
+        families.main,
+        "a tiny model of every causal and image-text family of transformers: equal to PEFT, refused, wrong, crash",
     ),
     "planning": (planning.main, "nothing measured: what `lema plan` predicts for Llama 2 on cards of 8 to 24 GB"),
 }

@@ -406,6 +406,32 @@ def test_any_cut_gives_the_whole_heads_numbers(
     torch.testing.assert_close(found.gradient, plain.gradient, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_module_before_the_head_gets_its_gradient_from_any_cut(smoothing: float) -> None:
+    random = torch.Generator().manual_seed(3)
+    weight = nn.Parameter(torch.randn(8, 6, generator=random, dtype=torch.float64))
+    unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    lm = MadeUp(before=lambda x: functional.linear(x.tanh(), weight), after=AFTER["cap"])
+    hidden = torch.randn(1, 9, 6, generator=random, dtype=torch.float64)
+    targets = torch.tensor([[3, -100, 0, 39, 17, 17, -100, 38, 1]])
+    how = {"scale": 3.0, "trained": [weight, unused], "smoothing": smoothing}
+    plain = compute_loss(lm, hidden, targets, 7.0, **how)
+    ((parameter, expected),) = plain.beside
+    assert parameter is weight and bool(expected.any())
+    chunks = Pieces(lm.head.weight, [(0, 5), (5, 33), (33, 40)])
+    for found in (
+        compute_loss(lm, hidden, targets, 7.0, chunk_size=2, **how),
+        vocabulary_loss(lm, hidden, targets, 7.0, chunks, positions=2, **how),
+    ):
+        torch.testing.assert_close(found.gradient, plain.gradient, rtol=1e-9, atol=1e-13)
+        ((parameter, gradient),) = found.beside
+        assert parameter is weight
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13)
+    made = torch.zeros_like(hidden).requires_grad_()
+    plain.backward(made * 1.0)
+    assert torch.equal(made.grad, plain.gradient) and torch.equal(weight.grad, expected) and unused.grad is None
+
+
 def test_a_flat_softmax_over_a_wide_chunk_does_not_overflow_in_half_precision() -> None:
     lm = MadeUp(vocab=30000, dtype=torch.float16)
     lm.head.weight.abs_().add_(4.0)

@@ -5,6 +5,7 @@ It knows options and what is printed; the plan is made where runs are put togeth
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,6 +124,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
 
     return {
         "model": planned.config.model_name_or_path,
+        "found": dataclasses.asdict(planned.found),
         "settings": planned.config.to_dict(),
         "sizes_from": "weights" if planned.weights else "configuration",
         "hardware_from": "stated" if planned.stated else "measured",

@@ -12,6 +12,7 @@ from rich.text import Text
 from ..machine.memory import format_bytes
 from ..planning.plan import MemoryPlan
 from ..run.planned import Planned
+from .model_table import adapters, left_out
 
 Section = list[tuple[str, str]]
 
@@ -35,8 +36,18 @@ def show(planned: Planned, console: Console | None = None) -> None:
 
 
 def sections(planned: Planned) -> list[Section]:
-    """Labels and values: what is kept where, memory, time, and what was assumed."""
-    return [_kept(planned), _memory(planned), _time(planned), _assumed(planned)]
+    """Labels and values: what the model is, what is kept where, memory, time, and what was assumed."""
+    return [_model(planned), _kept(planned), _memory(planned), _time(planned), _assumed(planned)]
+
+
+def _model(planned: Planned) -> Section:
+    found = planned.found
+    rows = [("family", found.family)]
+    if found.left_out:
+        rows.append(("left out", left_out(found)))
+    if found.targets:
+        rows.append(("adapters", adapters(found)))
+    return rows
 
 
 def _kept(planned: Planned) -> Section:

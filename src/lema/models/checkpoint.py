@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -56,6 +56,7 @@ def map_checkpoint(
     gbi: GlobalBinaryIndex,
     dtype: torch.dtype,
     coded: Mapping[str, Stored] = NOTHING_CODED,
+    left_out: Collection[str] = (),
 ) -> CheckpointMap:
     """Find every parameter's source.
 
@@ -64,6 +65,7 @@ def map_checkpoint(
         expected: names and empty tensors of its state, before any LoRA.
         dtype: what floating parameters are computed in, unless transformers keeps one in float32.
         coded: tensors that the files keep as codes, by the name they have in files without.
+        left_out: paths of modules that the skeleton lacks; their tensors are nobody's, and that is as it should be.
 
     Raises:
         MissingTensorError: parameters without a source; all are listed.
@@ -74,7 +76,7 @@ def map_checkpoint(
         placed, unused = place_gguf(model.config, expected, gbi)
     else:
         placed, unused = place_parameters(model, expected, gbi, coded)
-    tied = _ties(model, placed, gbi)
+    tied = {a: b for a, b in _ties(model, placed, gbi).items() if a in expected and b in expected}
     for name, partner in tied.items():
         placed.setdefault(name, placed[partner])
     if missing := [name for name in expected if name not in placed]:
@@ -86,6 +88,7 @@ def map_checkpoint(
             f"{gbi.path} does not fit the model's configuration, {len(wrong)} tensors differ in shape:\n"
             + "\n".join(lines) + "\nUse the config.json that belongs to these weights."
         )  # fmt: skip
+    unused = [name for name in unused if not _lies_in(name, left_out)]
     if unused:
         logger.info("%s: %d tensors are not used by %s: %s", gbi.path, len(unused), type(model).__name__, unused[:8])
     types = _DtypePlan(model, dtype)
@@ -94,6 +97,12 @@ def map_checkpoint(
         for name, empty in expected.items()
     }
     return CheckpointMap(sources, tied, {name: placed[name] for name in expected}, coded)
+
+
+def _lies_in(stored: str, modules: Collection[str]) -> bool:
+    """Whether a stored name is one of these modules' tensors; files may leave out the first part of a path, or more."""
+    parts = {path.rpartition(".")[2] for path in modules}
+    return bool(parts.intersection(stored.split(".")[:-1]))
 
 
 class _DtypePlan:
@@ -142,12 +151,15 @@ def place_parameters(
             _, records = gathered.setdefault(name, (by_pattern[pattern], {}))
             records.setdefault(pattern, []).append(tensors[key])
     for name, (converter, records) in gathered.items():
-        placed.update(_convert(name, converter, records))
+        placed.update(_convert(name, converter, records, expected))
     return placed, unused
 
 
 def _convert(
-    name: str, converter: WeightConverter, records: dict[str, list[TensorRecord | Stored]]
+    name: str,
+    converter: WeightConverter,
+    records: dict[str, list[TensorRecord | Stored]],
+    expected: Mapping[str, torch.Tensor],
 ) -> dict[str, PlacedTensor]:
     """What transformers' conversion of these tensors would give, as placement."""
     collected: dict[str, list[PlacedTensor] | PlacedTensor] = {
@@ -170,6 +182,8 @@ def _convert(
             (group,) = collected.values()
             parts = chunk(_listed(group)[0], len(targets), operation.dim)
             collected = dict(zip(targets, parts, strict=True))
+        elif kind == "Transpose" and _is_in_order(operation, collected, expected.get(name)):
+            collected = {targets[0]: next(iter(collected.values()))}
         else:
             found = [tensor for group in records.values() for tensor in group]
             files = sorted({record.file.name for tensor in found for record in _records(tensor)})
@@ -181,6 +195,15 @@ def _convert(
     full = name.replace("*.", "0.")
     before, _, after = next(full.partition(target) for target in collected if target in full)
     return {before + target + after: _listed(group)[0] for target, group in collected.items()}
+
+
+def _is_in_order(
+    operation: Any, collected: Mapping[str, list[PlacedTensor] | PlacedTensor], wanted: torch.Tensor | None
+) -> bool:
+    """Whether a tensor is stored as it is computed with, which an operation that looks at shapes leaves as it is."""
+    (stored, *others) = [tensor for group in collected.values() for tensor in _listed(group)]
+    same = wanted is not None and stored.shape == tuple(wanted.shape)
+    return bool(getattr(operation, "check_dims", False)) and not others and same
 
 
 def _listed(group: list[PlacedTensor] | PlacedTensor) -> list[PlacedTensor]:

@@ -29,6 +29,7 @@ from ..planning.policy import plan_for
 from ..prepare.cached import cached_folder
 from ..prepare.encoders import ENCODERS
 from ..storage.index import GlobalBinaryIndex
+from .found import Found, describe
 
 _WEIGHTS = (".safetensors", ".gguf")
 
@@ -53,6 +54,11 @@ class Planned:
     """Sizes are those of the weight files; False: they follow from the model's configuration alone."""
     adapter: LemaModelAdapter
     """The model without its weights."""
+
+    @property
+    def found(self) -> Found:
+        """What the model is found to be, and where its adapters go."""
+        return describe(self.adapter, self.config)
 
 
 def for_windows(config: LemaConfig) -> LemaConfig:
