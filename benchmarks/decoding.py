@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _arms(folder: Path, rows: int, columns: int) -> dict[str, Callable[[], Any]]:
     import torch
+
+    sys.path.append(str(Path(sys.prefix) / "reference"))  # where `make venv` puts it
     from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
     from safetensors.torch import save_file
 

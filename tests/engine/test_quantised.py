@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("bitsandbytes")
 from bnb_files import plain_of
 from families import save_tiny
 from helpers import (

@@ -301,7 +301,6 @@ def test_refused_quantised_base(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["llama", "qwen3_moe, experts"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_base_of_codes_is_merged_as_what_they_stand_for(case: str, kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     family, config, lora = CASES[case]
     save_tiny(family, tmp_path / "source", **config)
     codes = prepare(tmp_path / "source", tmp_path / "codes", quantize=kind).path

@@ -12,9 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-pytest.importorskip("bitsandbytes")
-from bitsandbytes.functional import create_dynamic_map, int8_vectorwise_quant, quantize_4bit
-
 from families import save_tiny
 from lema.cli.app import app
 from lema.errors import ConfigError, UnsupportedError, WeightsError
@@ -26,10 +23,13 @@ from lema.storage.codecs.formats import find_stored
 from lema.storage.index import GlobalBinaryIndex
 from lema.storage.layout import ParameterSource, SlotLayout
 from lema.storage.views import materialize
+from reference import library
+
+functional = library("bitsandbytes.functional")
 
 
 def test_the_dynamic_map_is_the_librarys() -> None:
-    assert torch.equal(dynamic_map(), create_dynamic_map())
+    assert torch.equal(dynamic_map(), functional.create_dynamic_map())
 
 
 @pytest.mark.parametrize("shape", [(128, 192), (64, 64), (3, 50), (1, 63), (5, 7)])
@@ -39,7 +39,7 @@ def test_four_bits_are_the_librarys_codes(shape: tuple[int, int]) -> None:
     cut = weight.numel() // 3
     pieces = [weight.view(-1)[:cut], weight.view(-1)[cut:]]
     found = ENCODERS["nf4"].encode("w", shape, torch.bfloat16, pieces)
-    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     expected = {f"w.{name}": tensor for name, tensor in state.as_dict(packed=True).items()} | {"w": codes}
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -55,7 +55,7 @@ def test_four_bits_are_the_librarys_codes(shape: tuple[int, int]) -> None:
 
 def test_eight_bits_are_the_librarys_codes() -> None:
     weight = torch.randn(70, 33, generator=torch.Generator().manual_seed(1)).half()
-    codes, scales, _ = int8_vectorwise_quant(weight.clone())
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.clone())
     found = ENCODERS["int8"].encode("a.weight", (70, 33), torch.float16, [weight.view(-1)[:50], weight.view(-1)[50:]])
     assert torch.equal(found["a.SCB"], scales) and found["a.weight_format"].item() == 0
     # the library divides in float16, which rounds a code in many to its neighbour

@@ -15,16 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-pytest.importorskip("bitsandbytes")
-from bitsandbytes.functional import (
-    create_dynamic_map,
-    dequantize_4bit,
-    get_4bit_type,
-    int8_vectorwise_dequant,
-    int8_vectorwise_quant,
-    quantize_4bit,
-)
-
 from bnb_files import DTYPES, decoded, four_bits
 from lema.errors import LemaError, MissingTensorError, UnsupportedError, WeightsFormatError
 from lema.storage.codecs.bitsandbytes import FP4, NF4
@@ -32,6 +22,9 @@ from lema.storage.codecs.formats import find_stored
 from lema.storage.index import GlobalBinaryIndex
 from lema.storage.layout import ParameterSource, SlotLayout
 from lema.storage.views import Decoder, materialize, page_aligned
+from reference import library
+
+functional = library("bitsandbytes.functional")
 
 SETTINGS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
@@ -59,7 +52,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_the_tables_are_the_librarys() -> None:
     for values, kind in ((NF4, "nf4"), (FP4, "fp4")):
-        assert torch.equal(torch.tensor(values), get_4bit_type(kind, "cpu"))
+        assert torch.equal(torch.tensor(values), functional.get_4bit_type(kind, "cpu"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,7 +81,7 @@ def test_four_bits_are_decoded_as_the_library_does(
     if nested:
         scales = torch.rand(-(-blocks // 256), generator=draw) * 10.0**exponent
         absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=draw)
-        beside = (scales, create_dynamic_map(), float(torch.rand((), generator=draw)))
+        beside = (scales, functional.create_dynamic_map(), float(torch.rand((), generator=draw)))
     else:
         absmax = torch.rand(blocks, generator=draw) * 10.0**exponent
         absmax[torch.rand(blocks, generator=draw) < 0.2] = 0.0
@@ -103,7 +96,7 @@ def test_four_bits_are_decoded_as_the_library_does(
 def test_what_the_library_quantised_is_what_its_own_kernel_decodes(kind: str, nested: bool) -> None:
     """In chunks and rows of several threads, a last partial block among them."""
     weight = torch.randn(517, 258, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
-    codes, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    codes, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
     beside = {f"w.{name}": tensor.clone() for name, tensor in state.as_dict(packed=True).items()}
     tensors = {"w": codes, **beside}
     threads = torch.get_num_threads()
@@ -116,7 +109,7 @@ def test_what_the_library_quantised_is_what_its_own_kernel_decodes(kind: str, ne
         torch.set_num_threads(threads)
     # its kernel for processors has the values of FP4 to four digits only
     if kind == "nf4" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        assert same_bits(found, dequantize_4bit(codes, state))
+        assert same_bits(found, functional.dequantize_4bit(codes, state))
 
 
 @settings(max_examples=30, deadline=None)
@@ -132,15 +125,15 @@ def test_eight_bits_are_decoded_as_the_library_does(
     scales = torch.rand(rows, generator=draw) * 10.0**exponent
     scales[torch.rand(rows, generator=draw) < 0.2] = 0.0
     (found,) = from_file({"a.weight": codes, "a.SCB": scales}, computed).values()
-    expected = int8_vectorwise_dequant(codes, scales)
+    expected = functional.int8_vectorwise_dequant(codes, scales)
     assert same_bits(found, expected if computed is None else expected.to(computed))
 
 
 def test_eight_bits_in_chunks_of_rows() -> None:
     weight = torch.randn(300, 2048, generator=torch.Generator().manual_seed(2)).half()
-    codes, scales, _ = int8_vectorwise_quant(weight)
+    codes, scales, _ = functional.int8_vectorwise_quant(weight)
     tensors = {"a.weight": codes, "a.SCB": scales, "a.weight_format": torch.tensor(0, dtype=torch.uint8)}
-    assert same_bits(from_file(tensors)["a.weight"], int8_vectorwise_dequant(codes, scales))
+    assert same_bits(from_file(tensors)["a.weight"], functional.int8_vectorwise_dequant(codes, scales))
 
 
 # --- what is damaged --------------------------------------------------------------------------------
@@ -148,7 +141,7 @@ def test_eight_bits_in_chunks_of_rows() -> None:
 
 def whole(kind: str = "nf4", nested: bool = False) -> dict[str, torch.Tensor]:
     weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(3))
-    codes, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    codes, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
     beside = {f"a.weight.{name}": tensor.clone() for name, tensor in state.as_dict(packed=True).items()}
     return {"a.weight": codes, **beside}
 

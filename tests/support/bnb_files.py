@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from reference import library
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -19,7 +21,7 @@ def four_bits(
     nested: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Tensors of one weight: uint8 codes `[n / 2]`, scales, and of nested scales their scales, values and offset."""
-    from bitsandbytes.functional import get_4bit_type
+    get_4bit_type = library("bitsandbytes.functional").get_4bit_type
 
     state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": dtype, "shape": list(shape)}
     tensors = {name: codes.view(-1, 1), f"{name}.absmax": absmax, f"{name}.quant_map": get_4bit_type(kind, "cpu")}
@@ -35,14 +37,13 @@ def four_bits(
 def decoded(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """What bitsandbytes makes of a 4-bit weight, by its own functions in torch: its kernels for processors with
     AVX-512 round otherwise in some cases, which their source says."""
-    from bitsandbytes.backends.default import ops
-    from bitsandbytes.functional import QuantState, dequantize_blockwise
+    functional, ops = library("bitsandbytes.functional"), library("bitsandbytes.backends.default.ops")
 
     beside = {key.removeprefix(f"{name}."): t.clone() for key, t in tensors.items() if key.startswith(f"{name}.")}
-    state = QuantState.from_dict(beside, torch.device("cpu"))
+    state = functional.QuantState.from_dict(beside, torch.device("cpu"))
     absmax = state.absmax
     if state.nested:
-        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     compute = inspect.unwrap(ops._dequantize_4bit_compute)
     codes = tensors[name].reshape(-1).view(torch.uint8)
     padded = torch.cat([codes, codes.new_zeros(1)])[: -(-math.prod(state.shape) // 2)]
@@ -52,7 +53,7 @@ def decoded(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 def plain_of(folder: Path, output: Path) -> Path:
     """A folder of the same model in float32 without codes: what bitsandbytes' functions make of them."""
-    from bitsandbytes.functional import int8_vectorwise_dequant
+    int8_vectorwise_dequant = library("bitsandbytes.functional").int8_vectorwise_dequant
 
     stored = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     plain = {}
