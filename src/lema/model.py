@@ -42,6 +42,7 @@ class LemaModel:
         config: settings.
         adapter: the model, where it was made already, or for weights without a config.json beside them.
         plan: what to keep where, made for this configuration and these weights; None: made here.
+        coordinator: the run's processes, which get the first one's plan; None: there is this one.
 
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
@@ -50,9 +51,11 @@ class LemaModel:
     """
 
     def __init__(
-        self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None
-    ) -> None:
+        self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None,
+        coordinator: Coordinator | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
+        self.coordinator = coordinator or Coordinator()
         dtype = compute_dtype(config)
         model_path = local_path(config.model_name_or_path, "*.json")
         self._folder = model_path if model_path.is_dir() else model_path.parent
@@ -61,7 +64,10 @@ class LemaModel:
         floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
         self.adapter.configure(dtype, config.attn_implementation)
         model = StoredModel(self.adapter, self.gbi)
-        plan = plan or plan_for(Outlook(config, model))
+        if plan is None:
+            first = self.coordinator.is_writer
+            plan = self.coordinator.broadcast("plan", plan_for(Outlook(config, model)) if first else None)
+        assert plan is not None  # the first rank's
         self.attachment = attach(
             model,
             plan,
@@ -126,13 +132,13 @@ class LemaModel:
 
     def trainer_of(
         self, kind: type[Kind], optimizer: torch.optim.Optimizer | None = None,
-        resume_from: str | os.PathLike[str] | None = None, coordinator: Coordinator | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
     ) -> Kind:  # fmt: skip
-        """As `get_trainer`, of a class of its kind, and as one of several processes."""
+        """As `get_trainer`, of a class of its kind."""
         self.initialize_lora()
         parts = self.config, self.adapter, self.gbi, self.lora_manager, optimizer, self.memory
         with explained(self.config.device, self.memory.plan):
-            trainer = kind(*parts, attachment=self.attachment, coordinator=coordinator)
+            trainer = kind(*parts, attachment=self.attachment, coordinator=self.coordinator)
         if resume_from is not None:
             trainer.load_checkpoint(resume_from)
         return trainer

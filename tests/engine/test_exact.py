@@ -93,12 +93,11 @@ def test_a_batch_in_pieces_is_as_exact_as_plain_peft(
     reference = family_pair.reference(batch)
     trainer = recording_trainer(family_pair.model)
     attachment = family_pair.model.attachment
-    attachment.batching.micro_batch_size = micro
     trainer.config.loss_chunk_size = chunk
     try:
-        loss, found = lema_step(family_pair.model, batch, trainer)
+        with attachment.batching.in_windows(micro):
+            loss, found = lema_step(family_pair.model, batch, trainer)
     finally:
-        attachment.batching.micro_batch_size = None
         trainer.config.loss_chunk_size = None
     assert relative(loss, expected_loss) <= 1e-6
     assert found.keys() == plain.keys()

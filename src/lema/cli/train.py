@@ -56,7 +56,7 @@ def train(
     run = _read(file, split_settings(settings or ()))
     ranks = Coordinator()
     with begun(run, resume, ranks, look=dry_run) as (folder, start):
-        planned = plan_run(run, start)
+        planned = plan_run(run, start, ranks)
         if dry_run:
             planned.check()
         _say_cost(run, start, planned)

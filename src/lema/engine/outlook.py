@@ -80,8 +80,8 @@ class Outlook:
         return model_sizes(self._adapter, self._once("parameters", lambda run: run.parameters), self._model.gbi)
 
     def workload(self, seq: int) -> Workload:
-        """What a step of `batch_size` rows of so many tokens takes."""
-        adapter, batch = self._adapter, self.config.batch_size
+        """What a step of `rows_per_step` rows of so many tokens takes."""
+        adapter, batch = self._adapter, self.config.rows_per_step
         return Workload(
             batch=batch,
             seq=seq,

@@ -169,7 +169,8 @@ class LemaTrainer(OriginalTrainer):
 
         Args:
             batches: mappings with `input_ids`, `labels` and any of the rest, the same in each; see `train_step`. Layers
-                run no more rows at once than the largest has. With a budget `batch_size` is all rows of a window.
+                run no more rows at once than the largest has. Memory is planned for `batch_size` times
+                `gradient_accumulation_steps` rows.
 
         Returns:
             The mean loss over all targets. Raises what `train_step` does, and `ConfigError` while calls of it wait.
@@ -223,7 +224,7 @@ class LemaTrainer(OriginalTrainer):
             self._warned = True
             logger.warning(
                 "a batch of %d tokens is larger than the %d x %d that the memory plan is for: it may not stay within "
-                "the budget; set batch_size and max_seq_length to what train_step is given",
+                "the budget; set batch_size, gradient_accumulation_steps and max_seq_length to what a step is given",
                 batch.num_tokens, plan.batch, plan.seq,
             )  # fmt: skip
         self.attachment.prepare(len(batch.model_inputs["input_ids"]))
@@ -269,13 +270,12 @@ class LemaTrainer(OriginalTrainer):
     def external_loop(self, steps: Callable[[], int] | None = None) -> Iterator[None]:
         """Inside the block each `train_step` is one optimizer step, and a loop decides when to save.
 
-        Layers then run no more rows at once than `batch_size`, or than the plan is for.
+        Layers then run as many rows at once as the plan has it for a window.
 
         Args:
             steps: how many the loop has counted; None: they are counted here.
         """
-        rows = max(self.config.batch_size, self.memory.plan.batch)
-        with self._whole_window(rows if self.window.length > 1 else None):
+        with self._whole_window(self.memory.plan.micro_batch_size if self.window.length > 1 else None):
             self._external = steps or (lambda: self._steps)
             try:
                 yield
@@ -284,15 +284,9 @@ class LemaTrainer(OriginalTrainer):
 
     @contextlib.contextmanager
     def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:
-        """Inside the block one call is a window, and layers run so many rows at once unless something cuts finer."""
-        batching = self.attachment.batching
-        before = batching.micro_batch_size
-        with self.window.whole():
-            batching.micro_batch_size = min(filter(None, (rows_at_once, before)), default=None)
-            try:
-                yield
-            finally:
-                batching.micro_batch_size = before
+        """Inside the block one call is a window, and layers run so many rows at once unless the plan cuts finer."""
+        with self.window.whole(), self.attachment.batching.in_windows(rows_at_once):
+            yield
 
     # -- state -------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from ..training.result import TrainResult
 from ..training.run import RunData, check_start
 from ..training.run_config import RunConfig
 from ..training.start import Start, choose_start
-from .planned import Planned, for_windows, make
+from .planned import Planned, make
 from .training import has_batches, load_tokenizer, open_data, train_run
 
 _BUDGETS = ("ram_budget", "vram_budget")
@@ -111,11 +111,11 @@ class PlannedRun:
     """Tokens of a long row of a usual step, and what such a step takes; memory is planned for the longest row that is
     allowed."""
 
-    def model(self) -> LemaModel:
+    def model(self, ranks: Coordinator | None = None) -> LemaModel:
         """The run's model, by its plan, and of the skeleton that was planned for unless it is in use."""
         adapter = self.planned.adapter
         unused = isinstance(adapter, TransformersAdapter) and not adapter.in_use
-        model = LemaModel(self.config, adapter if unused else None, plan=self.planned.plan)
+        model = LemaModel(self.config, adapter if unused else None, plan=self.planned.plan, coordinator=ranks)
         take_over_packing(model.adapter.causal_lm(), adapter.causal_lm())
         return model
 
@@ -127,15 +127,19 @@ class PlannedRun:
 
     def train(self, folder: CheckpointFolder, view: View, ranks: Coordinator) -> TrainResult:
         """Train in an opened folder, as one of these."""
-        with self.model() as model:
-            return self.prepared.train_by(model.trainer_of(LemaTrainer, coordinator=ranks), folder, view)
+        with self.model(ranks) as model:
+            return self.prepared.train_by(model.get_trainer(), folder, view)
 
 
-def plan_run(run: RunConfig, start: Start) -> PlannedRun:
-    """Plan, read and count what a run of files needs; raises what `prepare` does, and where nothing fits."""
+def plan_run(run: RunConfig, start: Start, ranks: Coordinator) -> PlannedRun:
+    """Plan, read and count what a run of files needs; raises what `prepare` does, and where nothing fits.
+
+    Args:
+        ranks: the run's processes, which get one plan.
+    """
     config = _kept(run.resolved().lema, run, start)
     tokenizer = load_tokenizer(run.lema.model_name_or_path)
-    planned = make(for_windows(config).to_dict(), to_run=True)
+    planned = make(config, to_run=True, ranks=ranks)
     prepared = prepare(run, start, planned.adapter.causal_lm(), tokenizer=tokenizer)
     data = prepared.data
     assert isinstance(data, Data)  # of files

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class StreamedLayer:
         if not parameters and not (torch.is_grad_enabled() and hidden.requires_grad):
             return self._without_graph(hidden, arguments)
         check_replayable(self.name, *arguments)
-        call = LayerCall(self, arguments, hidden.shape[0], Autocast.now(hidden.device.type))
+        call = self._call(hidden, arguments)
         outputs = _Replayed.apply(call, hidden, *parameters)
         return call.rebuild(list(outputs))
 
@@ -102,29 +103,51 @@ class StreamedLayer:
         with torch.no_grad(), self.memory.use(self.unit, Phase.FORWARD):
             if holds_cache(*arguments):
                 return self.run(hidden, arguments)
-            call = LayerCall(self, arguments, hidden.shape[0], Autocast.now(hidden.device.type))
+            call = self._call(hidden, arguments)
             return call.rebuild(call.forward(hidden, replayed=False))
 
+    def _call(self, hidden: torch.Tensor, arguments: Arguments) -> LayerCall:
+        rows = hidden.shape[0]
+        return LayerCall(self, arguments, rows, self.batching.cuts(rows), Autocast.now(hidden.device.type))
 
-@dataclass(slots=True)
+
 class Batching:
-    """How many rows a layer runs at once, and the rules for cutting its arguments."""
+    """How many rows a layer runs at once, and the rules for cutting its arguments.
 
-    micro_batch_size: int | None
-    learn: Callable[[], BatchRules]
-    _rules: BatchRules | None = None
+    Args:
+        planned: rows at once as the plan has it; None: all rows of a call.
+        learn: finds the rules out.
+    """
+
+    def __init__(self, planned: int | None, learn: Callable[[], BatchRules]) -> None:
+        self._planned = planned
+        self._learn = learn
+        self._of_a_window: int | None = None
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows at once of a call that is made now; None: all."""
+        return min(filter(None, (self._planned, self._of_a_window)), default=None)
+
+    @contextlib.contextmanager
+    def in_windows(self, rows: int | None) -> Iterator[None]:
+        """Inside the block a call is a whole window, of which no more rows run at once than this; the plan's number
+        holds as well."""
+        before, self._of_a_window = self._of_a_window, rows
+        try:
+            yield
+        finally:
+            self._of_a_window = before
 
     def cuts(self, batch: int) -> list[tuple[int, int]]:
         """Row ranges of the micro-batches."""
         size = self.micro_batch_size or batch
         return [(start, min(start + size, batch)) for start in range(0, batch, size)]
 
-    @property
+    @cached_property
     def rules(self) -> BatchRules:
         """Learned when first needed."""
-        if self._rules is None:
-            self._rules = self.learn()
-        return self._rules
+        return self._learn()
 
 
 @dataclass(slots=True)
@@ -142,18 +165,19 @@ class LayerCall:
     layer: StreamedLayer
     arguments: Arguments
     batch: int
+    cuts: list[tuple[int, int]]
+    """Row ranges of its micro-batches."""
     autocast: Autocast
     random_states: dict[int, RandomState] = field(default_factory=dict)
     template: Any = None
 
     def micro_batches(self) -> Iterator[tuple[int, slice, Arguments]]:
         """Number, rows and arguments of each micro-batch."""
-        cuts = self.layer.batching.cuts(self.batch)
-        if len(cuts) == 1:
+        if len(self.cuts) == 1:
             yield 0, slice(None), self.arguments
             return
         rules = self.layer.batching.rules
-        for number, (start, end) in enumerate(cuts):
+        for number, (start, end) in enumerate(self.cuts):
             yield number, slice(start, end), rules.rows(self.arguments, self.batch, start, end)
 
     def forward(self, hidden: torch.Tensor, replayed: bool = True) -> list[torch.Tensor]:
