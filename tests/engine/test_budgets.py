@@ -45,11 +45,11 @@ from helpers import (
     recording_trainer,
     relative,
 )
+from lema import LemaTrainer
 from lema.engine.assembly import StoredModel
 from lema.engine.loss.streamed_head import StreamedHead
 from lema.engine.loss_scale import LossScale
 from lema.engine.outlook import Outlook
-from lema.engine.trainer import LemaTrainer
 from lema.errors import ConfigError, ReadError, UnsupportedError
 from lema.models import get_adapter
 from lema.models.base import LemaModelAdapter

@@ -20,7 +20,7 @@ from lema.machine.memory import format_bytes
 from lema.models import transformers_adapter
 from lema.planning.hardware import Hardware
 from lema.planning.plan import MemoryPlan
-from lema.run import planned, prepared
+from lema.run import planned, planned_run
 from lema.training.run_config import RunConfig
 from lema.training.start import Start
 from ranks import Group, Member
@@ -47,7 +47,7 @@ def test_what_is_said_is_the_plan_that_runs(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], streamed: bool
 ) -> None:
     plans: list[MemoryPlan] = []
-    models: list[engine_model.LemaModel] = []
+    models: list[lema.LemaModel] = []
     skeletons: list[Any] = []
     plan_for, build = planned.plan_for, transformers_adapter.build_skeleton
 
@@ -59,14 +59,14 @@ def test_what_is_said_is_the_plan_that_runs(
         skeletons.append(args)
         return build(*args)
 
-    class Watched(engine_model.LemaModel):
+    class Watched(lema.LemaModel):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             models.append(self)
 
     for room in (planned, engine_model):
         monkeypatch.setattr(room, "plan_for", planning)
-    monkeypatch.setattr(prepared, "LemaModel", Watched)
+    monkeypatch.setattr(planned_run, "LemaModel", Watched)
     monkeypatch.setattr(transformers_adapter, "build_skeleton", building)
     values = settings_of(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "out", max_steps=1, sample_prompts=[])
     file = tmp_path / "run.yaml"
@@ -153,7 +153,7 @@ def test_ranks_get_the_first_ones_plan(
     def plans(name: str, ranks: OneAtATime) -> None:
         with ranks.turn:
             try:
-                whole = prepared.plan_run(run, Start(), ranks)
+                whole = planned_run.plan_run(run, Start(), ranks)
                 with lema.LemaModel(run.lema, coordinator=ranks) as made:
                     found[name] = whole, made.memory.plan
             except BaseException as error:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import lema
-from lema.engine.trainer import LemaTrainer
+from lema import LemaTrainer
 from lema.planning.plain import plan_without_budget, stored_bytes
 from lema.planning.plan import MemoryPlan
 

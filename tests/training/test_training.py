@@ -15,8 +15,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import lema
 from helpers import lema_model, padded_batch, relative
+from lema import LemaTrainer
 from lema.engine.loss_scale import LossScale
-from lema.engine.trainer import LemaTrainer
 from lema.engine.update import step_optimizer
 from lema.errors import CheckpointError, ConfigError, NonFiniteError, ReadError
 from lema.training.config import TrainingConfig

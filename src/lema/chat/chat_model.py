@@ -21,9 +21,9 @@ from ..engine.generation import end_tokens
 from ..errors import ConfigError, InputError, WeightsNotFoundError
 from ..json_file import read_object
 from ..machine.choices import DTYPES
-from ..model import LemaModel
 from ..models.locate import adapter_path
 from ..models.lora import ADAPTER_CONFIG, LoRAManager
+from ..run.facade import LemaModel
 from ..run.training import limits_of, load_tokenizer
 from ..typed import PLANNED, fields_with
 from .answer import Reply, TextStreamer, reply_of

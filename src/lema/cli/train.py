@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from .settings import split_settings, usage_of
 
 if TYPE_CHECKING:
-    from ..run.prepared import PlannedRun
+    from ..run.planned_run import PlannedRun
     from ..training.result import TrainResult
     from ..training.run_config import RunConfig
     from ..training.start import Start
@@ -50,7 +50,8 @@ def train(
     Example: lema train run.yaml --set learning_rate=2e-4 --resume auto
     """
     from ..coordinator import Coordinator
-    from ..run.prepared import begun, plan_run
+    from ..run.planned_run import plan_run
+    from ..run.prepared import begun
     from ..training.panel import make_view
 
     run = _read(file, split_settings(settings or ()))

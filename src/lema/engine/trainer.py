@@ -1,4 +1,4 @@
-"""`LemaTrainer`: a training step, and what has to be counted and kept between steps.
+"""`StepTrainer`: a training step, and what has to be counted and kept between steps.
 
 It knows batches, gradients and the optimizer; it knows nothing of text, files of weights or slots.
 """
@@ -12,22 +12,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..compat.trainer import OriginalTrainer
+from ..compat.names import original
 from ..config import LemaConfig
 from ..coordinator import Coordinator
 from ..errors import ConfigError
-from ..models.base import LemaModelAdapter
-from ..models.lora import LoRAManager
 from ..models.trained import Trained
-from ..storage.index import GlobalBinaryIndex
 from ..streaming.randomness import RandomState
 from ..streaming.timeline import COMPUTE, Recording
-from ..streaming.weight_store import WeightStore
-from .attach import Attachment, attach_parts, check_router_loss
+from .attach import Attachment, check_router_loss
 from .device_memory import explained
 from .diagnosis import bad_gradient, bad_loss, first_bad_activation
 from .generation import generate
@@ -41,50 +37,46 @@ from .trainables import Trainables
 from .turns import check_gradients_on, evaluating, in_turn
 from .window import Window
 
-__all__ = ["LemaTrainer", "StepReport"]
+__all__ = ["StepReport", "StepTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class LemaTrainer(OriginalTrainer):
-    """Trains LoRA adapters of a model whose layers are streamed.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return original(__name__, name)
+
+
+class StepTrainer:
+    """Makes training steps of a model whose layers are streamed.
 
     Args:
         config: settings.
-        model_adapter: the model.
-        gbi: its weights.
-        lora_manager: its adapters; None: nothing is trained.
-        optimizer: over the adapters' parameters; None: AdamW with the config's learning rate.
-        memory_manager: where its weights lie; None: laid out here, by a plan for the config.
-        attachment: the model attached to its weights already; None: attached here.
+        attachment: the model, attached to its weights.
+        trained: what is trained of it; None: nothing is.
+        optimizer: over those parameters; None: AdamW with the config's learning rate.
         coordinator: the run's other processes; None: there are none.
 
     Raises:
-        ConfigError: an optimizer that holds none of the adapters' parameters.
+        ConfigError: an optimizer that holds none of the parameters.
     """
 
     def __init__(
-        self, config: LemaConfig, model_adapter: LemaModelAdapter, gbi: GlobalBinaryIndex,
-        lora_manager: LoRAManager | None = None, optimizer: torch.optim.Optimizer | None = None,
-        memory_manager: WeightStore | None = None, *, attachment: Attachment | None = None,
-        coordinator: Coordinator | None = None,
+        self, config: LemaConfig, attachment: Attachment, trained: Trained | None = None,
+        optimizer: torch.optim.Optimizer | None = None, coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
         self.config = config
-        self.adapter = model_adapter
-        self.gbi = gbi
         self.device = torch.device(config.device)
-        self.attachment = attachment or attach_parts(config, model_adapter, gbi, memory_manager)
-        self.memory = self.attachment.memory
+        self.attachment = attachment
+        self.lm = attachment.lm
+        self.memory = attachment.memory
         self.coordinator = coordinator or Coordinator()
-        self.lm = model_adapter.causal_lm()
-        self.lora_manager = lora_manager
-        if lora_manager is not None:
-            check_router_loss(self.lm, config.leave_out_router_loss)
-        trained = lora_manager or Trained()
-        self.model = trained.attach(model_adapter)
-        """The model whose mode is switched: PEFT's around transformers', or the bare one."""
-        if lora_manager is not None:
-            self.attachment.guard(self.model)
+        if trained is not None:
+            check_router_loss(self.lm)
+        trained = trained or Trained()
+        self.model = attachment.give(trained)
+        """The module whose mode is switched."""
         self.trainables = Trainables(trained, optimizer, config, self.memory)
         self.optimizer = self.trainables.optimizer
         self.window = Window(config.gradient_accumulation_steps)
@@ -92,7 +84,7 @@ class LemaTrainer(OriginalTrainer):
         self.label_smoothing = 0.0
         """Share of a target's weight that training spreads over the vocabulary; what is evaluated is the plain loss."""
         self.last_step: StepReport | None = None
-        self._resume_state = ResumeState(config, self.lm, gbi, self.trainables, self.window)
+        self._resume_state = ResumeState(config, self.lm, self.memory.gbi, self.trainables, self.window)
         self._steps = 0
         self._external: Callable[[], int] | None = None
         self._warned = False

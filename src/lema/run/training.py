@@ -19,7 +19,7 @@ from ..data.limits import ModelLimits
 from ..engine.attach import check_router_loss
 from ..engine.generation import end_tokens
 from ..engine.packing import check_packing
-from ..engine.trainer import LemaTrainer
+from ..engine.trainer import StepTrainer
 from ..errors import ConfigError, WeightsNotFoundError
 from ..models.causal_lm import CausalLM
 from ..models.folder import refuse_other_folders
@@ -35,7 +35,7 @@ from ..training.start import Start
 
 
 def train_run(
-    trainer: LemaTrainer, run: RunConfig, data: Data | RunData, tokenizer: Any, folder: CheckpointFolder, start: Start,
+    trainer: StepTrainer, run: RunConfig, data: Data | RunData, tokenizer: Any, folder: CheckpointFolder, start: Start,
     view: View, callbacks: Sequence[Any] = (),
 ) -> TrainResult:  # fmt: skip
     """Train a run whose folder is open and whose start is chosen; `ConfigError` if there is nothing to train."""
@@ -75,7 +75,8 @@ def check_run(run: RunConfig, lm: CausalLM | None, has_evaluation: bool) -> None
     if lm is None:
         return
     limits_of(lm).check_length(run.lema.max_seq_length)
-    check_router_loss(lm, run.lema.leave_out_router_loss)
+    if not run.lema.leave_out_router_loss:
+        check_router_loss(lm)
     if run.data.packing:
         check_packing(lm)
 
