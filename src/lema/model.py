@@ -68,10 +68,7 @@ class StreamedModel:
         floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
         self.adapter.configure(dtype, config.attn_implementation)
         model = StoredModel(self.adapter, self.gbi)
-        if plan is None:
-            first = self.coordinator.is_writer
-            plan = self.coordinator.broadcast("plan", plan_for(Outlook(config, model)) if first else None)
-        assert plan is not None  # the first rank's
+        plan = plan or self.coordinator.found_by_first("plan", lambda: plan_for(Outlook(config, model)))
         self.attachment = attach(
             model,
             plan,

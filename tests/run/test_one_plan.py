@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import lema
 from lema import model as engine_model
 from lema.cli.app import app
+from lema.errors import ConfigError, RankError
 from lema.machine.memory import format_bytes
 from lema.models import transformers_adapter
 from lema.planning.hardware import Hardware
@@ -180,3 +181,12 @@ def test_ranks_get_the_first_ones_plan(
     assert one.planned.plan == two.planned.plan == one_made == two_made != alone.planned.plan
     assert one.config.ram_budget == two.config.ram_budget == one.planned.plan.ram_budget != alone.config.ram_budget
     assert one.planned.hardware == two.planned.hardware == first
+
+
+def test_a_plan_that_the_first_rank_does_not_find_ends_the_others(model: Path) -> None:
+    config = lema.LemaConfig(str(model), device="cpu", ram_budget="1MB")
+    group = Group(2)
+    with pytest.raises(ConfigError, match="does not fit"):
+        lema.LemaModel(config, coordinator=Member(group, 0))
+    with pytest.raises(RankError, match="rank 0 has ended: ConfigError"):
+        lema.LemaModel(config, coordinator=Member(group, 1))

@@ -85,7 +85,8 @@ class StepTrainer:
         """Share of a target's weight that training spreads over the vocabulary; what is evaluated is the plain loss."""
         self.last_step: StepReport | None = None
         self._resume_state = ResumeState(config, self.lm, self.memory.gbi, self.trainables, self.window)
-        self._steps = 0
+        self.optimizer_steps = 0
+        """Updates of the parameters so far; a loop also counts steps that made none."""
         self._external: Callable[[], int] | None = None
         self._warned = False
 
@@ -245,7 +246,7 @@ class StepTrainer:
         if overflow:
             logger.warning("fp16 overflow: update skipped, loss scale now %g", self.loss_scale)
         else:
-            self._steps += 1
+            self.optimizer_steps += 1
         return {"grad_norm": norm, "skipped": overflow}
 
     def discard_window(self) -> None:
@@ -268,11 +269,11 @@ class StepTrainer:
             steps: how many the loop has counted; None: they are counted here.
         """
         with self._whole_window(self.memory.plan.micro_batch_size if self.window.length > 1 else None):
-            self._external = steps or (lambda: self._steps)
+            self._external = steps or (lambda: self.optimizer_steps)
             try:
                 yield
             finally:
-                self._steps, self._external = self._external() or self._steps, None
+                self._external = None
 
     @contextlib.contextmanager
     def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:
@@ -284,8 +285,8 @@ class StepTrainer:
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps so far; in an external loop, as many as that has counted."""
-        return self._steps if self._external is None else self._external()
+        """Steps so far as an external loop counts them, skipped ones as well; without one, `optimizer_steps`."""
+        return self.optimizer_steps if self._external is None else self._external()
 
     @property
     def loss_scale(self) -> float:
@@ -315,7 +316,8 @@ class StepTrainer:
             trainer_state: of a training loop, JSON-ready.
             more: writes further files into the directory it is given.
         """
-        return self._resume_state.save(directory, self.global_step, trainer_state, more)
+        state = trainer_state or {"global_step": self.global_step}
+        return self._resume_state.save(directory, self.optimizer_steps, state, more)
 
     @in_turn
     def load_checkpoint(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -324,8 +326,7 @@ class StepTrainer:
         Raises:
             CheckpointError: incomplete, damaged, or of another base, adapter or optimizer.
         """
-        trainer_state = self._resume_state.load(directory)
-        self._steps = trainer_state["lema"]["global_step"]
+        trainer_state, self.optimizer_steps = self._resume_state.load(directory)
         return trainer_state
 
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:

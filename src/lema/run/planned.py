@@ -80,8 +80,7 @@ def make(
     ranks = ranks or Coordinator()
     with _opened(config, to_run) as model:
         outlook = Outlook(config, model, machine, probe)
-        found = ranks.broadcast("plan", _decide(outlook, model) if ranks.is_writer else None)
-        assert found is not None  # the first rank's
+        found = ranks.found_by_first("plan", lambda: _decide(outlook, model))
     return Planned(
         config, found.plan, outlook if ranks.is_writer else None, found.hardware, machine is not None,
         found.ram_budget, found.vram_budget, model.gbi is not None, model.adapter,
