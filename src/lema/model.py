@@ -30,6 +30,7 @@ from .models.lora import ADAPTER_CONFIG, LoRAManager
 from .models.trained import Trained
 from .planning.plan import MemoryPlan
 from .planning.policy import plan_for
+from .storage.gguf_header import is_gguf
 from .storage.index import GlobalBinaryIndex
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class StreamedModel:
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
         UnsupportedError: a family LEMA cannot run rightly.
+        WeightsError: `quantize` finds no room, or weights that are damaged; or see `prepare`.
         DeviceError: the device is absent or lacks the type; `DeviceMemoryError`: it has no room.
     """
 
@@ -58,11 +60,15 @@ class StreamedModel:
         self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None,
         coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
-        self.config = config
         self.coordinator = coordinator or Coordinator()
         dtype = compute_dtype(config)
+        if config.quantize is not None:
+            from .prepare.cached import quantised  # few runs need what it imports
+
+            config = quantised(config)
+        self.config = config
         model_path = local_path(config.model_name_or_path, "*.json")
-        self._folder = model_path if model_path.is_dir() else model_path.parent
+        self._folder = model_path if model_path.is_dir() or is_gguf(model_path) else model_path.parent
         self.adapter = adapter or adapter_for(config, model_path)
         self.gbi = GlobalBinaryIndex(weights_path(config))
         floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead

@@ -34,6 +34,7 @@ from .numerics import numerics
 from .resume_state import ResumeState
 from .step_report import StepReport, report_of
 from .trainables import Trainables
+from .trial import check_training
 from .turns import check_gradients_on, evaluating, in_turn
 from .window import Window
 
@@ -72,11 +73,14 @@ class StepTrainer:
         self.lm = attachment.lm
         self.memory = attachment.memory
         self.coordinator = coordinator or Coordinator()
-        if trained is not None:
+        trains = trained is not None
+        if trains:
             check_router_loss(self.lm)
         trained = trained or Trained()
         self.model = attachment.give(trained)
         """The module whose mode is switched."""
+        if trains:
+            check_training(attachment.fault)
         self.trainables = Trainables(trained, optimizer, config, self.memory)
         self.optimizer = self.trainables.optimizer
         self.window = Window(config.gradient_accumulation_steps)
@@ -153,7 +157,7 @@ class StepTrainer:
             with_logits=with_logits,
         )  # fmt: skip
         self._trim()
-        hidden.backward(result.gradient)
+        result.backward(hidden)
         return result
 
     @in_turn
@@ -220,7 +224,7 @@ class StepTrainer:
                 "the budget; set batch_size, gradient_accumulation_steps and max_seq_length to what a step is given",
                 batch.num_tokens, plan.batch, plan.seq,
             )  # fmt: skip
-        self.attachment.prepare(len(batch.model_inputs["input_ids"]))
+        self.attachment.prepare()
         return batch
 
     def _forward(self, batch: Batch) -> torch.Tensor:

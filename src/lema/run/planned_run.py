@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import LemaConfig
+from ..config import CONFIG_NAME, LemaConfig
 from ..coordinator import Coordinator
 from ..data import Data
 from ..data.load import check_all_rows
 from ..engine.packing import take_over_packing
 from ..models.transformers_adapter import TransformersAdapter
 from ..planning.plan import Estimate
+from ..prepare.cached import quantised
+from ..prepare.job import Progress
 from ..training.checkpoints import CheckpointFolder
 from ..training.panel import View
 from ..training.result import TrainResult
@@ -63,13 +65,14 @@ class PlannedRun:
             return self.prepared.train_by(model.get_trainer(), folder, view)
 
 
-def plan_run(run: RunConfig, start: Start, ranks: Coordinator) -> PlannedRun:
+def plan_run(run: RunConfig, start: Start, ranks: Coordinator, progress: Progress | None = None) -> PlannedRun:
     """Plan, read and count what a run of files needs; raises what `prepare` does, and where nothing fits.
 
     Args:
         ranks: the run's processes, which get one plan.
+        progress: told of weights that are quantised for it.
     """
-    config = _kept(run.resolved().lema, run, start)
+    config = quantised(_kept(run.resolved().lema, run, start), progress)
     tokenizer = load_tokenizer(run.lema.model_name_or_path)
     planned = make(config, to_run=True, ranks=ranks)
     prepared = prepare(run, start, planned.adapter.causal_lm(), tokenizer=tokenizer)
@@ -98,7 +101,7 @@ def _kept(config: LemaConfig, run: RunConfig, start: Start) -> LemaConfig:
     if start.checkpoint is None:
         return config
     before: Mapping[str, Any] = start.state["lema"]["run"]["settings"]
-    saved = json.loads((start.checkpoint / "lema_config.json").read_text(encoding="utf-8"))
+    saved = json.loads((start.checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
     kept = {name: saved.get(name) for name in _BUDGETS if before.get(name) == getattr(run.lema, name)}
     if saved.get("adapter_name_or_path") is not None:
         kept["adapter_name_or_path"] = str(start.checkpoint)
