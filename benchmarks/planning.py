@@ -94,19 +94,22 @@ def batches(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 def planned(folder: Path, name: str, machine: str, rows: int = 1) -> Row:
     """Columns of one plan; where nothing fits, what would."""
+    from lema.config import LemaConfig
     from lema.errors import ConfigError
     from lema.machine.memory import format_bytes
+    from lema.planning.hardware import Hardware
     from lema.run.planned import make
 
     path = folder / name / "config.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(model_config(name)), encoding="utf-8")
-    settings = {
-        "model_name_or_path": str(path), "dtype": "bfloat16", "lora_rank": 16, "batch_size": rows,
-        "max_seq_length": 512, "ram_budget": "auto", "vram_budget": "auto",
-    }  # fmt: skip
+    hardware = Hardware.parse(machine)
+    config = LemaConfig(
+        str(path), device=hardware.device, dtype="bfloat16", lora_rank=16, batch_size=rows, max_seq_length=512,
+        ram_budget="auto", vram_budget="auto",
+    )  # fmt: skip
     try:
-        plan = make(settings, machine).plan
+        plan = make(config, hardware).plan
     except ConfigError as error:
         advice = str(error).partition(" Set ")[2].partition(",")[0]
         return [f"does not fit: set {advice}", *["-"] * (len(COLUMNS) - 1)]

@@ -204,9 +204,9 @@ class StepSettings:
     learning_rate: NotNegative = 1e-4
     """Of the AdamW built when no optimizer is given."""
     batch_size: Annotated[Count, SAME_NUMBERS] = 1
-    """Rows a step, for loaders built from this config; `train_step` takes what it is given."""
+    """Rows a batch, for loaders built from this config; `train_step` takes what it is given."""
     micro_batch_size: Annotated[Count | None, SAME_NUMBERS] = None
-    """Rows run at once inside each layer; None: the whole batch."""
+    """Rows run at once inside each layer; None: with a budget as the plan has it, else a whole batch."""
     gradient_accumulation_steps: Annotated[Count, SAME_NUMBERS] = 1
     """`train_step` calls to one optimizer step, normalised by all their target tokens."""
     max_grad_norm: Positive | None = None
@@ -218,6 +218,11 @@ class StepSettings:
     """A cap on data in tokens; inputs are checked against the model's own positions."""
     seed: Amount = 42
     """Initial adapter weights and data order."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, all of an accumulation window: what memory is planned for."""
+        return self.batch_size * self.gradient_accumulation_steps
 
 
 @settings

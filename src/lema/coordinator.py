@@ -6,7 +6,7 @@ others. A question's name says what it is about, for those who watch and for a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,6 +52,17 @@ class Coordinator:
     def broadcast(self, what: str, value: T) -> T:
         """The first rank's value."""
         return value
+
+    def found_by_first(self, what: str, find: Callable[[], T]) -> T:
+        """What the first rank finds, or why it finds nothing, for all; the others do not look."""
+        try:
+            found = find() if self.is_writer else None
+        except BaseException as error:
+            self.fail(error)
+            raise
+        found = self.broadcast(what, found)
+        assert found is not None  # the first rank's
+        return found
 
     def meet(self, what: str) -> None:
         """Return when all ranks are here."""

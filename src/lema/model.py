@@ -1,4 +1,4 @@
-"""`LemaModel`: the facade. A configuration in, a model that can be trained, asked and saved out.
+"""`StreamedModel`: a configuration in, a model that can be trained, asked and saved out.
 
 It puts the rooms together; it computes nothing itself.
 """
@@ -6,9 +6,9 @@ It puts the rooms together; it computes nothing itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,12 +16,12 @@ from torch import nn
 from .config import LemaConfig
 from .coordinator import Coordinator
 from .engine.assembly import StoredModel, assemble_lora, compute_dtype
-from .engine.attach import attach
+from .engine.attach import Attachment, attach
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
 from .engine.generation import generate, take_end_tokens
 from .engine.outlook import Outlook
-from .engine.trainer import LemaTrainer
+from .engine.trainer import StepTrainer
 from .errors import DeviceError
 from .machine.heap import resident_bytes
 from .models.base import LemaModelAdapter
@@ -33,16 +33,21 @@ from .planning.policy import plan_for
 from .storage.gguf_header import is_gguf
 from .storage.index import GlobalBinaryIndex
 
-Kind = TypeVar("Kind", bound=LemaTrainer)
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Kind = TypeVar("Kind", bound=StepTrainer)
+TrainerParts = Callable[[LemaConfig, Attachment, Trained | None, torch.optim.Optimizer | None, Coordinator], Kind]
 
 
-class LemaModel:
+class StreamedModel:
     """A language model whose frozen layers stream from disk, with LoRA adapters that stay.
 
     Args:
         config: settings.
         adapter: the model, where it was made already, or for weights without a config.json beside them.
         plan: what to keep where, made for this configuration and these weights; None: made here.
+        coordinator: the run's processes, which get the first one's plan; None: there is this one.
 
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
@@ -52,8 +57,10 @@ class LemaModel:
     """
 
     def __init__(
-        self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None
-    ) -> None:
+        self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None,
+        coordinator: Coordinator | None = None,
+    ) -> None:  # fmt: skip
+        self.coordinator = coordinator or Coordinator()
         dtype = compute_dtype(config)
         if config.quantize is not None:
             from .prepare.cached import quantised  # few runs need what it imports
@@ -67,7 +74,7 @@ class LemaModel:
         floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
         self.adapter.configure(dtype, config.attn_implementation)
         model = StoredModel(self.adapter, self.gbi)
-        plan = plan or plan_for(Outlook(config, model))
+        plan = plan or self.coordinator.found_by_first("plan", lambda: plan_for(Outlook(config, model)))
         self.attachment = attach(
             model,
             plan,
@@ -75,11 +82,10 @@ class LemaModel:
             num_readers=config.num_readers,
             prefetch_depth=config.prefetch_depth,
             floor=floor,
+            leave_out_router_loss=config.leave_out_router_loss,
         )
         """The model and its weights, until `close`."""
         self.memory = self.attachment.memory
-        if config.leave_out_router_loss:
-            self.adapter.causal_lm().router_loss = None
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
         self._has_adapter = False
 
@@ -97,16 +103,14 @@ class LemaModel:
     def _install(self) -> None:
         take_end_tokens(self.adapter.causal_lm().module, self._folder)
         if self.lora_manager is not None:
-            peft_model = self.lora_manager.attach(self.adapter)
+            self.lora_manager.attach(self.adapter)
             if self.config.adapter_name_or_path is not None:
                 folder = adapter_path(self.config.adapter_name_or_path)
                 check_base_of_adapter(folder, self.gbi.fingerprint())
                 self.lora_manager.load_pretrained(folder)
-            base = getattr(peft_model, "base_model", None)
-            if base is not None:
-                peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
-            self.attachment.guard(peft_model)
-        self._trained.attach(self.adapter).eval()
+            peft_config = self.lora_manager.peft_model.peft_config["default"]
+            peft_config.base_model_name_or_path = self.config.model_name_or_path
+        self.attachment.give(self._trained).eval()
 
     @property
     def hf_model(self) -> nn.Module:
@@ -121,24 +125,23 @@ class LemaModel:
 
     def get_trainer(
         self, optimizer: torch.optim.Optimizer | None = None, resume_from: str | os.PathLike[str] | None = None
-    ) -> LemaTrainer:
+    ) -> StepTrainer:
         """A trainer for this model.
 
         Args:
             optimizer: over `get_trainable_parameters()`; None: AdamW with the config's learning rate.
             resume_from: a directory written by `save_checkpoint`; training goes on bit for bit.
         """
-        return self.trainer_of(LemaTrainer, optimizer, resume_from)
+        return self.trainer_of(StepTrainer, optimizer, resume_from)
 
     def trainer_of(
-        self, kind: type[Kind], optimizer: torch.optim.Optimizer | None = None,
-        resume_from: str | os.PathLike[str] | None = None, coordinator: Coordinator | None = None,
+        self, make: TrainerParts[Kind], optimizer: torch.optim.Optimizer | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
     ) -> Kind:  # fmt: skip
-        """As `get_trainer`, of a class of its kind, and as one of several processes."""
+        """As `get_trainer`, made by `make` from what a `StepTrainer` is made from."""
         self.initialize_lora()
-        parts = self.config, self.adapter, self.gbi, self.lora_manager, optimizer, self.memory
         with explained(self.config.device, self.memory.plan):
-            trainer = kind(*parts, attachment=self.attachment, coordinator=coordinator)
+            trainer = make(self.config, self.attachment, self.lora_manager, optimizer, self.coordinator)
         if resume_from is not None:
             trainer.load_checkpoint(resume_from)
         return trainer
@@ -164,7 +167,7 @@ class LemaModel:
         self._trained.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], **overrides: Any) -> LemaModel:
+    def from_pretrained(cls, directory: str | os.PathLike[str], **overrides: Any) -> Self:
         """A model with the settings and adapter of a directory written by `save_pretrained` or a checkpoint.
 
         Raises:
@@ -179,7 +182,7 @@ class LemaModel:
             model.lora_manager.load_pretrained(directory)
         return model
 
-    def to(self, device: str | torch.device) -> LemaModel:
+    def to(self, device: str | torch.device) -> Self:
         """This model, if it computes on that device; another one is a `DeviceError` that says how to get there."""
         if torch.device(device).type != torch.device(self.config.device).type:
             raise DeviceError(
@@ -194,7 +197,7 @@ class LemaModel:
         self.gbi.close()
         self.attachment.heap.close()
 
-    def __enter__(self) -> LemaModel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
+from lema import LemaModel
 from lema.cli.app import app
 from lema.cli.plan_table import show
 from lema.cli.settings import parse_settings, parse_value
@@ -29,7 +30,6 @@ from lema.engine.outlook import Outlook
 from lema.machine import device
 from lema.machine import memory as budget
 from lema.machine.memory import format_bytes
-from lema.model import LemaModel
 from lema.models.registry import get_adapter
 from lema.planning import policy, probe
 from lema.planning.hardware import Hardware

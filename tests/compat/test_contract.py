@@ -87,8 +87,14 @@ def test_public_names(module: str, names: list[str]) -> None:
     assert all(hasattr(loaded, name) for name in names)
     if module == "lema":
         assert set(loaded.__all__) == set(names)
-    if module == "lema.core.model":
-        assert loaded.LemaModel is LemaModel
+    for name, public in (("LemaModel", LemaModel), ("LemaTrainer", LemaTrainer)):
+        assert name not in names or getattr(loaded, name) is public, "one class has this name"
+
+
+def test_a_block_and_what_makes_a_model_keep_the_class() -> None:
+    """For type checkers: `with LemaModel(config) as model: model.get_trainer().train(...)`."""
+    for method in (LemaModel.__enter__, LemaModel.from_pretrained, LemaModel.to):
+        assert inspect.signature(method).return_annotation == "Self"
 
 
 def test_settings_without_names_are_the_originals_in_its_order() -> None:

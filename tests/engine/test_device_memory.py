@@ -14,11 +14,10 @@ import torch
 
 from families import save_tiny
 from helpers import lema_config, lema_model, padded_batch
+from lema import LemaModel, LemaTrainer
 from lema.engine.device_memory import explained
 from lema.engine.loss.head_loss import HeadLoss
-from lema.engine.trainer import LemaTrainer
 from lema.errors import DeviceError, DeviceMemoryError
-from lema.model import LemaModel
 from lema.planning.plan import MemoryPlan
 from training_runs import make_model, settings_of, train, write_rows
 from virtual_device.controls import Controls

@@ -38,8 +38,8 @@ from helpers import (
     relative,
     strategy_plan,
 )
+from lema import LemaTrainer
 from lema.engine.loss_scale import LossScale
-from lema.engine.trainer import LemaTrainer
 from lema.models import get_adapter
 from lema.models.lora import LoRAManager
 from lema.prepare.demo_model import locate_smollm2, smollm2_folder

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import lema
 from families import save_tiny
 from helpers import lema_config, lema_model, padded_batch, recording_trainer
-from lema.engine.trainer import LemaTrainer
+from lema import LemaTrainer
 from lema.errors import (
     CheckpointError,
     ConfigError,

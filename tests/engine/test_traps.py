@@ -489,8 +489,8 @@ def test_a_head_count_that_equals_the_batch_is_not_cut(tmp_path: Path, monkeypat
     _, expected = plain_step(pair.plain, batch)
     assert not differing(expected, lema_step(pair.model, batch)[1])
     attachment = pair.model.attachment
-    attachment.batching.micro_batch_size = 1
-    _, found = lema_step(pair.model, batch)
+    with attachment.batching.in_windows(1):
+        _, found = lema_step(pair.model, batch)
     assert max(errors(expected, found).values()) < 1e-4
     pair.close()
 

@@ -12,6 +12,7 @@ import torch
 
 from families import save_tiny, tiny_config
 from helpers import lema_model, padded_batch
+from lema.config import LemaConfig
 from lema.doctor.machine import codes_of
 from lema.models.registry import get_adapter
 from lema.planning.decoding import decode_rate
@@ -82,11 +83,13 @@ def test_a_plan_without_weights_counts_codes_as_configured(tmp_path: Path) -> No
         path = tmp_path / f"{settings is None}" / "config.json"
         path.parent.mkdir()
         path.write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
-        values = {"model_name_or_path": str(path), "dtype": "bfloat16", "ram_budget": "4GB"}
-        plans.append(make({**values, "batch_size": 1, "max_seq_length": 16}, MACHINE))
+        values = {"model_name_or_path": str(path), "device": "cpu", "dtype": "bfloat16", "ram_budget": "4GB"}
+        plans.append(
+            make(LemaConfig.from_dict({**values, "batch_size": 1, "max_seq_length": 16}), Hardware.parse(MACHINE))
+        )
     plain, coded = plans
     assert not coded.weights and coded.plan.estimate is not None and coded.plan.estimate.decode_seconds > 0
-    asked = make({**plain.config.to_dict(), "quantize": "nf4"}, MACHINE)
+    asked = make(plain.config.replace(quantize="nf4"), Hardware.parse(MACHINE))
     assert asked.plan.host_bytes == coded.plan.host_bytes
     assert plain.plan.estimate is not None and plain.plan.estimate.decode_seconds == 0
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from lema import LemaTrainer
 from lema.coordinator import Coordinator
-from lema.engine.trainer import LemaTrainer
 from lema.errors import NonFiniteError
 from training_runs import adapter_bytes, settings_of, train
 

@@ -26,8 +26,8 @@ from transformers import AutoConfig
 
 from families import save_tiny
 from helpers import strategy_plan
+from lema import LemaTrainer
 from lema.config import LemaConfig
-from lema.engine.trainer import LemaTrainer
 from lema.errors import ReadError, StreamingError
 from lema.models.lora import LoRAManager
 from lema.models.transformers_adapter import TransformersAdapter

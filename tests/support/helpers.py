@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import lema
-from lema.engine.trainer import LemaTrainer
+from lema import LemaTrainer
 from lema.planning.plain import plan_without_budget, stored_bytes
 from lema.planning.plan import MemoryPlan
 
@@ -154,13 +154,13 @@ def lema_step(model: lema.LemaModel, batch: Batch, trainer: LemaTrainer | None =
 @contextlib.contextmanager
 def cut_into(model: lema.LemaModel, micro: int | None = None, chunk: int | None = None) -> Iterator[None]:
     """Inside the block layers run so many rows at once, and the loss so many targets; None: all."""
-    batching, memory = model.attachment.batching, model.memory
-    before = batching.micro_batch_size, memory.plan
-    batching.micro_batch_size, memory.plan = micro, replace(memory.plan, loss_chunk_size=chunk)
+    memory = model.memory
+    before, memory.plan = memory.plan, replace(memory.plan, loss_chunk_size=chunk)
     try:
-        yield
+        with model.attachment.batching.in_windows(micro):
+            yield
     finally:
-        batching.micro_batch_size, memory.plan = before
+        memory.plan = before
 
 
 def differing(expected: Gradients, found: Gradients) -> list[str]:

@@ -16,7 +16,7 @@ from helpers import (
     randomise,
     recorded,
 )
-from lema.engine.trainer import LemaTrainer
+from lema import LemaTrainer
 from lema.models import get_adapter
 from lema.models.lora import LoRAManager
 from lema.planning.plan import MemoryPlan

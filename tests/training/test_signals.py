@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lema.engine.trainer import LemaTrainer
+from lema import LemaTrainer
 from lema.errors import ReadError
 from lema.training.stop import StepAbandoned, StopSignals
 from training_runs import StopAfter, adapter_bytes, make_model, settings_of, train, write_rows

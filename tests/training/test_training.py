@@ -15,8 +15,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import lema
 from helpers import lema_model, padded_batch, relative
+from lema import LemaTrainer
 from lema.engine.loss_scale import LossScale
-from lema.engine.trainer import LemaTrainer
 from lema.engine.update import step_optimizer
 from lema.errors import CheckpointError, ConfigError, NonFiniteError, ReadError
 from lema.training.config import TrainingConfig
@@ -270,7 +270,9 @@ def test_a_bad_step_is_skipped_and_counted_and_a_few_in_a_row_end_the_run(
     def prepare(trainer: LemaTrainer) -> None:
         bad = next(p for n, p in trainer.model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n)
         bad.register_hook(lambda g: g * float("inf") if trainer.global_step + 1 in bad_steps else g)
+        trainers.append(trainer)
 
+    trainers: list[LemaTrainer] = []
     settings = {**settings_of(model, rows, tmp_path / "some"), "save_steps": 2}
     result = train(settings, prepare=prepare)
     assert result.status == "finished"
@@ -280,6 +282,9 @@ def test_a_bad_step_is_skipped_and_counted_and_a_few_in_a_row_end_the_run(
     assert [line["step"] for line in skipped] == [1, 4, 5]
     assert "layer 1, mlp.up_proj.lora_B" in skipped[0]["message"]
     assert [line["step"] for line in lines if line["type"] == "train"] == list(range(1, STEPS + 1))
+    state = json.loads((tmp_path / "some" / "final" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["lema"]["optimizer_steps"]) == (STEPS, STEPS - 3)
+    assert trainers[0].optimizer_steps == STEPS - 3
     bad_steps = {5, 6, 7}
     settings["output_dir"] = str(tmp_path / "all")
     with pytest.raises(NonFiniteError, match=r"step 7: 3 steps in a row.*last good.*checkpoint-4.*layer 1, mlp"):

@@ -16,7 +16,6 @@ import yaml
 from lema import LemaConfig
 from lema.data import DataConfig
 from lema.errors import ConfigError, LemaError
-from lema.run.planned import for_windows
 from lema.training.config import TrainingConfig
 from lema.training.meanings import understood
 from lema.training.run_config import ALIASES, RunConfig, owner_of
@@ -71,13 +70,6 @@ def test_aliases_and_overrides(tmp_path: Path) -> None:
     assert run.training.sample_prompts == ["a, b", "c"]
     assert run.lema.max_grad_norm is None
     assert read(tmp_path, MODEL + "lr_scheduler_type: constant_with_warmup").training.lr_scheduler_type == "constant"
-
-
-def test_a_run_is_planned_by_whole_windows() -> None:
-    run = RunConfig.from_dict({"model_name_or_path": "m", "batch_size": 2, "gradient_accumulation_steps": 4})
-    config = for_windows(run.lema)
-    assert (config.batch_size, config.gradient_accumulation_steps, config.micro_batch_size) == (8, 1, 2)
-    assert for_windows(run.replace(ram_budget="2GB").lema).micro_batch_size is None, "the plan's own"
 
 
 HOSTILE: list[tuple[str | bytes, str]] = [

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from families import save_tiny
+from lema import LemaTrainer
 from lema.cli.app import app
-from lema.engine.trainer import LemaTrainer
 from lema.errors import CallbackError, CheckpointError, ConfigError, NonFiniteError, UnsupportedError
 from lema.training.config import TrainingConfig
 from lema.training.time_limit import TimeLimit

@@ -21,9 +21,9 @@ from ..engine.generation import end_tokens
 from ..errors import ConfigError, InputError, WeightsNotFoundError
 from ..json_file import read_object
 from ..machine.choices import DTYPES
-from ..model import LemaModel
 from ..models.locate import adapter_path
 from ..models.lora import ADAPTER_CONFIG, LoRAManager
+from ..run.facade import LemaModel
 from ..run.training import limits_of, load_tokenizer
 from ..typed import PLANNED, fields_with
 from .answer import Reply, TextStreamer, reply_of
@@ -215,7 +215,7 @@ def _config_of(folder: Path, given: str, base: str | None, overrides: dict[str, 
         named = {"model_name_or_path": base, "gbi_path": None} if base is not None else {}
         # budgets and decisions were for training steps
         planned = dict.fromkeys((*fields_with(LemaConfig, PLANNED), "micro_batch_size"))
-        return config.replace(**planned, **named).replace(**overrides)
+        return config.replace(gradient_accumulation_steps=1, **planned, **named).replace(**overrides)
     if not (folder / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise ConfigError(f"{given} holds no adapter ({ADAPTER_CONFIG} is missing), so there is no use for a base")

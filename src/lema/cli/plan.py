@@ -16,6 +16,8 @@ from .options import Json
 from .settings import parse_settings
 
 if TYPE_CHECKING:
+    from ..config import LemaConfig
+    from ..planning.hardware import Hardware
     from ..run.planned import Planned
 
 
@@ -96,7 +98,8 @@ def plan(
         values = {**_of_run(Path(model), hardware), **{name: values[name] for name in given}}
     from ..run.planned import make
 
-    planned = make({**values, **others}, hardware, probe)
+    machine = _machine(hardware)
+    planned = make(_config({**values, **others}, machine), machine, probe=probe)
     if as_json:
         typer.echo(json.dumps(as_dict(planned), indent=2))
         return
@@ -105,14 +108,29 @@ def plan(
     show(planned)
 
 
+def _machine(spec: str | None) -> Hardware | None:
+    from ..planning.hardware import Hardware
+
+    return None if spec is None else Hardware.parse(spec)
+
+
+def _config(values: dict[str, Any], machine: Hardware | None) -> LemaConfig:
+    """The settings, on the device of the machine that is meant where none is named."""
+    from ..config import LemaConfig
+    from ..machine.device import default_device
+
+    if str(values.get("device", "auto")).lower() == "auto":
+        values = {**values, "device": default_device() if machine is None else machine.device}
+    return LemaConfig.from_dict(values)
+
+
 def _of_run(file: Path, hardware: str | None) -> dict[str, Any]:
     """What a run's plan is made by, `auto` budgets where the file says none."""
     from ..machine.device import default_device
-    from ..run.planned import for_windows
     from ..training.run_config import RunConfig
 
     run = RunConfig.from_yaml(file, defaults={"vram_budget": "auto", "ram_budget": "auto", "device": default_device()})
-    values = for_windows(run.lema).to_dict()
+    values = run.lema.to_dict()
     if hardware is not None:  # which has a device of its own
         del values["device"]
     return values

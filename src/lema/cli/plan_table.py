@@ -22,7 +22,7 @@ def show(planned: Planned, console: Console | None = None) -> None:
     table = Table(box=box.HORIZONTALS, show_header=False, pad_edge=False, title_justify="left", caption_justify="left")
     config = planned.config
     table.title = Text(
-        f"{config.model_name_or_path}: {config.dtype}, {config.batch_size} x {config.max_seq_length} tokens a step, "
+        f"{config.model_name_or_path}: {config.dtype}, {planned.plan.batch} x {planned.plan.seq} tokens a step, "
         + (f"rank {config.lora_rank}" if config.use_lora else "no adapters")
     )
     table.caption = Text("Memory and time are predictions.")
@@ -51,12 +51,12 @@ def _model(planned: Planned) -> Section:
 
 
 def _kept(planned: Planned) -> Section:
-    plan, config = planned.plan, planned.config
+    plan = planned.plan
     n = len(plan.on_device) + len(plan.in_ram) + len(plan.from_disk) + len(plan.mapped)
     kept = len(plan.keep_activations)
     device = f"{len(plan.on_device)} on the device, " if plan.device != "cpu" else ""
     activations = f"kept in {kept} of {n} layers, the others compute them again" if kept else "all computed again"
-    positions = config.batch_size * config.max_seq_length
+    positions = plan.batch * plan.seq
     chunk = f"{plan.loss_chunk_size} of {positions}" if plan.loss_chunk_size else f"all {positions}"
     cut = "as its logits ask for" if plan.loss_chunk_size == "auto" else f"{chunk} positions at once"
     mapped = f", {len(plan.mapped)} mapped from the files" if plan.mapped else ""
@@ -67,7 +67,7 @@ def _kept(planned: Planned) -> Section:
         ("head", _head(plan)),
         ("boundaries", _place(plan, plan.boundaries)),
         ("optimizer", _place(plan, plan.optimizer)),
-        ("micro-batch", f"{plan.micro_batch_size} of {config.batch_size} rows at once"),
+        ("micro-batch", f"{plan.micro_batch_size} of {plan.batch} rows at once"),
         ("loss chunk", cut),
         ("slots", _slots(plan)),
     ]

@@ -17,7 +17,7 @@ from .progress import progress_bar
 from .settings import split_settings, usage_of
 
 if TYPE_CHECKING:
-    from ..run.prepared import PlannedRun
+    from ..run.planned_run import PlannedRun
     from ..training.result import TrainResult
     from ..training.run_config import RunConfig
     from ..training.start import Start
@@ -51,14 +51,15 @@ def train(
     Example: lema train run.yaml --set learning_rate=2e-4 --resume auto
     """
     from ..coordinator import Coordinator
-    from ..run.prepared import begun, plan_run
+    from ..run.planned_run import plan_run
+    from ..run.prepared import begun
     from ..training.panel import make_view
 
     run = _read(file, split_settings(settings or ()))
     ranks = Coordinator()
     with begun(run, resume, ranks, look=dry_run) as (folder, start):
         with progress_bar(run.lema.quantize is not None) as progress:
-            planned = plan_run(run, start, progress)
+            planned = plan_run(run, start, ranks, progress)
         if dry_run:
             planned.check()
         _say_cost(run, start, planned)

@@ -6,9 +6,19 @@ from typing import Any
 
 
 class OriginalTrainer:
-    """Names for those who come from there."""
+    """Names for those who come from there, of a trainer of steps."""
 
-    adapter: Any
+    attachment: Any
+
+    @property
+    def adapter(self) -> Any:
+        """The model, as `LemaTrainer` is given it."""
+        return self.attachment.adapter
+
+    @property
+    def gbi(self) -> Any:
+        """Its weights."""
+        return self.attachment.memory.gbi
 
     @property
     def layers(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The original's path of `LemaModel`; see `lema.model`."""
+"""The original's path of `LemaModel`; see `lema.run.facade`."""
 
 from ..run.facade import LemaModel
 

@@ -18,6 +18,7 @@ from ..errors import PlanError, UnsupportedError, WeightsNotFoundError
 from ..machine.heap import HeapGuard, give_back_idle_heap, resident_bytes
 from ..models.base import LemaModelAdapter
 from ..models.causal_lm import CausalLM
+from ..models.trained import Trained
 from ..planning.plan import MemoryPlan
 from ..planning.policy import plan_for, with_steps
 from ..storage.index import GlobalBinaryIndex
@@ -46,7 +47,7 @@ _NAMES = ("decoder", "layers", "head", "epilogue", "sweeps", "guards", "adapters
 
 def attach(
     model: StoredModel, plan: MemoryPlan, device: str | None = None, *, num_readers: int = 2,
-    prefetch_depth: int | None = None, floor: int | None = None,
+    prefetch_depth: int | None = None, floor: int | None = None, leave_out_router_loss: bool = False,
 ) -> Attachment:  # fmt: skip
     """Lay a model's weights out as a plan says, and let its layers wait for them.
 
@@ -58,6 +59,7 @@ def attach(
         plan: made for it, and held against it.
         device: one of the plan's kind, as 'cuda:1'; None: the current one.
         num_readers, prefetch_depth, floor: as `WeightStore` takes them.
+        leave_out_router_loss: see `Attachment`.
 
     Raises:
         PlanError: the plan is for another model or device.
@@ -75,7 +77,7 @@ def attach(
             model.gbi, model.adapter, plan, place, num_readers=num_readers, prefetch_depth=prefetch_depth,
             backend=backend, floor=floor,
         )  # fmt: skip
-    return Attachment(model.adapter.causal_lm(), store)
+    return Attachment(model.adapter, store, leave_out_router_loss)
 
 
 def attach_parts(
@@ -88,14 +90,15 @@ def attach_parts(
     """
     if store is not None:
         store.plan = with_steps(store.plan, config)
-        return Attachment(adapter.causal_lm(), store)
+        return Attachment(adapter, store, config.leave_out_router_loss)
     floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
     adapter.configure(compute_dtype(config), config.attn_implementation)
     model = StoredModel(adapter, gbi)
     plan = plan_for(Outlook(config, model))
     return attach(
-        model, plan, config.device, num_readers=config.num_readers, prefetch_depth=config.prefetch_depth, floor=floor
-    )
+        model, plan, config.device, num_readers=config.num_readers, prefetch_depth=config.prefetch_depth, floor=floor,
+        leave_out_router_loss=config.leave_out_router_loss,
+    )  # fmt: skip
 
 
 class Attachment:
@@ -106,12 +109,17 @@ class Attachment:
     not there from being cast, merged or saved. What an earlier attachment put there comes off first.
 
     Args:
-        lm: the model.
+        adapter: the model.
         memory: where its weights lie, by the plan that has the say here as well.
+        leave_out_router_loss: train a mixture without the auxiliary loss that its configuration adds.
     """
 
-    def __init__(self, lm: CausalLM, memory: WeightStore) -> None:
+    def __init__(self, adapter: LemaModelAdapter, memory: WeightStore, leave_out_router_loss: bool = False) -> None:
+        lm = adapter.causal_lm()
         lm.interceptor.take_off(*_NAMES)
+        if leave_out_router_loss:
+            lm.router_loss = None
+        self.adapter = adapter
         self.lm = lm
         self.memory = memory
         self.fault = ""
@@ -142,6 +150,17 @@ class Attachment:
         own.hook("sweeps", lm.module.register_forward_pre_hook(self._begin, with_kwargs=True))
         own.hook("sweeps", lm.module.register_forward_hook(self._end))
         own.hook("sweeps", lm.module.register_forward_hook(self._give_turn, always_call=True))
+
+    def give(self, trained: Trained) -> nn.Module:
+        """Give the model what is trained, once, and guard that as well.
+
+        Returns:
+            The module to call, whose mode is switched: PEFT's around transformers', or the bare one.
+        """
+        model = trained.attach(self.adapter)
+        if model is not self.lm.module:
+            self.guard(model)
+        return model
 
     def guard(self, peft_model: nn.Module | None = None) -> None:
         """Keep weights from being cast, merged and saved; to be said again when the model was given adapters.
@@ -260,16 +279,14 @@ def _refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:
             )
 
 
-def check_router_loss(lm: CausalLM, leave_out: bool = False) -> None:
-    """Refuse to train a mixture whose configuration adds its routers' auxiliary loss, or from now on leave that out.
+def check_router_loss(lm: CausalLM) -> None:
+    """Refuse to train a mixture whose configuration adds its routers' auxiliary loss, unless that is left out.
 
     Raises:
         UnsupportedError: says how to train without it.
     """
     router_loss = getattr(lm, "router_loss", None)
-    if router_loss is not None and leave_out:
-        lm.router_loss = None
-    elif router_loss is not None:
+    if router_loss is not None:
         raise UnsupportedError(
             f"{type(lm.module).__name__}'s configuration adds the auxiliary loss of its routers ({router_loss}), which "
             "is not computed while layers are streamed. Set leave_out_router_loss: true to train without it"

@@ -100,8 +100,8 @@ class Outlook:
         return stated_rate(kind) if rate is None else rate
 
     def workload(self, seq: int) -> Workload:
-        """What a step of `batch_size` rows of so many tokens takes."""
-        adapter, batch = self._adapter, self.config.batch_size
+        """What a step of `rows_per_step` rows of so many tokens takes."""
+        adapter, batch = self._adapter, self.config.rows_per_step
         return Workload(
             batch=batch,
             seq=seq,

@@ -30,31 +30,31 @@ class ResumeState:
         self._trainables, self._window = trainables, window
 
     def save(
-        self, directory: str | os.PathLike[str], global_step: int, trainer_state: Mapping[str, Any] | None = None,
+        self, directory: str | os.PathLike[str], optimizer_steps: int, trainer_state: Mapping[str, Any],
         more: Callable[[Path], None] | None = None,
     ) -> Path:  # fmt: skip
         """Write adapter, config, optimizer, counters and random state, replacing the directory in one step."""
         self._trainables.require("there is nothing to save")
         state = {
-            "global_step": global_step,
+            "optimizer_steps": optimizer_steps,
             "window": self._window.state(),
             "scaler": self._trainables.loss_scale.state_dict(),
             "base_weights": self._base_weights,
             "base_config": config_facts(self._lm.module),
         }
-        step = {"global_step": global_step}
-        save_checkpoint(Path(directory), self._config, self._trainables, trainer_state or step, state, more)
+        save_checkpoint(Path(directory), self._config, self._trainables, trainer_state, state, more)
         return Path(directory)
 
-    def load(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
-        """Put a saved state back; the `trainer_state` it was saved with, in which `lema` has the counters."""
+    def load(self, directory: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+        """Put a saved state back; the `trainer_state` it was saved with, and the optimizer steps."""
         self._trainables.require("there is nothing to resume")
         base = self._base_weights, config_facts(self._lm.module)
         trainer_state = load_checkpoint(Path(directory), self._trainables, *base, self._config.device)
         state = trainer_state["lema"]
         self._trainables.loaded(state["scaler"])
         self._window.restore(state["window"])
-        return trainer_state
+        steps: int = state["optimizer_steps" if "optimizer_steps" in state else "global_step"]  # of older checkpoints
+        return trainer_state, steps
 
     @functools.cached_property
     def _base_weights(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`LemaTrainer`: a training step, and what has to be counted and kept between steps.
+"""`StepTrainer`: a training step, and what has to be counted and kept between steps.
 
 It knows batches, gradients and the optimizer; it knows nothing of text, files of weights or slots.
 """
@@ -12,22 +12,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..compat.trainer import OriginalTrainer
+from ..compat.names import original
 from ..config import LemaConfig
 from ..coordinator import Coordinator
 from ..errors import ConfigError
-from ..models.base import LemaModelAdapter
-from ..models.lora import LoRAManager
 from ..models.trained import Trained
-from ..storage.index import GlobalBinaryIndex
 from ..streaming.randomness import RandomState
 from ..streaming.timeline import COMPUTE, Recording
-from ..streaming.weight_store import WeightStore
-from .attach import Attachment, attach_parts, check_router_loss
+from .attach import Attachment, check_router_loss
 from .device_memory import explained
 from .diagnosis import bad_gradient, bad_loss, first_bad_activation
 from .generation import generate
@@ -42,51 +38,49 @@ from .trial import check_training
 from .turns import check_gradients_on, evaluating, in_turn
 from .window import Window
 
-__all__ = ["LemaTrainer", "StepReport"]
+__all__ = ["StepReport", "StepTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class LemaTrainer(OriginalTrainer):
-    """Trains LoRA adapters of a model whose layers are streamed.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return original(__name__, name)
+
+
+class StepTrainer:
+    """Makes training steps of a model whose layers are streamed.
 
     Args:
         config: settings.
-        model_adapter: the model.
-        gbi: its weights.
-        lora_manager: its adapters; None: nothing is trained.
-        optimizer: over the adapters' parameters; None: AdamW with the config's learning rate.
-        memory_manager: where its weights lie; None: laid out here, by a plan for the config.
-        attachment: the model attached to its weights already; None: attached here.
+        attachment: the model, attached to its weights.
+        trained: what is trained of it; None: nothing is.
+        optimizer: over those parameters; None: AdamW with the config's learning rate.
         coordinator: the run's other processes; None: there are none.
 
     Raises:
-        ConfigError: an optimizer that holds none of the adapters' parameters.
+        ConfigError: an optimizer that holds none of the parameters.
     """
 
     def __init__(
-        self, config: LemaConfig, model_adapter: LemaModelAdapter, gbi: GlobalBinaryIndex,
-        lora_manager: LoRAManager | None = None, optimizer: torch.optim.Optimizer | None = None,
-        memory_manager: WeightStore | None = None, *, attachment: Attachment | None = None,
-        coordinator: Coordinator | None = None,
+        self, config: LemaConfig, attachment: Attachment, trained: Trained | None = None,
+        optimizer: torch.optim.Optimizer | None = None, coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
         self.config = config
-        self.adapter = model_adapter
-        self.gbi = gbi
         self.device = torch.device(config.device)
-        self.attachment = attachment or attach_parts(config, model_adapter, gbi, memory_manager)
-        self.memory = self.attachment.memory
+        self.attachment = attachment
+        self.lm = attachment.lm
+        self.memory = attachment.memory
         self.coordinator = coordinator or Coordinator()
-        self.lm = model_adapter.causal_lm()
-        self.lora_manager = lora_manager
-        if lora_manager is not None:
-            check_router_loss(self.lm, config.leave_out_router_loss)
-        trained = lora_manager or Trained()
-        self.model = trained.attach(model_adapter)
-        """The model whose mode is switched: PEFT's around transformers', or the bare one."""
-        if lora_manager is not None:
-            self.attachment.guard(self.model)
-            check_training(self.attachment.fault)
+        trains = trained is not None
+        if trains:
+            check_router_loss(self.lm)
+        trained = trained or Trained()
+        self.model = attachment.give(trained)
+        """The module whose mode is switched."""
+        if trains:
+            check_training(attachment.fault)
         self.trainables = Trainables(trained, optimizer, config, self.memory)
         self.optimizer = self.trainables.optimizer
         self.window = Window(config.gradient_accumulation_steps)
@@ -94,8 +88,9 @@ class LemaTrainer(OriginalTrainer):
         self.label_smoothing = 0.0
         """Share of a target's weight that training spreads over the vocabulary; what is evaluated is the plain loss."""
         self.last_step: StepReport | None = None
-        self._resume_state = ResumeState(config, self.lm, gbi, self.trainables, self.window)
-        self._steps = 0
+        self._resume_state = ResumeState(config, self.lm, self.memory.gbi, self.trainables, self.window)
+        self.optimizer_steps = 0
+        """Updates of the parameters so far; a loop also counts steps that made none."""
         self._external: Callable[[], int] | None = None
         self._warned = False
 
@@ -171,7 +166,8 @@ class LemaTrainer(OriginalTrainer):
 
         Args:
             batches: mappings with `input_ids`, `labels` and any of the rest, the same in each; see `train_step`. Layers
-                run no more rows at once than the largest has. With a budget `batch_size` is all rows of a window.
+                run no more rows at once than the largest has. Memory is planned for `batch_size` times
+                `gradient_accumulation_steps` rows.
 
         Returns:
             The mean loss over all targets. Raises what `train_step` does, and `ConfigError` while calls of it wait.
@@ -225,7 +221,7 @@ class LemaTrainer(OriginalTrainer):
             self._warned = True
             logger.warning(
                 "a batch of %d tokens is larger than the %d x %d that the memory plan is for: it may not stay within "
-                "the budget; set batch_size and max_seq_length to what train_step is given",
+                "the budget; set batch_size, gradient_accumulation_steps and max_seq_length to what a step is given",
                 batch.num_tokens, plan.batch, plan.seq,
             )  # fmt: skip
         self.attachment.prepare()
@@ -254,7 +250,7 @@ class LemaTrainer(OriginalTrainer):
         if overflow:
             logger.warning("fp16 overflow: update skipped, loss scale now %g", self.loss_scale)
         else:
-            self._steps += 1
+            self.optimizer_steps += 1
         return {"grad_norm": norm, "skipped": overflow}
 
     def discard_window(self) -> None:
@@ -271,37 +267,30 @@ class LemaTrainer(OriginalTrainer):
     def external_loop(self, steps: Callable[[], int] | None = None) -> Iterator[None]:
         """Inside the block each `train_step` is one optimizer step, and a loop decides when to save.
 
-        Layers then run no more rows at once than `batch_size`, or than the plan is for.
+        Layers then run as many rows at once as the plan has it for a window.
 
         Args:
             steps: how many the loop has counted; None: they are counted here.
         """
-        rows = max(self.config.batch_size, self.memory.plan.batch)
-        with self._whole_window(rows if self.window.length > 1 else None):
-            self._external = steps or (lambda: self._steps)
+        with self._whole_window(self.memory.plan.micro_batch_size if self.window.length > 1 else None):
+            self._external = steps or (lambda: self.optimizer_steps)
             try:
                 yield
             finally:
-                self._steps, self._external = self._external() or self._steps, None
+                self._external = None
 
     @contextlib.contextmanager
     def _whole_window(self, rows_at_once: int | None) -> Iterator[None]:
-        """Inside the block one call is a window, and layers run so many rows at once unless something cuts finer."""
-        batching = self.attachment.batching
-        before = batching.micro_batch_size
-        with self.window.whole():
-            batching.micro_batch_size = min(filter(None, (rows_at_once, before)), default=None)
-            try:
-                yield
-            finally:
-                batching.micro_batch_size = before
+        """Inside the block one call is a window, and layers run so many rows at once unless the plan cuts finer."""
+        with self.window.whole(), self.attachment.batching.in_windows(rows_at_once):
+            yield
 
     # -- state -------------------------------------------------------------------------------------
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps so far; in an external loop, as many as that has counted."""
-        return self._steps if self._external is None else self._external()
+        """Steps so far as an external loop counts them, skipped ones as well; without one, `optimizer_steps`."""
+        return self.optimizer_steps if self._external is None else self._external()
 
     @property
     def loss_scale(self) -> float:
@@ -331,7 +320,8 @@ class LemaTrainer(OriginalTrainer):
             trainer_state: of a training loop, JSON-ready.
             more: writes further files into the directory it is given.
         """
-        return self._resume_state.save(directory, self.global_step, trainer_state, more)
+        state = trainer_state or {"global_step": self.global_step}
+        return self._resume_state.save(directory, self.optimizer_steps, state, more)
 
     @in_turn
     def load_checkpoint(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -340,8 +330,7 @@ class LemaTrainer(OriginalTrainer):
         Raises:
             CheckpointError: incomplete, damaged, or of another base, adapter or optimizer.
         """
-        trainer_state = self._resume_state.load(directory)
-        self._steps = trainer_state["lema"]["global_step"]
+        trainer_state, self.optimizer_steps = self._resume_state.load(directory)
         return trainer_state
 
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from ..config import LemaConfig
 from ..errors import WeightsError
-from ..model import LemaModel
+from ..model import StreamedModel
 from ..models.lora import peft_of_this_transformers
 from .checkpoint import Checkpoint
 
@@ -98,7 +98,7 @@ def _logits(model_path: str, weights: str | None, adapter: Checkpoint | None = N
         model_path, gbi_path=weights, device="cpu", dtype="float32", use_lora=False, save_steps=0,
         attn_implementation="eager",
     )  # fmt: skip
-    with LemaModel(config) as model:
+    with StreamedModel(config) as model:
         lm = model.adapter.causal_lm()
         module: torch.nn.Module = lm.module
         if adapter is not None:

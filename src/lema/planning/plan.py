@@ -115,9 +115,10 @@ class MemoryPlan:
     device_slots: int
     batch: int
     seq: int
-    """The batch planned for, `[batch, seq]` tokens; 0: the plan says nothing of steps yet."""
+    """What is planned for, `[batch, seq]` tokens: all rows of an accumulation window, which a loop gives at once.
+    0: the plan says nothing of steps yet."""
     micro_batch_size: int
-    """Rows a layer runs at once."""
+    """Rows of a window that a layer runs at once."""
     loss_chunk_size: int | str | None
     """Target positions a piece of the loss; None: all at once; 'auto': as each batch asks for, see `loss_chunk`."""
     head: str
@@ -132,7 +133,7 @@ class MemoryPlan:
     mapped: tuple[int, ...] = ()
     """Units that are bound to the mapped files."""
     whole_batch: bool = False
-    """`micro_batch_size` is all rows of the batch, and of a larger one as well."""
+    """A call runs all its rows at once, however many; where windows accumulate, `micro_batch_size` cuts them alone."""
     ram_budget: int | None = None
     """Bytes the plan keeps to; None: no limit."""
     vram_budget: int | None = None

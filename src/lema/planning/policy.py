@@ -49,7 +49,7 @@ class RunFacts(Protocol):
         """The machine."""
 
     def workload(self, seq: int) -> Workload:
-        """What a step of `batch_size` rows of so many tokens takes."""
+        """What a step of `rows_per_step` rows of so many tokens takes."""
 
 
 def plan_for(facts: RunFacts) -> MemoryPlan:
@@ -77,15 +77,18 @@ def plan_for(facts: RunFacts) -> MemoryPlan:
         facts.sizes, workload, facts.hardware, dtype=config.dtype, ram_budget=ram, vram_budget=vram,
         choices=_choices(config, facts.sizes, facts.hardware.device == "cpu", (ram, vram)),
     )  # fmt: skip
-    return replace(plan, whole_batch=config.micro_batch_size is None and plan.micro_batch_size == plan.batch)
+    whole = plan.micro_batch_size == plan.batch or (ram is None and vram is None)
+    return replace(plan, whole_batch=whole and config.micro_batch_size is None)
 
 
 def with_steps(plan: MemoryPlan, config: LemaConfig) -> MemoryPlan:
     """A plan with what settings say of steps, where it says nothing of them; `micro_batch_size` holds in any case."""
     micro = config.micro_batch_size
     if not plan.batch:
-        rows, length = config.batch_size, config.max_seq_length
-        plan = replace(plan, batch=rows, seq=length, micro_batch_size=rows, loss_chunk_size=config.loss_chunk_size)
+        plan = replace(
+            plan, batch=config.rows_per_step, seq=config.max_seq_length, micro_batch_size=config.batch_size,
+            loss_chunk_size=config.loss_chunk_size,
+        )  # fmt: skip
     return plan if micro is None else replace(plan, micro_batch_size=micro, whole_batch=False)
 
 
@@ -96,7 +99,7 @@ def _choices(config: LemaConfig, sizes: ModelSizes, on_cpu: bool, budgets: Budge
     plain = ram is None and free
     resident = config.strategy is MemoryStrategy.RESIDENT
     keep = 0 if config.gradient_checkpointing or free else None
-    chunk = loss_chunk(config.loss_chunk_size, config.batch_size * config.max_seq_length, sizes.vocab)
+    chunk = loss_chunk(config.loss_chunk_size, config.rows_per_step * config.max_seq_length, sizes.vocab)
     planned = config.loss_chunk_size == "auto" and not plain
     return Choices(
         device_layers=_first(config.device_layers, 0 if free else None),

@@ -1,4 +1,4 @@
-"""`lema.LemaModel` and `lema.LemaTrainer`: the engine's own, which can also train over data.
+"""`lema.LemaModel` and `lema.LemaTrainer`: the engine's model and steps, which can also train over data.
 
 The engine knows a step; that there are runs is known here.
 """
@@ -11,17 +11,63 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..engine import trainer as engine
-from ..model import LemaModel as EngineModel
+from ..compat.trainer import OriginalTrainer
+from ..config import LemaConfig
+from ..coordinator import Coordinator
+from ..engine.attach import Attachment, attach_parts
+from ..engine.trainer import StepTrainer
+from ..model import StreamedModel
+from ..models.base import LemaModelAdapter
+from ..models.lora import LoRAManager
+from ..models.trained import Trained
+from ..storage.index import GlobalBinaryIndex
+from ..streaming.weight_store import WeightStore
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ..data.config import DataConfig
     from ..training.config import TrainingConfig
     from ..training.result import TrainResult
 
 
-class LemaTrainer(engine.LemaTrainer):
-    __doc__ = engine.LemaTrainer.__doc__
+class LemaTrainer(OriginalTrainer, StepTrainer):
+    """Trains LoRA adapters of a model whose layers are streamed, by steps or over data.
+
+    Args:
+        config: settings.
+        model_adapter: the model.
+        gbi: its weights.
+        lora_manager: its adapters; None: nothing is trained.
+        optimizer: over the adapters' parameters; None: AdamW with the config's learning rate.
+        memory_manager: where its weights lie; None: laid out here, by a plan for the config.
+
+    Raises:
+        ConfigError: an optimizer that holds none of the adapters' parameters.
+    """
+
+    def __init__(
+        self, config: LemaConfig, model_adapter: LemaModelAdapter, gbi: GlobalBinaryIndex,
+        lora_manager: LoRAManager | None = None, optimizer: torch.optim.Optimizer | None = None,
+        memory_manager: WeightStore | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(config, attach_parts(config, model_adapter, gbi, memory_manager), lora_manager, optimizer)
+
+    @classmethod
+    def attached(
+        cls, config: LemaConfig, attachment: Attachment, trained: Trained | None,
+        optimizer: torch.optim.Optimizer | None, coordinator: Coordinator,
+    ) -> Self:  # fmt: skip
+        """A trainer from what a `StepTrainer` is made from, where the model is attached to its weights already."""
+        trainer = cls.__new__(cls)
+        StepTrainer.__init__(trainer, config, attachment, trained, optimizer, coordinator)
+        return trainer
+
+    @property
+    def lora_manager(self) -> LoRAManager | None:
+        """The adapters; None: nothing is trained."""
+        owner = self.trainables.owner
+        return owner if isinstance(owner, LoRAManager) else None
 
     def train(
         self, dataset: Any, eval_dataset: Any = None, *, training: TrainingConfig | None = None,
@@ -56,8 +102,8 @@ class LemaTrainer(engine.LemaTrainer):
             return prepared.train_by(self, folder, make_view(plain), callbacks)
 
 
-class LemaModel(EngineModel):
-    __doc__ = EngineModel.__doc__
+class LemaModel(StreamedModel):
+    __doc__ = StreamedModel.__doc__
 
     def get_trainer(
         self, optimizer: torch.optim.Optimizer | None = None, resume_from: str | os.PathLike[str] | None = None
@@ -68,4 +114,4 @@ class LemaModel(EngineModel):
             optimizer: over `get_trainable_parameters()`; None: AdamW with the config's learning rate.
             resume_from: a directory written by `save_checkpoint`; training goes on bit for bit.
         """
-        return self.trainer_of(LemaTrainer, optimizer, resume_from)
+        return self.trainer_of(LemaTrainer.attached, optimizer, resume_from)

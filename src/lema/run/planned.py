@@ -6,19 +6,18 @@ It knows where models lie and what a machine has; what to keep where is the plan
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..config import LemaConfig
+from ..coordinator import Coordinator
 from ..engine.assembly import StoredModel, assemble_lora
 from ..engine.outlook import Outlook
 from ..errors import ConfigError, LemaError, WeightsNotFoundError
-from ..machine.device import default_device
 from ..machine.memory import format_bytes
 from ..models.base import LemaModelAdapter
 from ..models.locate import adapter_for, local_path, weights_path
@@ -43,7 +42,8 @@ class Planned:
     plan: MemoryPlan
     """With bytes and seconds predicted for it, where the model can be looked into."""
     outlook: Outlook | None
-    """What it was found from, for steps of other lengths under it; None: let go, as it is some megabytes."""
+    """What it was found from, for steps of other lengths under it; None: let go, as it is some megabytes, or another
+    rank's."""
     hardware: Hardware
     stated: bool
     """The hardware was given, and is not this machine as measured."""
@@ -61,51 +61,53 @@ class Planned:
         return describe(self.adapter, self.config)
 
 
-def for_windows(config: LemaConfig) -> LemaConfig:
-    """The settings to plan a run by, whose engine gets a whole accumulation window at once.
+@dataclass(frozen=True)
+class _Decided:
+    """What the first rank finds for all: another one's free memory and rates may be others."""
 
-    Layers run `batch_size` rows at once as without accumulation; under a budget the plan decides.
-    """
-    on_cpu = torch.device(config.device).type == "cpu"
-    budgeted = config.ram_budget is not None or (config.vram_budget is not None and not on_cpu)
-    micro = config.micro_batch_size
-    if micro is None and not budgeted and config.gradient_accumulation_steps > 1:
-        micro = config.batch_size
-    rows = config.batch_size * config.gradient_accumulation_steps
-    return config.replace(batch_size=rows, gradient_accumulation_steps=1, micro_batch_size=micro)
+    plan: MemoryPlan
+    hardware: Hardware
+    ram_budget: int | None
+    vram_budget: int | None
 
 
 def make(
-    values: Mapping[str, Any], spec: str | None = None, probe: bool = False, to_run: bool = False
+    config: LemaConfig, machine: Hardware | None = None, *, probe: bool = False, to_run: bool = False,
+    ranks: Coordinator | None = None,
 ) -> Planned:  # fmt: skip
-    """Plan for settings by name, on the machine a specification describes or on this one.
+    """Plan for settings, on a machine that is described or on this one.
 
     Nothing is made for it: weights that `quantize` asks for and nobody has made yet count as they will be.
 
     Args:
+        probe: measure this machine anew.
         to_run: the weights have to be there, and are fetched if they are the hub's, so that the plan is one to run by.
+        ranks: the run's processes, of which the first plans; None: there is this one.
 
     Raises:
         LemaError: settings, model, machine or budgets are not good, or nothing fits.
     """
-    if str(values.get("device")).lower() == "auto":  # that of the machine meant
-        values = {name: value for name, value in values.items() if name != "device"}
-    config = LemaConfig.from_dict(values)
-    machine = Hardware.parse(spec) if spec is not None else None
-    if "device" not in values:
-        config = config.replace(device=machine.device if machine is not None else default_device())
-    elif machine is not None and config.device.partition(":")[0] != machine.device:
+    if machine is not None and config.device.partition(":")[0] != machine.device:
         raise ConfigError(f"device={config.device!r} is not what {machine.name} computes on: {machine.device}")
+    ranks = ranks or Coordinator()
     with _opened(config, to_run) as model:
         outlook = Outlook(config, model, machine, probe)
-        ram, vram = outlook.budgets
-        machine = outlook.hardware
-        _check_budget("ram_budget", ram, machine.ram_bytes, machine.name)
-        _check_budget("vram_budget", vram, machine.vram_bytes, machine.name)
-        plan = plan_for(outlook)
-        if isinstance(model.adapter, TransformersAdapter):
-            plan = outlook.counted(plan)
-    return Planned(config, plan, outlook, machine, spec is not None, ram, vram, model.gbi is not None, model.adapter)
+        found = ranks.found_by_first("plan", lambda: _decide(outlook, model))
+    return Planned(
+        config, found.plan, outlook if ranks.is_writer else None, found.hardware, machine is not None,
+        found.ram_budget, found.vram_budget, model.gbi is not None, model.adapter,
+    )  # fmt: skip
+
+
+def _decide(outlook: Outlook, model: StoredModel) -> _Decided:
+    ram, vram = outlook.budgets
+    machine = outlook.hardware
+    _check_budget("ram_budget", ram, machine.ram_bytes, machine.name)
+    _check_budget("vram_budget", vram, machine.vram_bytes, machine.name)
+    plan = plan_for(outlook)
+    if isinstance(model.adapter, TransformersAdapter):
+        plan = outlook.counted(plan)
+    return _Decided(plan, machine, ram, vram)
 
 
 def _check_budget(name: str, budget: int | None, there: int, machine: str) -> None:

@@ -6,34 +6,30 @@ It knows what is to be there before the first step; it knows nothing of what hap
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import CONFIG_NAME, LemaConfig
+import numpy
+import torch
+
 from ..coordinator import Coordinator
 from ..data import Data
-from ..data.load import check_all_rows
-from ..engine.packing import take_over_packing
-from ..engine.trainer import LemaTrainer
-from ..model import LemaModel
+from ..engine.generation import end_tokens
+from ..engine.trainer import StepTrainer
+from ..errors import ConfigError
 from ..models.causal_lm import CausalLM
-from ..models.transformers_adapter import TransformersAdapter
-from ..planning.plan import Estimate
-from ..prepare.cached import quantised
-from ..prepare.job import Progress
 from ..training.checkpoints import CheckpointFolder
 from ..training.panel import View
 from ..training.result import TrainResult
-from ..training.run import RunData, check_start
+from ..training.run import RunData, check_start, run_training
 from ..training.run_config import RunConfig
+from ..training.sampling import Sampler
+from ..training.schedule import Schedule
 from ..training.start import Start, choose_start
-from .planned import Planned, for_windows, make
-from .training import has_batches, load_tokenizer, open_data, train_run
-
-_BUDGETS = ("ram_budget", "vram_budget")
+from .training import has_batches, limits_of, load_tokenizer, open_data
 
 
 @contextlib.contextmanager
@@ -46,15 +42,15 @@ def begun(
         resume: see `choose_start`.
         look: change nothing: see `CheckpointFolder.look`.
     """
-    folder, start = CheckpointFolder(run.lema.output_dir), None
+    folder = CheckpointFolder(run.lema.output_dir)
+
+    def find() -> Start:
+        cleared = folder.look() if look else folder.open()
+        start = choose_start(folder, resume)
+        return replace(start, messages=[*cleared, *start.messages])
+
     try:
-        if ranks.is_writer:
-            cleared = folder.look() if look else folder.open()
-            start = choose_start(folder, resume)
-            start = replace(start, messages=[*cleared, *start.messages])
-        start = ranks.broadcast("start", start)
-        assert start is not None  # the first rank's
-        yield folder, start
+        yield folder, ranks.found_by_first("start", find)
     except BaseException as error:
         ranks.fail(error)
         raise
@@ -68,14 +64,39 @@ class Prepared:
 
     run: RunConfig
     start: Start
+    schedule: Schedule
+    """From the first step to the last, whatever the start."""
     tokenizer: Any
     data: Data | RunData
 
     def train_by(
-        self, trainer: LemaTrainer, folder: CheckpointFolder, view: View, callbacks: Sequence[Any] = ()
+        self, trainer: StepTrainer, folder: CheckpointFolder, view: View, callbacks: Sequence[Any] = ()
     ) -> TrainResult:
-        """Train in an opened folder."""
-        return train_run(trainer, self.run, self.data, self.tokenizer, folder, self.start, view, callbacks)
+        """Train in an opened folder; `ConfigError` if there is nothing to train."""
+        trainer.trainables.require("nothing can be trained")
+        run, data, tokenizer = self.run, self.data, self.tokenizer
+        sampler = self._sampler(trainer) if run.training.sample_prompts else None
+        if isinstance(data, Data):  # which may have been made elsewhere
+            limits_of(trainer.lm).check_length(run.lema.max_seq_length)
+        if self.start.checkpoint is None:
+            _seed(run.lema.seed)
+        return run_training(
+            trainer, RunData(data.train, data.eval, data.summary), run, folder, self.start, self.schedule, view=view,
+            sampler=sampler, write_tokenizer=None if tokenizer is None else tokenizer.save_pretrained,
+            callbacks=callbacks, always={"processing_class": tokenizer, "tokenizer": tokenizer},
+        )  # fmt: skip
+
+    def _sampler(self, trainer: StepTrainer) -> Sampler:
+        training, data, tokenizer = self.run.training, self.data, self.tokenizer
+        ends = end_tokens(trainer.lm.module)
+        ask: Callable[[str], Sequence[int]]
+        if isinstance(data, Data):
+            ask, ends = data.renderer.ask, ends | {*data.renderer.end_tokens}
+        elif tokenizer is None:
+            raise ConfigError("sample_prompts need a tokenizer: give train(..., tokenizer=...)")
+        else:
+            ask = lambda text: list(tokenizer(text)["input_ids"])  # noqa: E731
+        return Sampler(tokenizer, ask, training.sample_prompts, training.sample_max_new_tokens, sorted(ends))
 
 
 def prepare(
@@ -96,80 +117,11 @@ def prepare(
     if tokenizer is None and (not has_batches(dataset) or run.training.sample_prompts):
         tokenizer = load_tokenizer(run.lema.model_name_or_path)
     data = open_data(run, tokenizer, dataset, eval_dataset, lm)
-    check_start(RunData(data.train, data.eval), run, start)
-    return Prepared(run, start, tokenizer, data)
+    schedule = check_start(RunData(data.train, data.eval), run, start)
+    return Prepared(run, start, schedule, tokenizer, data)
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """A prepared run that nothing refuses any more but its weights, and the plan its model is made by."""
-
-    prepared: Prepared
-    data: Data
-    planned: Planned
-    config: LemaConfig
-    """The engine's settings, with what automatic budgets came to."""
-    usual_step: tuple[int, Estimate | None]
-    """Tokens of a long row of a usual step, and what such a step takes; memory is planned for the longest row that is
-    allowed."""
-
-    def model(self) -> LemaModel:
-        """The run's model, by its plan, and of the skeleton that was planned for unless it is in use."""
-        adapter = self.planned.adapter
-        unused = isinstance(adapter, TransformersAdapter) and not adapter.in_use
-        model = LemaModel(self.config, adapter if unused else None, plan=self.planned.plan)
-        take_over_packing(model.adapter.causal_lm(), adapter.causal_lm())
-        return model
-
-    def check(self) -> None:
-        """Refuse what the first step, or any later one, would be refused for."""
-        check_all_rows(self.data)
-        with self.model() as model:
-            model.get_trainer()
-
-    def train(self, folder: CheckpointFolder, view: View, ranks: Coordinator) -> TrainResult:
-        """Train in an opened folder, as one of these."""
-        with self.model() as model:
-            return self.prepared.train_by(model.trainer_of(LemaTrainer, coordinator=ranks), folder, view)
-
-
-def plan_run(run: RunConfig, start: Start, progress: Progress | None = None) -> PlannedRun:
-    """Plan, read and count what a run of files needs; raises what `prepare` does, and where nothing fits.
-
-    Args:
-        progress: told of weights that are quantised for it.
-    """
-    config = quantised(_kept(run.resolved().lema, run, start), progress)
-    tokenizer = load_tokenizer(run.lema.model_name_or_path)
-    planned = make(for_windows(config).to_dict(), to_run=True)
-    prepared = prepare(run, start, planned.adapter.causal_lm(), tokenizer=tokenizer)
-    data = prepared.data
-    assert isinstance(data, Data)  # of files
-    usual = _usual_step(run, data, planned)
-    sized = config.replace(ram_budget=planned.ram_budget, vram_budget=planned.vram_budget)
-    return PlannedRun(prepared, data, replace(planned, outlook=None), sized, usual)
-
-
-def _usual_step(run: RunConfig, data: Data, planned: Planned) -> tuple[int, Estimate | None]:
-    longest = run.lema.max_seq_length
-    seen = data.summary["train"]["sample"]["length_percentiles"].get("95", longest)
-    length = longest if run.data.packing else min(seen, longest)
-    if length == longest or planned.plan.estimate is None or planned.outlook is None:
-        return length, planned.plan.estimate
-    return length, planned.outlook.step(planned.plan, length)
-
-
-def _kept(config: LemaConfig, run: RunConfig, start: Start) -> LemaConfig:
-    """The settings, with those of the run that is resumed that say more than what is given now.
-
-    The sizes that automatic budgets came to: free memory is another one now, and another plan would cut sums elsewhere
-    and change their last bits. And where an adapter was trained further, its form is that in the checkpoint.
-    """
-    if start.checkpoint is None:
-        return config
-    before: Mapping[str, Any] = start.state["lema"]["run"]["settings"]
-    saved = json.loads((start.checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
-    kept = {name: saved.get(name) for name in _BUDGETS if before.get(name) == getattr(run.lema, name)}
-    if saved.get("adapter_name_or_path") is not None:
-        kept["adapter_name_or_path"] = str(start.checkpoint)
-    return config.replace(**kept)
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)

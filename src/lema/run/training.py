@@ -6,60 +6,22 @@ It knows what a run needs and where it is to be had; it knows nothing of what ha
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy
-import torch
 
 from ..data import Data, load_data
 from ..data.limits import ModelLimits
 from ..engine.attach import check_router_loss
-from ..engine.generation import end_tokens
 from ..engine.packing import check_packing
-from ..engine.trainer import LemaTrainer
 from ..errors import ConfigError, WeightsNotFoundError
 from ..models.causal_lm import CausalLM
 from ..models.folder import refuse_other_folders
 from ..models.gguf import tokenizer_in
 from ..storage.gguf_header import is_gguf
 from ..storage.strangers import code_in, refuse_special_files, tell_of_code
-from ..training.checkpoints import CheckpointFolder
-from ..training.panel import View
 from ..training.reporters import check_reporters
-from ..training.result import TrainResult
-from ..training.run import RunData, check_evaluation, run_training
+from ..training.run import RunData, check_evaluation
 from ..training.run_config import RunConfig
-from ..training.sampling import Sampler
-from ..training.start import Start
-
-
-def train_run(
-    trainer: LemaTrainer, run: RunConfig, data: Data | RunData, tokenizer: Any, folder: CheckpointFolder, start: Start,
-    view: View, callbacks: Sequence[Any] = (),
-) -> TrainResult:  # fmt: skip
-    """Train a run whose folder is open and whose start is chosen; `ConfigError` if there is nothing to train."""
-    trainer.trainables.require("nothing can be trained")
-    ask = _asker(data, tokenizer)
-    sampler = None
-    if run.training.sample_prompts:
-        if ask is None:
-            raise ConfigError("sample_prompts need a tokenizer: give train(..., tokenizer=...)")
-        ends = end_tokens(trainer.lm.module) | {*(data.renderer.end_tokens if isinstance(data, Data) else ())}
-        sampler = Sampler(
-            tokenizer, ask, run.training.sample_prompts, run.training.sample_max_new_tokens, sorted(ends)
-        )  # fmt: skip
-    if isinstance(data, Data):  # which may have been made elsewhere
-        limits_of(trainer.lm).check_length(run.lema.max_seq_length)
-    if start.checkpoint is None:
-        _seed(run.lema.seed)
-    return run_training(
-        trainer, RunData(data.train, data.eval, data.summary), run, folder, start, view=view,
-        sampler=sampler, write_tokenizer=None if tokenizer is None else tokenizer.save_pretrained,
-        callbacks=callbacks, always={"processing_class": tokenizer, "tokenizer": tokenizer},
-    )  # fmt: skip
 
 
 def check_run(run: RunConfig, lm: CausalLM | None, has_evaluation: bool) -> None:
@@ -77,7 +39,8 @@ def check_run(run: RunConfig, lm: CausalLM | None, has_evaluation: bool) -> None
     if lm is None:
         return
     limits_of(lm).check_length(run.lema.max_seq_length)
-    check_router_loss(lm, run.lema.leave_out_router_loss)
+    if not run.lema.leave_out_router_loss:
+        check_router_loss(lm)
     if run.data.packing:
         check_packing(lm)
 
@@ -145,15 +108,3 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 
 def has_batches(dataset: Any) -> bool:
     return isinstance(dataset, (Data, RunData)) or hasattr(dataset, "steps_per_epoch")
-
-
-def _asker(data: Data | RunData, tokenizer: Any) -> Callable[[str], Sequence[int]] | None:
-    if isinstance(data, Data):
-        return data.renderer.ask
-    return None if tokenizer is None else lambda text: list(tokenizer(text)["input_ids"])
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)

@@ -10,6 +10,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -42,25 +43,43 @@ class Autocast:
         return torch.autocast(self.device_type, self.dtype, self.enabled, cache_enabled=False)
 
 
-@dataclass(slots=True)
 class Batching:
-    """How many rows a layer runs at once, and the rules for cutting its arguments."""
+    """How many rows a layer runs at once, and the rules for cutting its arguments.
 
-    micro_batch_size: int | None
-    learn: Callable[[], BatchRules]
-    _rules: BatchRules | None = None
+    Args:
+        planned: rows at once as the plan has it; None: all rows of a call.
+        learn: finds the rules out.
+    """
+
+    def __init__(self, planned: int | None, learn: Callable[[], BatchRules]) -> None:
+        self._planned = planned
+        self._learn = learn
+        self._of_a_window: int | None = None
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows at once of a call that is made now; None: all."""
+        return min(filter(None, (self._planned, self._of_a_window)), default=None)
+
+    @contextlib.contextmanager
+    def in_windows(self, rows: int | None) -> Iterator[None]:
+        """Inside the block a call is a whole window, of which no more rows run at once than this; the plan's number
+        holds as well."""
+        before, self._of_a_window = self._of_a_window, rows
+        try:
+            yield
+        finally:
+            self._of_a_window = before
 
     def cuts(self, batch: int) -> list[tuple[int, int]]:
         """Row ranges of the micro-batches."""
         size = self.micro_batch_size or batch
         return [(start, min(start + size, batch)) for start in range(0, batch, size)]
 
-    @property
+    @cached_property
     def rules(self) -> BatchRules:
         """Learned when first needed."""
-        if self._rules is None:
-            self._rules = self.learn()
-        return self._rules
+        return self._learn()
 
 
 class Runs(Protocol):

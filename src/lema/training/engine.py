@@ -52,7 +52,7 @@ class Trainables(Protocol):
 
 
 class TrainingEngine(Protocol):
-    """What makes steps; `lema.engine.trainer.LemaTrainer` says what each of these does."""
+    """What makes steps; `lema.engine.trainer.StepTrainer` says what each of these does."""
 
     label_smoothing: float
 

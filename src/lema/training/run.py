@@ -46,23 +46,24 @@ class RunData:
 
 
 def run_training(
-    engine: TrainingEngine, data: RunData, config: RunConfig, folder: CheckpointFolder, start: Start, *, view: View,
-    sampler: Sampler | None = None, write_tokenizer: Callable[[str], Any] | None = None, callbacks: Sequence[Any] = (),
+    engine: TrainingEngine, data: RunData, config: RunConfig, folder: CheckpointFolder, start: Start,
+    schedule: Schedule, *, view: View, sampler: Sampler | None = None,
+    write_tokenizer: Callable[[str], Any] | None = None, callbacks: Sequence[Any] = (),
     always: Mapping[str, Any] | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train from `start` to the end, or to where somebody stops it.
 
     Args:
         folder: opened, and `start` chosen from it.
+        schedule: what `check_start` found.
         write_tokenizer: writes the tokenizer's files into a folder.
         always: what callbacks get with every event.
 
     Raises:
-        ConfigError, CheckpointError: settings, data or base weights are not those of the checkpoint.
+        CheckpointError: base weights are not those of the checkpoint.
         NonFiniteError: too many steps in a row were not finite.
     """
     training = config.training
-    schedule = check_start(data, config, start)
     if start.checkpoint is not None and _is_over(start, schedule):
         saved = TrainerState.from_dict(start.state)
         return TrainResult(FINISHED, saved.global_step, start.checkpoint, saved.summary())

@@ -142,7 +142,7 @@ class RunConfig:
     @property
     def rows_per_step(self) -> int:
         """Rows an optimizer step is made of."""
-        return self.lema.batch_size * self.lema.gradient_accumulation_steps
+        return self.lema.rows_per_step
 
 
 def setting_named(error: LemaError) -> str:
