@@ -15,22 +15,18 @@ from torch import nn
 
 from .config import LemaConfig
 from .coordinator import Coordinator
-from .engine.assembly import StoredModel, assemble_lora, compute_dtype
-from .engine.attach import attach
+from .engine.assembly import assemble_lora
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
-from .engine.generation import generate, take_end_tokens
-from .engine.outlook import Outlook
+from .engine.generation import generate
+from .engine.opening import open_streamed
 from .engine.trainer import LemaTrainer
 from .errors import DeviceError
-from .machine.heap import resident_bytes
 from .models.base import LemaModelAdapter
-from .models.locate import adapter_for, adapter_path, local_path, weights_path
+from .models.locate import adapter_path
 from .models.lora import ADAPTER_CONFIG, LoRAManager
 from .models.trained import Trained
 from .planning.plan import MemoryPlan
-from .planning.policy import plan_for
-from .storage.index import GlobalBinaryIndex
 
 Kind = TypeVar("Kind", bound=LemaTrainer)
 
@@ -53,27 +49,9 @@ class LemaModel:
         self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None
     ) -> None:
         self.config = config
-        dtype = compute_dtype(config)
-        model_path = local_path(config.model_name_or_path, "*.json")
-        self._folder = model_path if model_path.is_dir() else model_path.parent
-        self.adapter = adapter or adapter_for(config, model_path)
-        self.gbi = GlobalBinaryIndex(weights_path(config))
-        floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
-        self.adapter.configure(dtype, config.attn_implementation)
-        model = StoredModel(self.adapter, self.gbi)
-        plan = plan or plan_for(Outlook(config, model))
-        self.attachment = attach(
-            model,
-            plan,
-            config.device,
-            num_readers=config.num_readers,
-            prefetch_depth=config.prefetch_depth,
-            floor=floor,
-        )
-        """The model and its weights, until `close`."""
+        self.adapter, self.gbi, self.attachment = open_streamed(config, adapter, plan)
+        """The attachment: the model and its weights, until `close`."""
         self.memory = self.attachment.memory
-        if config.leave_out_router_loss:
-            self.adapter.causal_lm().router_loss = None
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
         self._has_adapter = False
 
@@ -89,7 +67,6 @@ class LemaModel:
         return self.lora_manager or Trained()
 
     def _install(self) -> None:
-        take_end_tokens(self.adapter.causal_lm().module, self._folder)
         if self.lora_manager is not None:
             peft_model = self.lora_manager.attach(self.adapter)
             if self.config.adapter_name_or_path is not None:
@@ -99,7 +76,6 @@ class LemaModel:
             base = getattr(peft_model, "base_model", None)
             if base is not None:
                 peft_model.peft_config["default"].base_model_name_or_path = self.config.model_name_or_path
-            self.attachment.guard(peft_model)
         self._trained.attach(self.adapter).eval()
 
     @property
@@ -184,9 +160,7 @@ class LemaModel:
 
     def close(self) -> None:
         """End the reading threads and give the files back."""
-        self.memory.close()
-        self.gbi.close()
-        self.attachment.heap.close()
+        self.attachment.close()
 
     def __enter__(self) -> LemaModel:
         return self

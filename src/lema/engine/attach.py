@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..config import LemaConfig
-from ..errors import PlanError, UnsupportedError, WeightsNotFoundError
+from ..errors import PlanError, StreamingError, UnsupportedError, WeightsNotFoundError
 from ..machine.heap import HeapGuard, give_back_idle_heap, resident_bytes
 from ..models.base import LemaModelAdapter
 from ..models.causal_lm import CausalLM
@@ -29,6 +31,7 @@ from ..streaming.weight_store import WeightStore
 from .assembly import StoredModel, compute_dtype
 from .device_memory import explained
 from .guards import guard, guard_peft
+from .joining import Joining
 from .loss.streamed_head import streamed_forward
 from .outlook import Outlook
 
@@ -119,6 +122,7 @@ class Attachment:
         ]
         for unit in plan.keep_activations:
             self.layers[unit].keeps_graph = True
+        self._closed = False
         self._put_in_place()
         self.guard()
 
@@ -133,16 +137,19 @@ class Attachment:
         own.hook("sweeps", lm.module.register_forward_hook(self._end))
         own.hook("sweeps", lm.module.register_forward_hook(self._give_turn, always_call=True))
 
-    def guard(self, peft_model: nn.Module | None = None) -> None:
-        """Keep weights from being cast, merged and saved; to be said again when the model was given adapters.
+    def guard(self, peft_model: PeftModel | None = None) -> None:
+        """Keep weights from being cast, merged and saved. Adapters that come later are seen when they do.
 
         Args:
-            peft_model: PEFT's model around it, whose adapters a trainer will save.
+            peft_model: PEFT's model around it, if it was there before.
         """
         self.lm.interceptor.take_off("guards", "adapters")
         guard(self.lm, self.memory)
-        if peft_model is not None:
-            guard_peft(self.lm.interceptor, peft_model)
+        tuner = None if peft_model is None else peft_model.base_model
+        if peft_model is not None and isinstance(tuner, BaseTuner):
+            guard_peft(self.lm.interceptor, peft_model, tuner)
+        self.joining = Joining(self.lm, self.memory, tuner)
+        """Told of adapters that are put into the model."""
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`; its weights are then wherever they happen to be.
@@ -151,6 +158,13 @@ class Attachment:
             BindingError: somebody has replaced the same since; nothing was taken off.
         """
         self.lm.interceptor.take_off(*_NAMES)
+        self.heap.close()
+
+    def close(self) -> None:
+        """End the reading threads and give the files back; the model cannot be called any more."""
+        self._closed = True
+        self.memory.close()
+        self.memory.gbi.close()
         self.heap.close()
 
     def prepare(self, batch: int) -> None:
@@ -167,12 +181,18 @@ class Attachment:
 
     def lowest_trainable(self) -> int:
         """The deepest layer a gradient has to reach; the number of layers if there is none."""
+        find = getattr(self.lm.module, "get_input_embeddings", None)
+        if find is not None and any(parameter.requires_grad for parameter in find().parameters()):
+            return 0
         return next((s.unit for s in self.layers if s.trainables()), len(self.layers))
 
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.memory.turn.take("the model")
+        if self._closed:
+            raise StreamingError(f"this {type(module).__name__} was closed, and its weights are not there: open it anew")
+        self.joining.let_go()
         _refuse_outputs(getattr(module, "config", None), kwargs)
         if kwargs.get("labels") is not None and kwargs.get("output_router_logits") is None:
             check_router_loss(self.lm)
