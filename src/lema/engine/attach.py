@@ -191,7 +191,9 @@ class Attachment:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.memory.turn.take("the model")
         if self._closed:
-            raise StreamingError(f"this {type(module).__name__} was closed, and its weights are not there: open it anew")
+            raise StreamingError(
+                f"this {type(module).__name__} was closed, and its weights are not there: open it anew"
+            )
         self.joining.let_go()
         _refuse_outputs(getattr(module, "config", None), kwargs)
         if kwargs.get("labels") is not None and kwargs.get("output_router_logits") is None:

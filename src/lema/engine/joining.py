@@ -86,8 +86,8 @@ class Joining:
         elif isinstance(parent, AuxiliaryTrainingWrapper):
             if name == "original_module" and self._is_of_model(part):
                 raise UnsupportedError(
-                    f"modules_to_save and trainable tokens train a copy of {type(part).__name__}, which is not supported "
-                    "on a streamed model: leave them out of the adapter's configuration, or use LoRA on that module"
+                    f"modules_to_save and trainable tokens train a copy of {type(part).__name__}, which is not "
+                    "supported on a streamed model: leave them out of the adapter's configuration, or use LoRA there"
                 )
         elif isinstance(parent, _WRAPPERS) and any(module is self._lm.module for module in part.modules()):
             raise UnsupportedError(
@@ -99,12 +99,11 @@ class Joining:
         return part in self._units or any(module is part for module in self._lm.module.modules())
 
     def _in_adapter_layer(self, layer: BaseTunerLayer, name: str, part: nn.Module) -> None:
-        if name == "base_layer" and isinstance(part, nn.Embedding) and self._is_of_model(part):
-            if any(getattr(config, "use_dora", False) for config in self._configs.values()):
-                raise UnsupportedError(
-                    "DoRA on embeddings starts from all their rows, of which a streamed model reads those that it needs: "
-                    "leave embeddings out of target_modules, or use LoRA without use_dora"
-                )
+        if name == "base_layer" and isinstance(part, nn.Embedding) and self._is_of_model(part) and self._is_dora():
+            raise UnsupportedError(
+                "DoRA on embeddings starts from all their rows, of which a streamed model reads those that it needs: "
+                "leave embeddings out of target_modules, or use LoRA without use_dora"
+            )
         if name == "base_layer" and part in self._units:
             self._refuse_kinds()
             self._units[layer] = self._units[part]
@@ -124,6 +123,9 @@ class Joining:
     def _configs(self) -> dict[str, Any]:
         tuner = self._tuner() if self._tuner is not None else None
         return {} if tuner is None else tuner.peft_config
+
+    def _is_dora(self) -> bool:
+        return any(getattr(config, "use_dora", False) for config in self._configs.values())
 
     def _begins(self, adapter: str, unit: int) -> None:
         """An adapter is about to be given its first values."""
@@ -145,5 +147,3 @@ class Joining:
         self.let_go()
         self._memory.acquire(unit)
         self._held = unit
-
-

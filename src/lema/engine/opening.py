@@ -33,7 +33,10 @@ class Opened(NamedTuple):
 
 
 def open_streamed(
-    config: LemaConfig, adapter: LemaModelAdapter | None = None, plan: MemoryPlan | None = None, whole_head: bool = False
+    config: LemaConfig,
+    adapter: LemaModelAdapter | None = None,
+    plan: MemoryPlan | None = None,
+    whole_head: bool = False,
 ) -> Opened:
     """Open a model as settings say.
 
