@@ -212,6 +212,12 @@ def test_it_says_of_itself_what_a_resident_model_does(folder: Path, opened: Make
     assert prepare_model_for_kbit_training(model) is model
 
 
+def test_a_cast_by_kbit_training_is_refused_before_anything_is_computed(opened: Make) -> None:
+    model = prepare_model_for_kbit_training(opened(dtype="bfloat16"))
+    with pytest.raises(BindingError, match="moved away"):
+        model(**batch())
+
+
 def test_a_head_is_there_whenever_it_is_asked_for(folder: Path, opened: Make) -> None:
     weight = plain(folder).lm_head.weight
     for settings in ({}, {"ram_budget": "2GB"}, {"num_slots": 3, "ram_layers": 1}):

@@ -137,7 +137,7 @@ class Attachment:
         own.hook("sweeps", lm.module.register_forward_hook(self._end))
         own.hook("sweeps", lm.module.register_forward_hook(self._give_turn, always_call=True))
 
-    def guard(self, peft_model: PeftModel | None = None) -> None:
+    def guard(self, peft_model: nn.Module | None = None) -> None:
         """Keep weights from being cast, merged and saved. Adapters that come later are seen when they do.
 
         Args:
@@ -145,8 +145,9 @@ class Attachment:
         """
         self.lm.interceptor.take_off("guards", "adapters")
         guard(self.lm, self.memory)
-        tuner = None if peft_model is None else peft_model.base_model
-        if peft_model is not None and isinstance(tuner, BaseTuner):
+        tuner: BaseTuner | None = None
+        if isinstance(peft_model, PeftModel) and isinstance(peft_model.base_model, BaseTuner):
+            tuner = peft_model.base_model
             guard_peft(self.lm.interceptor, peft_model, tuner)
         self.joining = Joining(self.lm, self.memory, tuner)
         """Told of adapters that are put into the model."""

@@ -62,7 +62,7 @@ class Joining:
             if joining is not None and part is not None:
                 joining._joins(parent, name, part)
 
-        handle = register_module_module_registration_hook(joins)  # type: ignore[arg-type]
+        handle = register_module_module_registration_hook(joins)
         lm.interceptor.hook("guards", handle)
         weakref.finalize(self, handle.remove)
 
@@ -98,7 +98,7 @@ class Joining:
     def _is_of_model(self, part: nn.Module) -> bool:
         return part in self._units or any(module is part for module in self._lm.module.modules())
 
-    def _in_adapter_layer(self, layer: BaseTunerLayer, name: str, part: nn.Module) -> None:
+    def _in_adapter_layer(self, layer: nn.Module, name: str, part: nn.Module) -> None:
         if name == "base_layer" and isinstance(part, nn.Embedding) and self._is_of_model(part) and self._is_dora():
             raise UnsupportedError(
                 "DoRA on embeddings starts from all their rows, of which a streamed model reads those that it needs: "
