@@ -8,9 +8,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from . import dial, gpu, larger_than_memory, memory, planning, proof, published, scaling, sft_trainer, small, speed
+from . import (
+    decoding,
+    dial,
+    families,
+    gpu,
+    larger_than_memory,
+    memory,
+    planning,
+    proof,
+    published,
+    scaling,
+    sft_trainer,
+    small,
+    speed,
+)
 
 BENCHMARKS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "decoding": (decoding.main, "codes to values on the CPU, beside bitsandbytes' own functions"),
     "small": (small.main, "135M model in fp32: memory and step time beside PEFT with and without checkpointing"),
     "memory": (memory.main, "peak memory over models and batch shapes, predicted and measured, beside PEFT"),
     "speed": (speed.main, "step time beside PEFT and beside the limits: computation alone, reads alone, dd"),
@@ -23,6 +38,10 @@ BENCHMARKS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "published": (
         published.main,
         "four real models at 128 and 512 tokens beside PEFT, as the original published; a card",
+    ),
+    "families": (
+        families.main,
+        "a tiny model of every causal and image-text family of transformers: equal to PEFT, refused, wrong, crash",
     ),
     "planning": (planning.main, "nothing measured: what `lema plan` predicts for Llama 2 on cards of 8 to 24 GB"),
 }

@@ -63,7 +63,7 @@ def targets(folder: Path) -> list[str]:
 def lema_config(options: argparse.Namespace) -> Any:
     """The options as LEMA's settings; a budget of 'auto' becomes the number it stands for now."""
     import lema
-    from lema.engine.assembly import resolve_budgets
+    from lema.planning.policy import resolve_budgets
 
     config = lema.LemaConfig(
         str(options.folder),
@@ -103,11 +103,11 @@ def _lema(options: argparse.Namespace, ids: Any) -> Driver:
 def _lema_io(options: argparse.Namespace) -> Driver:
     """A step's accesses, with the same slots and readers, and nothing computed in between."""
     import lema
-    from lema.streaming.schedule import Schedule
+    from lema.streaming.schedule import AccessSchedule
 
     model = lema.LemaModel(lema_config(options))
     memory = model.memory
-    schedule = Schedule.training(memory.num_units)
+    schedule = AccessSchedule.training(memory.num_units)
 
     def step() -> float:
         memory.predict(schedule)

@@ -97,6 +97,8 @@ def _loss_chunk(value: Any) -> Any:
     return word
 
 
+QUANTIZED = ("nf4", "int8", "fp8")
+"""Formats that weights can be made into; see `prepare`."""
 Size = Annotated[int | str | None, BeforeValidator(lambda value: value if isinstance(value, str) else whole(value))]
 Place = Annotated[str, one_of("device", "host")]
 Slots = Annotated[int, Ge(2), WHOLE]
@@ -112,6 +114,9 @@ class ModelSettings:
     """Adapter name; None: read from the model's own config."""
     gbi_path: Annotated[MaybePath, SAME_NUMBERS] = None
     """Weights, when they are not where the model is: a `.safetensors` file or a directory."""
+    quantize: Annotated[str, one_of(*QUANTIZED)] | None = None
+    """'nf4', 'int8' or 'fp8': the layers' matrices as codes of this format, made of the model's weights once and kept
+    in a cache; None: the weights as they are, codes or not."""
     device: Annotated[str, BeforeValidator(_device), SAME_NUMBERS] = "cuda"
     """Where layers are computed: 'cpu', or an accelerator as torch names it: 'cuda', 'cuda:1', 'xpu'; 'auto': the
     accelerator that is there, else the CPU, and the field then says which."""

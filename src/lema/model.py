@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import LemaConfig
 from .coordinator import Coordinator
-from .engine.assembly import assemble_lora
+from .engine.assembly import assemble_lora, compute_dtype
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
 from .engine.generation import generate
@@ -42,12 +42,18 @@ class LemaModel:
     Raises:
         WeightsNotFoundError, MissingTensorError, ShapeMismatchError: the files do not hold the model.
         UnsupportedError: a family LEMA cannot run rightly.
+        WeightsError: `quantize` finds no room, or weights that are damaged; or see `prepare`.
         DeviceError: the device is absent or lacks the type; `DeviceMemoryError`: it has no room.
     """
 
     def __init__(
         self, config: LemaConfig, adapter: LemaModelAdapter | None = None, *, plan: MemoryPlan | None = None
     ) -> None:
+        if config.quantize is not None:
+            from .prepare.cached import quantised  # few runs need what it imports
+
+            compute_dtype(config)
+            config = quantised(config)
         self.config = config
         self.adapter, self.gbi, self.attachment = open_streamed(config, adapter, plan)
         """The attachment: the model and its weights, until `close`."""

@@ -23,7 +23,10 @@ from .typed import PLANNED, close_to, fields_with
 
 _OWNER = "lema_attachment"
 _STEP = ("batch_size", "max_seq_length", "micro_batch_size", "seed")
-_DECIDED = {"head": "trainers read the head's weight themselves, so it stays in memory whole"}
+_DECIDED = {
+    "head": "trainers read the head's weight themselves, so it stays in memory whole",
+    "quantize": "make codes first with lema prepare --quantize, and open what that writes",
+}
 
 
 def from_pretrained(

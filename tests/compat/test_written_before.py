@@ -74,4 +74,7 @@ def test_a_checkpoint_is_gone_on_with(written: Path) -> None:
     now = losses(written / "run")
     assert sorted(now) == [1, 2, 3, 4]
     assert now == pytest.approx(then, rel=1e-3)
-    assert load_file(written / "run/final/adapter_model.safetensors").keys() == adapter.keys()
+    again = load_file(written / "run/final/adapter_model.safetensors")
+    assert again.keys() == adapter.keys()
+    apart = sum(float((again[name] - adapter[name]).square().sum()) for name in adapter)
+    assert apart < 0.05**2 * sum(float(tensor.square().sum()) for tensor in adapter.values())

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lema.cli.app import app
 from lema.doctor import Facts, Finding, Level, checks, examine, gather, machine
-from lema.doctor.facts import Device, Hub, Library, Memory, Place, Rates, Torch
+from lema.doctor.facts import Codes, Device, Hub, Library, Memory, Place, Rates, Torch
 from lema.errors import WeightsNotFoundError
 
 A100 = Device("NVIDIA A100", (8, 0), 40 * 10**9, 39 * 10**9)
@@ -61,6 +61,14 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
 @pytest.mark.parametrize(
     ("found", "topic", "level", "message", "fix"),
     [
+        (
+            replace(GOOD, codes=Codes(4 * 10**9, 14 * 10**9, 20e9)),
+            "codes", "ok", "4 GB of codes, 14 GB of values, decoded at 20 GB/s", "",
+        ),
+        (
+            replace(GOOD, codes=Codes(4 * 10**9, 14 * 10**9, 2e9)),
+            "codes", "advice", "reads for 1.3 s and decodes for 7.0 s", "take the model in 16 bits",
+        ),
         (replace(GOOD, python="3.9.1"), "python", "problem", "3.9.1, and LEMA needs >=3.10", "new environment"),
         (
             replace(GOOD, libraries=(Library("peft", ">=0.18,<1", "0.9.0"),)),

@@ -59,7 +59,8 @@ from lema.planning.hardware import Hardware
 from lema.planning.plan import MemoryPlan, evenly
 from lema.planning.policy import plan_for
 from lema.storage.index import GlobalBinaryIndex
-from lema.streaming.recompute import StreamedLayer, _Graph
+from lema.streaming.layer_call import LayerGraph
+from lema.streaming.recompute import StreamedLayer
 from lema.streaming.weight_store import WeightStore
 
 pytestmark = [
@@ -203,7 +204,7 @@ def test_every_plan_gives_every_bit(llama: Llama, ram: int, keep: int, slots: in
         if step:
             assert report.loads == steady_loads(LAYERS - ram, slots) + head
     found = trainer.memory.stats.bytes_read - read_before
-    assert not any(type(thing) is _Graph for thing in gc.get_objects()), "no graph outlives its backward"
+    assert not any(type(thing) is LayerGraph for thing in gc.get_objects()), "no graph outlives its backward"
     if len(plan.from_disk) <= slots:
         assert found == sum(llama.unit_bytes) + llama.head_bytes * (3 if head else 1), "layers that stay are read once"
     trainer.memory.close()
@@ -523,12 +524,12 @@ def test_a_forward_nobody_goes_back_through_holds_nothing(tiny: Any) -> None:
     pair = pair_of(tiny("llama"), ram_layers=4, keep_activations=4)
     pair.model.hf_model.train()
     output = pair.model.hf_model(**padded_batch(ROWS, LENGTH))
-    assert sum(type(thing) is _Graph for thing in gc.get_objects()) == 4
+    assert sum(type(thing) is LayerGraph for thing in gc.get_objects()) == 4
     del output
-    assert not any(type(thing) is _Graph for thing in gc.get_objects())
+    assert not any(type(thing) is LayerGraph for thing in gc.get_objects())
     with torch.no_grad():
         pair.model.hf_model(**padded_batch(ROWS, LENGTH))
-        assert not any(type(thing) is _Graph for thing in gc.get_objects())
+        assert not any(type(thing) is LayerGraph for thing in gc.get_objects())
     pair.close()
 
 

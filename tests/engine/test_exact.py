@@ -23,6 +23,7 @@ from helpers import (
     Recorder,
     adapter_of,
     assert_as_exact_as_plain,
+    cut_into,
     differing,
     gradients_of,
     lema_config,
@@ -92,14 +93,8 @@ def test_a_batch_in_pieces_is_as_exact_as_plain_peft(
     expected_loss, plain = plain_step(family_pair.plain, batch)
     reference = family_pair.reference(batch)
     trainer = recording_trainer(family_pair.model)
-    attachment = family_pair.model.attachment
-    attachment.batching.micro_batch_size = micro
-    trainer.config.loss_chunk_size = chunk
-    try:
+    with cut_into(family_pair.model, micro, chunk):
         loss, found = lema_step(family_pair.model, batch, trainer)
-    finally:
-        attachment.batching.micro_batch_size = None
-        trainer.config.loss_chunk_size = None
     assert relative(loss, expected_loss) <= 1e-6
     assert found.keys() == plain.keys()
     assert_as_exact_as_plain(reference, plain, found)

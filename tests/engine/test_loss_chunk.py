@@ -15,8 +15,8 @@ from lema.engine.loss import head_loss
 from lema.engine.loss.head_loss import wide_piece
 from lema.errors import ConfigError
 from lema.planning import plan as plan_module
+from lema.planning.footprint import HEAD_CHUNK_BYTES
 from lema.planning.plan import AUTO_CHUNK, LARGE_LOGITS, loss_chunk
-from lema.streaming.head import SLICE_BYTES
 from lema.training.resume import check_resume
 
 pytestmark = pytest.mark.timeout(120)
@@ -49,8 +49,8 @@ def test_auto_cuts_what_is_large() -> None:
 def test_a_piece_is_wide_and_no_larger_than_was_asked(chunk: int, positions: int) -> None:
     wide, nbytes = wide_piece(chunk, positions)
     assert min(chunk, positions) <= wide <= positions
-    assert wide * nbytes <= min(chunk, positions) * SLICE_BYTES, "logits at once"
-    assert min(SLICE_BYTES, SLICE_BYTES // 4) <= nbytes <= SLICE_BYTES, "or calls would be many and small"
+    assert wide * nbytes <= min(chunk, positions) * HEAD_CHUNK_BYTES, "logits at once"
+    assert HEAD_CHUNK_BYTES // 4 <= nbytes <= HEAD_CHUNK_BYTES, "or calls would be many and small"
 
 
 def test_the_default_of_a_run_follows_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from lema.engine.loss.epilogue import ModelEpilogue
 from lema.engine.loss.positions import LossResult, compute_loss
 from lema.engine.loss.vocabulary import Head
 from lema.errors import InputError, UnsupportedError
+from lema.models.interceptor import Interceptor
 from rounding import head_gradient_bound
 
 pytestmark = pytest.mark.timeout(120)
@@ -352,6 +353,7 @@ class MadeUp(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64))
         self.vocab_size, self.max_positions = vocab, None
         self.before, self.after = before, after
+        self.interceptor = Interceptor()
 
     @property
     def module(self) -> nn.Module:
@@ -402,6 +404,32 @@ def test_any_cut_gives_the_whole_heads_numbers(
     found = vocabulary_loss(lm, hidden, wanted, denominator, chunks, positions=positions, scale=3.0)
     assert found.loss == pytest.approx(plain.loss, rel=1e-12, abs=1e-14)
     torch.testing.assert_close(found.gradient, plain.gradient, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_module_before_the_head_gets_its_gradient_from_any_cut(smoothing: float) -> None:
+    random = torch.Generator().manual_seed(3)
+    weight = nn.Parameter(torch.randn(8, 6, generator=random, dtype=torch.float64))
+    unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    lm = MadeUp(before=lambda x: functional.linear(x.tanh(), weight), after=AFTER["cap"])
+    hidden = torch.randn(1, 9, 6, generator=random, dtype=torch.float64)
+    targets = torch.tensor([[3, -100, 0, 39, 17, 17, -100, 38, 1]])
+    how = {"scale": 3.0, "trained": [weight, unused], "smoothing": smoothing}
+    plain = compute_loss(lm, hidden, targets, 7.0, **how)
+    ((parameter, expected),) = plain.beside
+    assert parameter is weight and bool(expected.any())
+    chunks = Pieces(lm.head.weight, [(0, 5), (5, 33), (33, 40)])
+    for found in (
+        compute_loss(lm, hidden, targets, 7.0, chunk_size=2, **how),
+        vocabulary_loss(lm, hidden, targets, 7.0, chunks, positions=2, **how),
+    ):
+        torch.testing.assert_close(found.gradient, plain.gradient, rtol=1e-9, atol=1e-13)
+        ((parameter, gradient),) = found.beside
+        assert parameter is weight
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13)
+    made = torch.zeros_like(hidden).requires_grad_()
+    plain.backward(made * 1.0)
+    assert torch.equal(made.grad, plain.gradient) and torch.equal(weight.grad, expected) and unused.grad is None
 
 
 def test_a_flat_softmax_over_a_wide_chunk_does_not_overflow_in_half_precision() -> None:
@@ -521,8 +549,9 @@ def test_the_heads_forward_is_put_back_after_errors(models: Any, replaced: bool)
     tiny = models("llama")
     hidden, targets = tiny.batch()
     head = tiny.headless.head
-    before = {"forward": lambda x: x} if replaced else {}
-    head.__dict__.update(before)
+    if replaced:
+        head.__dict__["forward"] = lambda x: 2 * x
+    before = head(hidden).detach()
 
     class Broken(Pieces):
         @contextlib.contextmanager
@@ -538,6 +567,21 @@ def test_the_heads_forward_is_put_back_after_errors(models: Any, replaced: bool)
             ):
                 with pytest.raises(error) if error else contextlib.nullcontext():
                     run()
-                assert {k: v for k, v in head.__dict__.items() if k == "forward"} == before
+                torch.testing.assert_close(head(hidden).detach(), before, rtol=0, atol=0, equal_nan=True)
     finally:
+        tiny.headless.interceptor.take_off("epilogue")
+        assert ("forward" in head.__dict__) is replaced
         head.__dict__.pop("forward", None)
+
+
+def test_a_forward_that_is_put_there_later_is_passed_by_too(models: Any) -> None:
+    tiny = models("llama")
+    hidden, targets = tiny.batch()
+    head, interceptor = tiny.headless.head, tiny.headless.interceptor
+    expected = vocabulary_loss(tiny.headless, hidden, targets, 1.0, tiny.pieces()).loss
+    for _ in range(2):
+        head.forward = lambda x: 2 * x
+        assert vocabulary_loss(tiny.headless, hidden, targets, 1.0, tiny.pieces()).loss == expected
+        assert torch.equal(head(hidden), 2 * hidden)
+    interceptor.take_off("epilogue")
+    del head.forward

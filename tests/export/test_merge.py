@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import lema.export.elements
 import lema.export.lora_layers
 import lema.export.merge
+from bnb_files import plain_of
 from families import save_tiny
 from helpers import lema_model, padded_batch, plain_model, randomise
 from hub_server import running_hub
@@ -33,6 +34,7 @@ from lema.export.checkpoint import Checkpoint
 from lema.export.merge import merge
 from lema.export.verify import compare
 from lema.export.weights import MergedWeights
+from lema.prepare import prepare
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -294,6 +296,32 @@ def test_refused_quantised_base(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "base/config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(UnsupportedError, match="fp8"):
         merge(llama / "adapter", tmp_path / "out", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3_moe, experts"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_of_codes_is_merged_as_what_they_stand_for(case: str, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    family, config, lora = CASES[case]
+    save_tiny(family, tmp_path / "source", **config)
+    codes = prepare(tmp_path / "source", tmp_path / "codes", quantize=kind).path
+    model = make_adapter(plain_of(codes, tmp_path / "plain"), tmp_path / "adapter", **lora)
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    result = merge(tmp_path / "adapter", tmp_path / "merged", base=codes)
+    expected, found, plain = (tensors_of(tmp_path / name) for name in ("peft", "merged", "plain"))
+    assert found.keys() == plain.keys() and "quantization_config" not in (tmp_path / "merged/config.json").read_text()
+    assert not [n for n in expected if not torch.allclose(found[n], expected[n], rtol=0, atol=1e-6)]
+    assert result.changed == sum(not torch.equal(found[n], plain[n]) for n in plain) > 0
+    assert result.comparison is not None and result.comparison.error < 1e-5
+    half = merge(tmp_path / "adapter", tmp_path / "half", base=codes, dtype="bfloat16", verify=False)
+    assert half.nbytes < 0.51 * result.nbytes
+    assert all(torch.equal(tensor, found[n].bfloat16()) for n, tensor in tensors_of(tmp_path / "half").items())
+    again = merge(tmp_path / "adapter", tmp_path / "again", base=codes, quantize=kind, verify=False)
+    assert not list(tmp_path.glob(".again*"))
+    assert again.errors.keys() == prepare(tmp_path / "source", tmp_path / "other", quantize=kind).errors.keys()
+    assert 0 < max(again.errors.values()) < 0.13
+    with lema_model(tmp_path / "again", use_lora=False) as streamed:
+        assert torch.isfinite(logits_of(streamed.hf_model)).all()
 
 
 def test_an_adapter_of_another_model(llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -260,11 +261,6 @@ def bitsandbytes(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tens
     tensors[f"{name}.weight.absmax"] = torch.zeros(4)
 
 
-def int8(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> None:
-    tensors[f"{name}.weight"] = torch.zeros(weight.shape, dtype=torch.int8)
-    tensors[f"{name}.SCB"] = torch.zeros(weight.shape[0])
-
-
 def fp8(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> None:
     tensors[f"{name}.weight"] = weight.to(torch.float8_e4m3fn)
     tensors[f"{name}.weight_scale_inv"] = torch.ones(1, 1)
@@ -273,19 +269,29 @@ def fp8(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> No
 def compressed(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> None:
     tensors[f"{name}.weight_packed"] = torch.zeros(weight.shape[0], weight.shape[1] // 8, dtype=torch.int32)
     tensors[f"{name}.weight_scale"] = torch.ones(weight.shape[0], 1)
+    tensors[f"{name}.weight_shape"] = torch.tensor(weight.shape)
 
 
-@pytest.mark.parametrize(
-    ("codes", "named"),
-    [(gptq, "GPTQ"), (mlx, "MLX"), (bitsandbytes, "bitsandbytes"), (int8, "8 bit"), (fp8, "FP8"),
-     (compressed, "compressed-tensors")],
-)  # fmt: skip
-def test_codes_without_a_quantization_config_are_named(good: Path, tmp_path: Path, codes: Any, named: str) -> None:
-    folder = Path(shutil.copytree(good, tmp_path / "model"))
+def with_codes(good: Path, folder: Path, codes: Any) -> Path:
+    """A copy of a model whose linear modules' weights are made codes."""
+    shutil.copytree(good, folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         codes(tensors, name.removesuffix(".weight"), tensors.pop(name))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("codes", [gptq, fp8, compressed])
+def test_codes_without_a_quantization_config_are_found(good: Path, tmp_path: Path, codes: Any) -> None:
+    with lema_model(with_codes(good, tmp_path / "model", codes)) as model:
+        loss, gradients = lema_step(model, padded_batch())
+    assert math.isfinite(loss) and all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+
+
+@pytest.mark.parametrize(("codes", "named"), [(mlx, "MLX"), (bitsandbytes, "bitsandbytes")])
+def test_codes_without_a_quantization_config_are_named(good: Path, tmp_path: Path, codes: Any, named: str) -> None:
+    folder = with_codes(good, tmp_path / "model", codes)
     with pytest.raises(UnsupportedError, match=rf"quantised.*{named}.*take the model it was made from"):
         lema.LemaModel(lema_config(folder)).initialize_lora()
     status, said = command("train", run_file(tmp_path, folder), "--dry-run")

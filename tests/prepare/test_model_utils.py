@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from gguf_files import LLAMA_FIELDS, llama_tensors, needs_smollm2, numbers, write_gguf
+from gguf_files import LLAMA_FIELDS, MOE_FIELDS, llama_tensors, moe_tensors, needs_smollm2, numbers, write_gguf
 from lema.errors import (
     ConfigError,
     DeviceError,
@@ -40,11 +40,13 @@ from lema.errors import (
     WeightsFormatError,
     WeightsNotFoundError,
 )
+from lema.models.gguf import config_in
 from lema.prepare import demo_model
 from lema.prepare import single_file as model_utils
 from lema.prepare.demo_model import locate_smollm2, smollm2_folder
-from lema.prepare.gguf_file import _write_weights, config_in, convert_gguf, open_gguf
+from lema.prepare.gguf_file import _write_weights, convert_gguf
 from lema.prepare.single_file import break_shared_weights, parse_dtype, prepare_monolithic_safetensors
+from lema.storage.gguf_header import open_gguf
 from lema.storage.index import GlobalBinaryIndex
 from lema.storage.writer import SafetensorsWriter
 
@@ -398,20 +400,6 @@ def test_untied_and_headless_models_keep_their_configuration(caplog: pytest.LogC
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-def moe_tensors() -> dict[str, np.ndarray]:
-    tensors = {
-        name: values for name, values in llama_tensors().items()
-        if not any(part in name for part in ("ffn_gate", "ffn_up", "ffn_down"))
-    }  # fmt: skip
-    for i in range(2):
-        block = {
-            "attn_q_norm": (8,), "attn_k_norm": (8,), "ffn_gate_inp": (4, 32),
-            "ffn_gate_exps": (4, 32, 32), "ffn_up_exps": (4, 32, 32), "ffn_down_exps": (4, 32, 32),
-        }  # fmt: skip
-        tensors |= {f"blk.{i}.{name}.weight": numbers(*shape) for name, shape in block.items()}
-    return tensors | {"output.weight": numbers(64, 32)}
-
-
 def converted_and_reference(source: Path, folder: Path) -> tuple[dict, dict]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_in(source))
@@ -431,13 +419,7 @@ def test_llama_weights_equal_those_transformers_reads(tmp_path: Path, quantise: 
 
 @needs_gguf
 def test_fused_experts_are_put_together(tmp_path: Path) -> None:
-    fields = LLAMA_FIELDS | {
-        "expert_count": 4, "expert_used_count": 2, "attention__key_length": 8,
-        "expert_feed_forward_length": 32,
-    }  # fmt: skip
-    fields.pop("rope__dimension_count")
-    fields["feed_forward_length"] = 32
-    source = write_gguf(tmp_path / "m.gguf", "qwen3moe", moe_tensors(), **fields)
+    source = write_gguf(tmp_path / "m.gguf", "qwen3moe", moe_tensors(), **MOE_FIELDS)
     config = config_in(source)
     config.moe_intermediate_size = 32
     with torch.device("meta"):

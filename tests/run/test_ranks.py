@@ -17,10 +17,9 @@ from transformers import TrainerCallback
 from helpers import relative
 from lema.errors import CheckpointError, RankError, ReadError
 from lema.training.evaluation import evaluate
-from lema.training.metrics import read_lines
 from lema.training.time_limit import TimeLimit
 from ranks import train_on
-from training_runs import adapter_bytes, settings_of
+from training_runs import adapter_bytes, read_lines, settings_of
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -675,10 +675,10 @@ class Universe:
     def assemble(self, placed: PlacedTensor) -> torch.Tensor:
         """The tensor the pieces make, by hand; every element is placed once."""
         result = torch.full((math.prod(placed.shape),), -1)
-        for piece in placed.pieces:
+        for piece in placed.parts:
             target = result[piece.target : piece.target + piece.count]
             assert len(target) == piece.count > 0 and bool((target == -1).all())
-            source = self.stored[piece.record][piece.source : piece.source + piece.count]
+            source = self.stored[piece.tensor][piece.source : piece.source + piece.count]
             assert len(source) == piece.count
             target.copy_(source)
         assert not bool((result == -1).any())
@@ -730,8 +730,8 @@ def test_experts_gate_and_up_are_one_run_each_and_come_apart_again() -> None:
     fused = concatenate([stack([p for p, _ in group], 0) for group in (gates, ups)], 1)
     order = [gates[0], ups[0], gates[1], ups[1]]
     assert fused.shape == (2, 6, 4)
-    assert [(p.record, p.source, p.target, p.count) for p in fused.pieces] == [
-        (part.pieces[0].record, 0, 12 * i, 12) for i, (part, _) in enumerate(order)
+    assert [(p.tensor, p.source, p.target, p.count) for p in fused.parts] == [
+        (part.parts[0].tensor, 0, 12 * i, 12) for i, (part, _) in enumerate(order)
     ]
     gate, up = chunk(fused, 2, 1)
     assert torch.equal(universe.assemble(gate), torch.stack([t for _, t in gates]))
@@ -906,8 +906,8 @@ def test_parameters_of_several_pieces_in_another_type(tmp_path: Path, dtype: tor
         fused, expected = concatenate([gate, up], 1), torch.cat([real["gate"], real["up"]], 1)
         half, half_expected = chunk(whole["up1"], 2, 1)[1], torch.chunk(tensors["up1"], 2, 1)[1]
         return [
-            (ParameterSource("fused", fused.shape, dtype, Placement(fused.pieces)), expected.to(dtype)),
-            (ParameterSource("half", half.shape, dtype, Placement(half.pieces)), half_expected.to(dtype)),
+            (ParameterSource("fused", fused.shape, dtype, fused.codec), expected.to(dtype)),
+            (ParameterSource("half", half.shape, dtype, half.codec), half_expected.to(dtype)),
             (whole_tensor("norm", gbi.record("norm"), dtype), tensors["norm"].to(dtype)),
         ]
 

@@ -91,14 +91,57 @@ MIXING: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Families that mix tokens beside attention, or tell positions in another way than by `position_ids`."""
 
-_OWN = {**FAMILIES, **MIXING}
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1,
+           "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
+_TURNS = ["sliding_attention", "full_attention"] * 3
+
+HANDING_ON: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {**_SLIDING, "num_hidden_layers": 6, "layer_types": _TURNS, "num_kv_shared_layers": 2,
+                     "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99,
+                     "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.5, *[0.0] * 5]},
+    "gemma4_text": {**_SLIDING, "num_hidden_layers": 6, "layer_types": _TURNS, "num_kv_shared_layers": 2,
+                    "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
+                    "vocab_size_per_layer_input": 99},
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3, "num_mem_blocks": 2,
+               "n_mamba_heads": 8, "mamba_ngroups": 1, "attention_head_dim": 16, "use_mem_rope": True,
+               "use_shared_attention_adapter": True, "adapter_rank": 4, "num_key_value_heads": 4, "mamba_d_state": 8,
+               "mamba_expand": 2, "chunk_size": 4},
+    "glm_moe_dsa": {**_LATENT, **_ROUTED, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 4},
+}  # fmt: skip
+"""Families whose layers give later ones more than hidden states: keys and values, choices, weights."""
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {**_LATENT, **_ROUTED},
+    "glm4_moe": {**_ROUTED, "head_dim": 8},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "head_dim": 8, "mamba_num_heads": 8,
+                   "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4, **_ROUTED,
+                   "moe_shared_expert_intermediate_size": 24},
+}  # fmt: skip
+
+TRANSFORMING: dict[str, dict[str, Any]] = {
+    "bert": {"is_decoder": True, "attention_probs_dropout_prob": 0.0},
+    "modernbert-decoder": {"global_attn_every_n_layers": 2, "local_attention": 8},
+    "electra": {"is_decoder": True, "attention_probs_dropout_prob": 0.0, "embedding_size": 16},
+}
+"""Families with modules of their own between decoder and head."""
+
+_OWN = {**FAMILIES, **MIXING, **HANDING_ON, **MIXTURES, **TRANSFORMING}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of a few thousand parameters; all dropout off."""
     values = {**_SMALL, **_DROPOUT_OFF, **_OWN.get(family, {}), **overrides}
     default = AutoConfig.for_model(family)
-    known = {name for name in values if hasattr(default, name) or name in _OWN.get(family, {}) or name in overrides}
+    wanted = {*_OWN.get(family, {}), *overrides}  # of some a default may not be asked: they differ by layer
+    known = {name for name in values if name in wanted or hasattr(default, name)}
     return AutoConfig.for_model(family, **{name: values[name] for name in known})
 
 

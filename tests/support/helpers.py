@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,18 @@ def lema_step(model: lema.LemaModel, batch: Batch, trainer: LemaTrainer | None =
     return loss, recorded(trainer, model.hf_model)
 
 
+@contextlib.contextmanager
+def cut_into(model: lema.LemaModel, micro: int | None = None, chunk: int | None = None) -> Iterator[None]:
+    """Inside the block layers run so many rows at once, and the loss so many targets; None: all."""
+    batching, memory = model.attachment.batching, model.memory
+    before = batching.micro_batch_size, memory.plan
+    batching.micro_batch_size, memory.plan = micro, replace(memory.plan, loss_chunk_size=chunk)
+    try:
+        yield
+    finally:
+        batching.micro_batch_size, memory.plan = before
+
+
 def differing(expected: Gradients, found: Gradients) -> list[str]:
     """Names whose gradient is missing or differs in a bit; also complains if there is nothing to compare."""
     assert expected, "the reference has no gradients"
@@ -186,6 +199,7 @@ class Pair:
     folder: Path
     plain: PeftModel
     model: lema.LemaModel
+    targets: Any = "all-linear"
     extras: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -199,7 +213,7 @@ class Pair:
         first = differing(dict(adapter_of(plain)), dict(adapter_of(model.hf_model)))
         assert not first, f"initial LoRA differs: {first}"
         randomise(plain, model.hf_model)
-        return cls(folder, plain, model)
+        return cls(folder, plain, model, targets)
 
     def reference(self, batch: Batch) -> Gradients:
         """Gradients of plain PEFT in float64."""
@@ -208,7 +222,7 @@ class Pair:
 
     def _double(self) -> PeftModel:
         if "double" not in self.extras:
-            double = plain_model(self.folder, torch.float64).to(torch.float64)
+            double = plain_model(self.folder, torch.float64, targets=self.targets).to(torch.float64)
             double.get_base_model().set_experts_implementation("eager")  # grouped_mm has no float64
             own = adapter_of(self.plain)
             with torch.no_grad():

@@ -154,6 +154,7 @@ def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[Data
     held against it as `lema train` does, or of the command line alone."""
     from ..run.planned import adapter_of, check_adapters
     from ..run.training import check_run, limits_of
+    from ..storage.gguf_header import is_gguf
     from ..training.run_config import RunConfig, parse_overrides
 
     if Path(file).suffix.lower() in _YAML:
@@ -173,7 +174,8 @@ def _settings(file: str, model: str | None, given: dict[str, str]) -> tuple[Data
 
     run = RunConfig.from_dict({**parse_overrides(given), "train_file": file, "model_name_or_path": model})
     folder = Path(model).parent if Path(model).suffix == ".safetensors" else Path(model)
-    limits = limits_of(adapter_of(run.lema).causal_lm()) if (folder / "config.json").is_file() else None
+    described = (folder / "config.json").is_file() or is_gguf(folder)
+    limits = limits_of(adapter_of(run.lema).causal_lm()) if described else None
     length = run.lema.max_seq_length
     if limits is not None:
         if "max_seq_length" not in given:  # the default is no wish

@@ -32,6 +32,12 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(metavar="TYPE", help="float32, float16 or bfloat16. Default: as the base is stored.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT", help="nf4, int8 or fp8: the merged model in codes again. Default: in 16 or 32 bits."
+        ),
+    ] = None,
     single_file: Annotated[bool, typer.Option("--single-file", help="One model.safetensors.")] = False,
     max_shard_size: Annotated[
         str | None,
@@ -61,6 +67,7 @@ def merge(
     """
     from ..export.merge import merge as run
     from ..machine.memory import parse_bytes
+    from ..prepare.quantise import encoder_of
 
     if overwrite and upload is None:
         raise typer.BadParameter("is about a repository: give --upload too", param_hint="--overwrite")
@@ -68,11 +75,16 @@ def merge(
         raise typer.BadParameter("contradicts --single-file: give one of them", param_hint="--max-shard-size")
     with usage_of("--max-shard-size"):
         size = None if max_shard_size is None else parse_bytes(max_shard_size, "max_shard_size")
+    if quantize is not None and upload is not None:
+        raise typer.BadParameter("contradicts --upload: upload the folder afterwards", param_hint="--quantize")
+    with usage_of("--quantize"):
+        if quantize is not None:
+            encoder_of(quantize)
     target = dtype_of(dtype)
     try:
         result = run(
-            checkpoint, output, base=base, dtype=target, single_file=single_file, max_shard_size=size, upload=upload,
-            overwrite=overwrite, verify=verify, progress=_tell,
+            checkpoint, output, base=base, dtype=target, quantize=quantize, single_file=single_file,
+            max_shard_size=size, upload=upload, overwrite=overwrite, verify=verify, progress=_tell,
         )  # fmt: skip
     except (KeyboardInterrupt, LemaError, OSError):
         kept = output.absolute().with_name(f".{output.absolute().name}.partial")
@@ -101,13 +113,24 @@ def show(result: MergeResult) -> None:
         )
         return
     typer.echo(f"{result.output}: {format_bytes(result.nbytes)}, {result.changed} tensors changed{_share(result)}.")
+    _tell_errors(result.errors)
     if found is None:
         typer.echo("Not verified.")
     else:
+        before = ", before that," if result.errors else ""
         typer.echo(
-            f"Verified on {found.tokens} tokens: logits are off base and adapter by {found.error:.1e} of their norm "
-            f"({found.allowed:.0e} would be rounding; the adapter itself changes them by {found.effect:.1e}), "
+            f"Verified{before} on {found.tokens} tokens: logits are off base and adapter by {found.error:.1e} of their "
+            f"norm ({found.allowed:.0e} would be rounding; the adapter itself changes them by {found.effect:.1e}), "
             f"the most likely token is the same at {found.same_choice:.0%}."
+        )
+
+
+def _tell_errors(errors: dict[str, float]) -> None:
+    if errors:
+        worst, mean = max(errors, key=errors.__getitem__), sum(errors.values()) / len(errors)
+        typer.echo(
+            f"{len(errors)} tensors are codes again: off the merged ones by {mean:.2%} of their norm on average, by "
+            f"{errors[worst]:.2%} at most ({worst})."
         )
 
 

@@ -5,6 +5,7 @@ It knows options and what is printed; the plan is made where runs are put togeth
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,11 +124,21 @@ def as_dict(planned: Planned) -> dict[str, Any]:
 
     return {
         "model": planned.config.model_name_or_path,
+        "found": dataclasses.asdict(planned.found),
         "settings": planned.config.to_dict(),
         "sizes_from": "weights" if planned.weights else "configuration",
         "hardware_from": "stated" if planned.stated else "measured",
         "hardware": json.loads(planned.hardware.to_json()),
+        "sizes": _sizes(planned),
         "budgets": {"ram_budget": planned.ram_budget, "vram_budget": planned.vram_budget},
         "peaks": {"host": planned.plan.host_peak, "device": planned.plan.device_peak},
         "plan": describe(planned.plan),
     }
+
+
+def _sizes(planned: Planned) -> dict[str, Any] | None:
+    if planned.outlook is None or planned.plan.estimate is None:  # a model that cannot be looked into
+        return None
+    sizes = planned.outlook.sizes
+    rate = sizes.decode_bytes_per_s if sizes.decoded else None
+    return {"layers": sum(sizes.units), "decoded": sum(sizes.decoded), "decode_bytes_per_s": rate}

@@ -12,6 +12,7 @@ from rich.text import Text
 from ..machine.memory import format_bytes
 from ..planning.plan import MemoryPlan
 from ..run.planned import Planned
+from .model_table import adapters, left_out
 
 Section = list[tuple[str, str]]
 
@@ -35,8 +36,18 @@ def show(planned: Planned, console: Console | None = None) -> None:
 
 
 def sections(planned: Planned) -> list[Section]:
-    """Labels and values: what is kept where, memory, time, and what was assumed."""
-    return [_kept(planned), _memory(planned), _time(planned), _assumed(planned)]
+    """Labels and values: what the model is, what is kept where, memory, time, and what was assumed."""
+    return [_model(planned), _kept(planned), _memory(planned), _time(planned), _assumed(planned)]
+
+
+def _model(planned: Planned) -> Section:
+    found = planned.found
+    rows = [("family", found.family)]
+    if found.left_out:
+        rows.append(("left out", left_out(found)))
+    if found.targets:
+        rows.append(("adapters", adapters(found)))
+    return rows
 
 
 def _kept(planned: Planned) -> Section:
@@ -50,6 +61,7 @@ def _kept(planned: Planned) -> Section:
     cut = "as its logits ask for" if plan.loss_chunk_size == "auto" else f"{chunk} positions at once"
     mapped = f", {len(plan.mapped)} mapped from the files" if plan.mapped else ""
     return [
+        *_codes(planned),
         ("layers", f"{device}{len(plan.in_ram)} in RAM, {len(plan.from_disk)} from disk{mapped}"),
         ("activations", f"kept in all {n} layers" if kept == n else activations),
         ("head", _head(plan)),
@@ -58,6 +70,19 @@ def _kept(planned: Planned) -> Section:
         ("micro-batch", f"{plan.micro_batch_size} of {config.batch_size} rows at once"),
         ("loss chunk", cut),
         ("slots", _slots(plan)),
+    ]
+
+
+def _codes(planned: Planned) -> Section:
+    if planned.outlook is None or planned.plan.estimate is None:  # a model that cannot be looked into
+        return []
+    sizes = planned.outlook.sizes
+    if not sizes.decoded:
+        return []
+    values = f"{format_bytes(sum(sizes.units))} of layers as codes, {format_bytes(sum(sizes.decoded))} as values"
+    rate = format_bytes(int(sizes.decode_bytes_per_s))
+    return [
+        ("weights", f"{values}, decoded at {rate}/s{' (assumed)' if planned.stated or not planned.weights else ''}")
     ]
 
 
@@ -100,6 +125,9 @@ def _time(planned: Planned) -> Section:
     busy = {"compute": estimate.compute_seconds, "disk": estimate.disk_seconds}
     if plan.device != "cpu":
         busy["link"] = estimate.link_seconds
+    if estimate.decode_seconds:
+        busy["compute"] -= estimate.decode_seconds
+        busy["decoding"] = estimate.decode_seconds
     return [
         (
             "step",

@@ -5,16 +5,14 @@ It knows options and how to show progress; the work is `lema.prepare`'s.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .progress import progress_bar
 from .settings import usage_of
 
 if TYPE_CHECKING:
@@ -58,6 +56,18 @@ def prepare(
         str | None, typer.Option(metavar="NAME", help="Which weights file of a directory or repository.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="nf4, int8 or fp8: the layers' matrices, experts among them, as codes. Default: weights as they are.",
+            show_default=False,
+        ),
+    ] = None,
+    quantize_also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help="router, embedding or head as well. May be repeated.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Make a folder of safetensors, configuration and tokenizer from SOURCE, in about one tensor's memory.
@@ -68,13 +78,19 @@ def prepare(
     """
     from ..machine.memory import parse_bytes
     from ..prepare import prepare as make
+    from ..prepare.quantise import encoder_of, kinds_of
     from ..prepare.single_file import parse_dtype
 
     with usage_of("--dtype"):
         target = None if dtype is None else parse_dtype(dtype)
+    with usage_of("--quantize"):
+        if quantize is not None:
+            encoder_of(quantize)
+    with usage_of("--quantize-also"):
+        kinds_of(quantize_also or ())
     with usage_of("--max-shard-size"):
         largest = parse_bytes(max_shard_size, "max_shard_size")
-    with _progress(not as_json) as progress:
+    with progress_bar(not as_json) as progress:
         try:
             prepared = make(
                 source,
@@ -85,6 +101,8 @@ def prepare(
                 config=config,
                 file=file,
                 revision=revision,
+                quantize=quantize,
+                quantize_also=quantize_also or (),
                 progress=progress,
             )
         except KeyboardInterrupt:
@@ -110,11 +128,19 @@ def _show(prepared: Prepared) -> None:
         f"{prepared.files} file{'s' if prepared.files > 1 else ''}"
     )
     if prepared.written:
-        typer.echo(f"{prepared.path}: {size}. Read back from the disk and equal to the source.")
+        same = "as it was made" if prepared.errors else "equal to the source"
+        typer.echo(f"{prepared.path}: {size}. Read back from the disk and {same}.")
     else:
         typer.echo(f"{prepared.path}: nothing to do, it streams well as it is: {size}.")
     if prepared.kept:
         typer.echo(f"{prepared.kept} tensors of an interrupted run were verified and kept.")
+    if prepared.errors:
+        worst = max(prepared.errors, key=prepared.errors.__getitem__)
+        mean = sum(prepared.errors.values()) / len(prepared.errors)
+        typer.echo(
+            f"{len(prepared.errors)} tensors are codes now: off by {mean:.2%} of their norm on average, by "
+            f"{prepared.errors[worst]:.2%} at most ({worst}). --json lists all."
+        )
     for note in prepared.notes:
         typer.echo(f"note: {note}")
     if prepared.overflowed:
@@ -125,26 +151,3 @@ def _show(prepared: Prepared) -> None:
             err=True,
         )
     typer.echo(f"Next:  lema plan {shlex.quote(str(prepared.path))}")
-
-
-@contextlib.contextmanager
-def _progress(wanted: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on standard error where that is a terminal."""
-    if not wanted or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, int] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done)  # type: ignore[arg-type]
-
-        yield show

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
+from .progress import progress_bar
 from .settings import split_settings, usage_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def train(
     run = _read(file, split_settings(settings or ()))
     ranks = Coordinator()
     with begun(run, resume, ranks, look=dry_run) as (folder, start):
-        planned = plan_run(run, start)
+        with progress_bar(run.lema.quantize is not None) as progress:
+            planned = plan_run(run, start, progress)
         if dry_run:
             planned.check()
         _say_cost(run, start, planned)

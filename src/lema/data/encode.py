@@ -24,7 +24,7 @@ from .schema import Completion, Content, Conversation, Instruction, PlainText, r
 from .tools import takes_text, with_text_arguments
 
 INSTRUCTION_SEPARATOR = "\n\n"
-_VERSION = 3  # of how rows become tokens
+_VERSION = 2  # of how rows become tokens: no run goes on with rows of another one, so mended faults alone leave it
 
 
 class RowEncoder:

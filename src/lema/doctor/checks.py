@@ -13,7 +13,7 @@ from packaging.version import Version
 from ..machine.memory import format_bytes
 from .facts import Device, Facts
 from .finding import Finding, Level, advice, ok, problem
-from .resources import GB, check_hub, check_memory, check_pinning, check_places, check_rates, check_swap
+from .resources import GB, check_codes, check_hub, check_memory, check_pinning, check_places, check_rates, check_swap
 
 _INDEX = "https://download.pytorch.org/whl"
 # CUDA's release notes, "CUDA Toolkit and minimum required driver version for minor version compatibility".
@@ -24,7 +24,7 @@ def examine(facts: Facts) -> list[Finding]:
     """All findings, subject by subject."""
     checks = (
         check_python, check_libraries, check_torch, check_kernels, check_dtype, check_memory, check_swap,
-        check_pinning, check_rates, check_places, check_hub,
+        check_pinning, check_rates, check_codes, check_places, check_hub,
     )  # fmt: skip
     return [finding for check in checks for finding in check(facts)]
 

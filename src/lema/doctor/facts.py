@@ -86,6 +86,18 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """Weights of the model that are kept as codes."""
+
+    stored: int
+    """Bytes of all layers in the files."""
+    values: int
+    """Bytes of what they are decoded to, twice a step."""
+    rate: float
+    """Bytes of values a second, measured where layers are computed."""
+
+
+@dataclass(frozen=True)
 class Hub:
     """The Hugging Face hub, as this user has it set up."""
 
@@ -110,6 +122,8 @@ class Facts:
     places: tuple[Place, ...] = ()
     rates: Rates | None = None
     rates_error: str = ""
+    codes: Codes | None = None
+    """None: no model was given, its weights are plain, or nothing was measured."""
     nvidia_nodes: tuple[str, ...] = ()
     """Device files of NVIDIA cards."""
     nvidia_driver: str = ""

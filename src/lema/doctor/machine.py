@@ -19,7 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from ..libraries import distribution
-from .facts import Device, Facts, Hub, Library, Memory, Place, Rates, Torch
+from .facts import Codes, Device, Facts, Hub, Library, Memory, Place, Rates, Torch
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -40,7 +40,7 @@ def gather(model: str | None = None, output_dir: str = "output", measure: bool =
     if model is not None and not os.path.exists(model):
         raise WeightsNotFoundError(f"{model}: no such file or directory. Give a path on this machine, or leave it out")
     found = torch_facts()
-    rates, error = None, ""
+    rates, error, codes = None, "", None
     if measure:
         from ..machine.device import default_device
         from ..planning.probe import profile
@@ -48,6 +48,7 @@ def gather(model: str | None = None, output_dir: str = "output", measure: bool =
         try:
             machine = profile(default_device() if found.devices else "cpu", model)
             rates = Rates(machine.disk_bytes_per_s, machine.link_bytes_per_s, machine.flops)
+            codes = None if model is None else codes_of(Path(model), machine.device)
         except (LemaError, OSError, RuntimeError) as caught:  # RuntimeError: torch's word for a device that fails
             error = str(caught)
     bounds, libraries = _requirements()
@@ -61,10 +62,34 @@ def gather(model: str | None = None, output_dir: str = "output", measure: bool =
         places=tuple(_places(model, output_dir)),
         rates=rates,
         rates_error=error,
+        codes=codes,
         nvidia_nodes=tuple(sorted(str(node) for node in Path("/dev").glob("nvidia[0-9]*"))),
         nvidia_driver=nvidia_driver(),
         amd_node=Path("/dev/kfd").exists(),
     )
+
+
+def codes_of(model: Path, device: str) -> Codes | None:
+    """Codes of a model's folder, and how fast they are decoded; None where its config.json names no format."""
+    file = model / "config.json"
+    if not file.is_file() or "quantization_config" not in file.read_text(encoding="utf-8", errors="replace"):
+        return None
+    import torch
+
+    from ..config import LemaConfig
+    from ..models.locate import adapter_for
+    from ..models.transformers_adapter import TransformersAdapter
+    from ..planning.decoding import decode_rate
+    from ..planning.sizes import model_sizes
+    from ..storage.index import GlobalBinaryIndex
+
+    adapter = adapter_for(LemaConfig(str(model), device="cpu"), model)
+    if not isinstance(adapter, TransformersAdapter):
+        return None
+    with GlobalBinaryIndex(model) as gbi:
+        sizes = model_sizes(adapter, gbi=gbi)
+        rate = decode_rate(adapter.unit_sources(gbi), torch.device(device))
+    return None if rate is None else Codes(sum(sizes.units), sum(sizes.decoded), rate)
 
 
 def _requirements() -> tuple[str, tuple[Library, ...]]:

@@ -88,6 +88,22 @@ def check_rates(facts: Facts) -> Iterator[Finding]:
             yield ok("link", message)
 
 
+def check_codes(facts: Facts) -> Iterator[Finding]:
+    """Whether a model's codes are decoded faster than their values could be read."""
+    if facts.codes is None or facts.rates is None:
+        return
+    codes = facts.codes
+    reading, decoding = codes.stored / facts.rates.disk, codes.values / codes.rate
+    message = (
+        f"layers are {format_bytes(codes.stored)} of codes, {format_bytes(codes.values)} of values, decoded at "
+        f"{format_bytes(int(codes.rate))}/s: a sweep reads for {reading:.1f} s and decodes for {decoding:.1f} s"
+    )
+    if decoding > codes.values / facts.rates.disk:
+        yield advice("codes", message, "a disk as fast as this one gains nothing by codes: take the model in 16 bits")
+    else:
+        yield ok("codes", message)
+
+
 def check_places(facts: Facts) -> Iterator[Finding]:
     """The folders a run reads and writes."""
     for place in facts.places:

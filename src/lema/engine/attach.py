@@ -6,6 +6,7 @@ It knows a model's parts, a plan and the store; it knows nothing of losses, opti
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ from ..storage.index import GlobalBinaryIndex
 from ..streaming.accelerator import AcceleratorBackend
 from ..streaming.arguments import BatchRules
 from ..streaming.draws import Draws
-from ..streaming.recompute import Batching, StreamedLayer
+from ..streaming.layer_call import Batching
+from ..streaming.recompute import StreamedLayer
 from ..streaming.schedule import AccessSchedule
 from ..streaming.weight_store import WeightStore
 from .assembly import StoredModel, compute_dtype
@@ -34,6 +36,9 @@ from .guards import guard, guard_peft
 from .joining import Joining
 from .loss.streamed_head import streamed_forward
 from .outlook import Outlook
+from .trial import fault_of_training, kinds_of
+
+logger = logging.getLogger(__name__)
 
 _REFUSED_OUTPUTS = {
     "output_attentions": "attention weights",
@@ -112,6 +117,10 @@ class Attachment:
         lm.interceptor.take_off(*_NAMES)
         self.lm = lm
         self.memory = memory
+        self.fault = ""
+        """Why this model is not to be trained, though it can be asked; empty if it may be. Known with its adapters."""
+        self._tried: nn.Module | None = None
+        self._trying = False
         plan = memory.plan
         self.batching = Batching(None if plan.whole_batch else plan.micro_batch_size, lambda: BatchRules.learn(lm))
         self.heap = HeapGuard(memory.heap_limit, plan.keeps_idle_heap)
@@ -123,6 +132,7 @@ class Attachment:
         for unit in plan.keep_activations:
             self.layers[unit].keeps_graph = True
         self._closed = False
+        self._told = False
         self._put_in_place()
         self.guard()
 
@@ -151,6 +161,19 @@ class Attachment:
             guard_peft(self.lm.interceptor, peft_model, tuner)
         self.joining = Joining(self.lm, self.memory, tuner)
         """Told of adapters that are put into the model."""
+        if peft_model is not None:
+            self._try(peft_model)
+
+    def _try(self, peft_model: nn.Module) -> None:
+        """Find out, once, whether the model with its adapters would be trained rightly; no layer is accessed."""
+        if self._tried is peft_model:
+            return
+        self._trying = True
+        try:
+            self.fault = fault_of_training(self.lm)
+        finally:
+            self._trying = False
+        self._tried = peft_model
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`; its weights are then wherever they happen to be.
@@ -168,9 +191,9 @@ class Attachment:
         self.memory.gbi.close()
         self.heap.close()
 
-    def prepare(self, batch: int) -> None:
-        """Learn how to cut the layers' arguments, if a batch of this many rows will be cut."""
-        if len(self.batching.cuts(batch)) > 1:
+    def prepare(self) -> None:
+        """Learn how to cut the arguments of layers where they may be cut: no forward runs inside another."""
+        if self.batching.micro_batch_size is not None:
             _ = self.batching.rules
 
     def trim(self) -> None:
@@ -187,9 +210,25 @@ class Attachment:
             return 0
         return next((s.unit for s in self.layers if s.trainables()), len(self.layers))
 
+    def _tell_of_unused(self) -> None:
+        """Say once, when there has been a backward, to which adapters of layers no gradient leads."""
+        if self._told or all(layer.unused is None for layer in self.layers):
+            return
+        self._told = True
+        without = {id(p) for layer in self.layers for p in (layer.unused or {}).values()}
+        inside = {id(p) for layer in self.layers for p in layer.trainables()}
+        named = [(n, id(p)) for n, p in self.lm.module.named_parameters() if id(p) in inside] if without else []
+        if unused := kinds_of(n for n, p in named if p in without) - kinds_of(n for n, p in named if p not in without):
+            logger.warning(
+                "no gradient leads to %s: adapters there learn nothing, as with transformers + PEFT; leave them out "
+                "with exclude_modules", ", ".join(sorted(unused)),
+            )  # fmt: skip
+
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._trying:
+            return args, kwargs
         self.memory.turn.take("the model")
         if self._closed:
             raise StreamingError(
@@ -204,6 +243,7 @@ class Attachment:
         count = len(self.layers)
         lowest = self.lowest_trainable() if torch.is_grad_enabled() else count
         if lowest < count:
+            self._tell_of_unused()
             kwargs.setdefault("use_cache", False)
             self.memory.predict(AccessSchedule.training(count, lowest))
             self.draws.begin(self.memory.compute_device)
@@ -228,10 +268,12 @@ class Attachment:
         return run
 
     def _end(self, *_: Any) -> None:
-        self.draws.end()
+        if not self._trying:
+            self.draws.end()
 
     def _give_turn(self, *_: Any) -> None:
-        self.memory.turn.give()
+        if not self._trying:
+            self.memory.turn.give()
 
 
 def _refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def state_from_files(memory: WeightStore) -> dict[nn.Module, Callable[..., None]
     an adapter of one's own, whose sources are not known by module.
 
     A weight is a view of the mapped file, in the file's type, and takes no memory until it is read. One that is made of
-    several tensors (separate experts) is put together when it is asked for, and takes its size.
+    several tensors (separate experts) or of codes is put together when it is asked for, and takes its size.
     """
     if not isinstance(memory.adapter, TransformersAdapter):
         return {}
@@ -45,7 +45,7 @@ def _save(
 
 
 def _stored(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:
-    if len(source.pieces) > 1:
+    if len(source.pieces) != 1:
         return materialize(gbi, source)
     piece = source.pieces[0]
     stored = gbi.view(piece.record.name).reshape(-1)

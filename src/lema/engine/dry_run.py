@@ -26,8 +26,7 @@ from ..models.lora import LoRAManager
 from ..models.stages import layer_arguments
 from ..models.transformers_adapter import TransformersAdapter
 from ..planning.plan import LayerCost, LossCost
-from ..streaming.arguments import Arguments
-from ..streaming.recompute import take_apart, take_hidden
+from ..streaming.arguments import Arguments, containers, hidden_of, take_hidden
 from .loss.positions import loss_of_piece
 
 logger = logging.getLogger(__name__)
@@ -213,16 +212,16 @@ class _LayerRun:
     def __init__(self, layer: nn.Module, arguments: Arguments) -> None:
         like, rest = take_hidden(*arguments)
         with torch.no_grad(), Counting() as self.forward:
-            take_apart(layer(like, *rest[0], **rest[1]))
+            layer(like, *rest[0], **rest[1])
         hidden = torch.empty_like(like).requires_grad_()
         gradient = torch.empty_like(like)
         wanted = [p for p in layer.parameters() if p.requires_grad]
         with Counting() as self.both:
-            _, outputs = take_apart(layer(hidden, *rest[0], **rest[1]))
+            output = layer(hidden, *rest[0], **rest[1])
             self.graph = self.both.now
             self.turn = len(self.both.order)
-            found = torch.autograd.grad(outputs[0], [hidden, *wanted], gradient, allow_unused=True)
-        del outputs, found
+            found = torch.autograd.grad(hidden_of(output), [hidden, *wanted], gradient, allow_unused=True)
+        del output, found
         self.dtype = like.dtype
 
     def cost(self, layer: nn.Module) -> LayerCost:
@@ -245,10 +244,11 @@ def _run_alone(lm: TransformersCausalLM, unit: int, shape: tuple[int, int]) -> _
     layer = lm.layers[unit]
     mask = torch.ones(shape, dtype=torch.long)
     mask[0, 0] = 0
+    arguments = layer_arguments(lm, unit, shape, attention_mask=mask)
     try:
-        return _LayerRun(layer, layer_arguments(lm, unit, shape, attention_mask=mask))
+        return _LayerRun(layer, arguments)
     except _ANYTHING:
-        if not lm.returns_several:
+        if not (lm.returns_several or containers(arguments)):
             raise
         return _LayerRun(layer, layer_arguments(lm, unit, shape, fed=True, attention_mask=mask))
 

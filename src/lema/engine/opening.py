@@ -14,6 +14,7 @@ from ..models.base import LemaModelAdapter
 from ..models.locate import adapter_for, local_path, weights_path
 from ..planning.plan import MemoryPlan
 from ..planning.policy import plan_for
+from ..storage.gguf_header import is_gguf
 from ..storage.index import GlobalBinaryIndex
 from .assembly import StoredModel, compute_dtype
 from .attach import Attachment, attach
@@ -66,5 +67,5 @@ def open_streamed(
             pass  # a head that stays in RAM is read when it is first used
     if config.leave_out_router_loss:
         attachment.lm.router_loss = None
-    take_end_tokens(attachment.lm.module, path if path.is_dir() else path.parent)
+    take_end_tokens(attachment.lm.module, path if path.is_dir() or is_gguf(path) else path.parent)
     return Opened(adapter, gbi, attachment)

@@ -16,6 +16,7 @@ import torch
 from ..config import LemaConfig
 from ..errors import UnsupportedError
 from ..models.transformers_adapter import TransformersAdapter
+from ..planning.decoding import decode_rate, stated_rate
 from ..planning.footprint import Footprint
 from ..planning.hardware import Hardware
 from ..planning.plain import stored_bytes
@@ -23,6 +24,7 @@ from ..planning.plan import Estimate, MemoryPlan, ModelSizes, Workload
 from ..planning.policy import Budgets, resolve_budgets
 from ..planning.sizes import model_sizes
 from ..planning.step_time import counted, estimate
+from ..storage.codecs import Placement
 from ..typed import PLANNED, fields_with
 from .assembly import StoredModel, lora_settings
 from .dry_run import DryRun
@@ -75,9 +77,27 @@ class Outlook:
         return self.sizes.units, self.sizes.head if self.sizes.head_streams else 0
 
     @functools.cached_property
+    def codes(self) -> bool:
+        """Whether layers are kept as codes, which are decoded at every use."""
+        gbi = self._model.gbi
+        if gbi is None:
+            return bool(self.sizes.decoded)
+        units = self._model.adapter.unit_sources(gbi)
+        return any(not isinstance(source.codec, Placement) for unit in units for source in unit)
+
+    @functools.cached_property
     def sizes(self) -> ModelSizes:
         """Bytes of the model's parts."""
-        return model_sizes(self._adapter, self._once("parameters", lambda run: run.parameters), self._model.gbi)
+        sizes = model_sizes(self._adapter, self._once("parameters", lambda run: run.parameters), self._model.gbi)
+        return replace(sizes, decode_bytes_per_s=self._decode_rate()) if sizes.decoded else sizes
+
+    def _decode_rate(self) -> float:
+        """Bytes of values a second: of these weights on this machine, or what is taken for another one."""
+        gbi, kind = self._model.gbi, torch.device(self.config.device).type
+        if gbi is None or self._given is not None:
+            return stated_rate(kind)
+        rate = decode_rate(self._adapter.unit_sources(gbi), torch.device(self.config.device))
+        return stated_rate(kind) if rate is None else rate
 
     def workload(self, seq: int) -> Workload:
         """What a step of `batch_size` rows of so many tokens takes."""

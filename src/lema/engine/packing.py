@@ -4,11 +4,12 @@ It knows how to try a model's layers on a few tokens; it knows nothing of text o
 
 Rows are told apart by `position_ids` that restart, without an `attention_mask`: transformers builds a block-diagonal
 mask from them, but not for every family. Some build their masks without looking at positions, some mix tokens without
-a mask (linear attention, convolutions, state spaces) even where they are given one, flash attention looks at positions
-only where a batch has one row. So the model is tried: its own forward prepares two packs of two rows, and the second
-rows alone; one layer of each kind computes both, on random values and random weights. Where a row is not what it is
-alone, rows leak into each other. A weight is as many random numbers as its sides are long, laid out along both, so a
-layer of any size takes the memory of its largest matrix and no file is read.
+a mask (linear attention, convolutions, state spaces) even where they are given one, flash attention looks at
+positions only where a batch has one row. So the model is tried: its own forward prepares two packs of two rows, and
+the second rows alone; one layer of each kind computes both, on random values and random weights (all layers do, one
+after the other, where later ones need what earlier ones made). Where a row is not what it is alone, rows leak into
+each other. A weight is as many random numbers as its sides are long, laid out along both, so a layer of any size
+takes the memory of its largest matrix and no file is read.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..models.causal_lm import CausalLM
-from ..streaming.arguments import Arguments, named_leaves
-from ..streaming.recompute import take_apart, take_hidden
+from ..streaming.arguments import Arguments, changed_leaves, containers, hidden_of, named_leaves, take_hidden
 
 _CUTS = ((5, 6), (4, 7))
 """Tokens of the rows of each pack."""
@@ -89,17 +89,82 @@ def _fault(lm: CausalLM) -> str:
         alone = [_calls(lm, [torch.arange(second)]) for _, second in _CUTS]
     except _FAILURES as error:
         return f"it cannot be tried on them ({type(error).__name__}: {error})"
-    for pack, (first, _) in enumerate(_CUTS):
-        if _differ(packs[0].hidden[pack, first:], alone[pack][0].hidden[0]):
+    for pack, (first, second) in enumerate(_CUTS):
+        together = _rows_first(packs[0].hidden, sum(_CUTS[0]))[pack, first:]
+        if _differ(together, _rows_first(alone[pack][0].hidden, second)[0]):
             return "what its first layer is given does not restart with the positions"
+    if lm.returns_several or any(containers(call.arguments) for call in packs):
+        return _fault_of_all(lm, packs[0].hidden)
     for number in _kinds(lm, packs):
         try:
             leaks = _leaks(lm, number, packs[number], [calls[number] for calls in alone])
         except _FAILURES as error:
             return f"its layer {number} cannot be tried on them ({type(error).__name__}: {error})"
         if leaks:
-            return f"in its layer {number} ({type(lm.layers[number]).__name__}) a row changes with the row before it"
+            return _of_layer(lm, number)
     return ""
+
+
+def _of_layer(lm: CausalLM, number: int) -> str:
+    return f"in its layer {number} ({type(lm.layers[number]).__name__}) a row changes with the row before it"
+
+
+def _fault_of_all(lm: CausalLM, hidden: torch.Tensor) -> str:
+    """Why rows would not be kept apart by layers that need what earlier ones made, so that all run in their order; the
+    first is given random values shaped like these hidden states of the packs."""
+    half = lm.module.dtype not in (torch.float32, torch.float64)
+    device = getattr(lm.module, "device", torch.device("cpu"))
+    tolerance = _ROUNDING_OF_HALF if half else _ROUNDING if device.type == "cpu" else _ROUNDING_OF_DEVICES
+    try:
+        with _in_full(device.type):
+            shape = _rows_first(hidden, sum(_CUTS[0])).shape
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+            packs = _outputs(lm, [torch.cat([torch.arange(n) for n in cut]) for cut in _CUTS], values)
+            alone = [
+                _outputs(lm, [torch.arange(second)], values[pack : pack + 1, first:])
+                for pack, (first, second) in enumerate(_CUTS)
+            ]
+    except _FAILURES as error:
+        return f"its layers cannot be tried on them ({type(error).__name__}: {error})"
+    for number, outputs in enumerate(packs):
+        for pack, (first, second) in enumerate(_CUTS):
+            together = _rows_first(outputs, sum(_CUTS[0]))[pack, first:]
+            if _differ(together, _rows_first(alone[pack][number], second)[0], tolerance):
+                return _of_layer(lm, number)
+    return ""
+
+
+def _outputs(lm: CausalLM, positions: list[torch.Tensor], values: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states after each layer for a batch of these positions, the first layer being given `[batch, seq, ..]`."""
+    found: list[torch.Tensor] = []
+
+    def runs(layer: nn.Module) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest = take_hidden(args, kwargs)
+            if not found:
+                seq = _seq_dim(hidden, values.shape[1])
+                hidden = values.movedim((0, 1), (seq - 1, seq)).contiguous()
+            with _tried(layer, hidden.dtype):
+                output = type(layer).forward(layer, hidden, *rest[0], **rest[1])
+            found.append(hidden_of(output))
+            if len(found) == len(lm.layers):
+                raise _Enough
+            return output
+
+        return forward
+
+    _forward(lm, [runs(layer) for layer in lm.layers], positions)
+    return found
+
+
+def _rows_first(hidden: torch.Tensor, length: int) -> torch.Tensor:
+    """Hidden states as `[batch, seq, ..]`, where the family has another dimension before them."""
+    seq = _seq_dim(hidden, length)
+    return hidden.movedim((seq - 1, seq), (0, 1))
+
+
+def _seq_dim(hidden: torch.Tensor, length: int) -> int:
+    return next(d for d in range(1, hidden.dim()) if hidden.shape[d] == length)
 
 
 def _calls(lm: CausalLM, positions: list[torch.Tensor]) -> list[_Call]:
@@ -115,17 +180,22 @@ def _calls(lm: CausalLM, positions: list[torch.Tensor]) -> list[_Call]:
 
         return forward
 
+    _forward(lm, [note(i) for i in range(len(lm.layers))], positions)
+    return [calls[number] for number in range(len(lm.layers))]
+
+
+def _forward(lm: CausalLM, forwards: list[Any], positions: list[torch.Tensor]) -> None:
+    """The model's own forward with these in place of its layers', up to the last."""
     rows = torch.stack(positions).to(getattr(lm.module, "device", torch.device("cpu")))
     training = lm.module.training
     lm.module.eval()  # dropout on the embeddings would differ from one run to the next
     try:
-        with lm.replaced_layers([note(i) for i in range(len(lm.layers))]), torch.no_grad():
+        with lm.replaced_layers(forwards), torch.no_grad():
             lm.module.forward(input_ids=rows, position_ids=rows, use_cache=False)
     except _Enough:
         pass
     finally:
         lm.module.train(training)
-    return [calls[number] for number in range(len(lm.layers))]
 
 
 def _kinds(lm: CausalLM, calls: list[_Call]) -> list[int]:
@@ -194,15 +264,12 @@ def _in_full(device: str) -> Iterator[None]:
 def _run(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
     """A layer's hidden states, floating arguments cast to the type of those it gets."""
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cast(item) for item in value)
+    def cast(_: str, value: Any) -> Any:
         return value.to(hidden.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    args, kwargs = arguments
-    run = type(layer).forward
-    output = run(layer, hidden, *map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
-    return take_apart(output)[1][0]
+    args, kwargs = changed_leaves(arguments, cast)
+    output = type(layer).forward(layer, hidden, *args, **kwargs)
+    return hidden_of(output)
 
 
 @contextmanager

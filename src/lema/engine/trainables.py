@@ -21,7 +21,7 @@ from ..streaming.weight_store import WeightStore
 from .host_optimizer import HostMasters
 from .loss_scale import LossScale
 from .optimizer import check_optimizer, default_optimizer, keep_state_apart, scale_learning_rate, set_adamw
-from .update import GradientBuffer, step_optimizer
+from .update import GradientBuffer, drop_zeros, step_optimizer
 from .window import Window
 
 
@@ -98,9 +98,11 @@ class Trainables:
         have their gradients to be looked at.
         """
         held = self.held()
+        unreached = self._buffer.unreached(held)
         with self._counted():
             _add_gradients(held, coordinator)
         window.normalize_gradients(held)
+        drop_zeros(unreached)
         norm = step_optimizer(self.optimizer, self.loss_scale, held, max_grad_norm, coordinator)
         self.place_state()
         if not math.isfinite(norm) and not self.loss_scale.enabled:

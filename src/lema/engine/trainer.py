@@ -38,6 +38,7 @@ from .numerics import numerics
 from .resume_state import ResumeState
 from .step_report import StepReport, report_of
 from .trainables import Trainables
+from .trial import check_training
 from .turns import check_gradients_on, evaluating, in_turn
 from .window import Window
 
@@ -85,6 +86,7 @@ class LemaTrainer(OriginalTrainer):
         """The model whose mode is switched: PEFT's around transformers', or the bare one."""
         if lora_manager is not None:
             self.attachment.guard(self.model)
+            check_training(self.attachment.fault)
         self.trainables = Trainables(trained, optimizer, config, self.memory)
         self.optimizer = self.trainables.optimizer
         self.window = Window(config.gradient_accumulation_steps)
@@ -160,7 +162,7 @@ class LemaTrainer(OriginalTrainer):
             with_logits=with_logits,
         )  # fmt: skip
         self._trim()
-        hidden.backward(result.gradient)
+        result.backward(hidden)
         return result
 
     @in_turn
@@ -226,7 +228,7 @@ class LemaTrainer(OriginalTrainer):
                 "the budget; set batch_size and max_seq_length to what train_step is given",
                 batch.num_tokens, plan.batch, plan.seq,
             )  # fmt: skip
-        self.attachment.prepare(len(batch.model_inputs["input_ids"]))
+        self.attachment.prepare()
         return batch
 
     def _forward(self, batch: Batch) -> torch.Tensor:

@@ -53,6 +53,7 @@ class GradientBuffer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._bytes: torch.Tensor | None = None
+        self._versions: dict[nn.Parameter, tuple[int, int]] = {}
 
     def place(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give every parameter a gradient of zeros in the buffer."""
@@ -63,5 +64,20 @@ class GradientBuffer:
         self._bytes.zero_()
         offset = 0
         for parameter in parameters:
-            parameter.grad = typed_view(self._bytes, offset, parameter.dtype, parameter.shape)
+            gradient = typed_view(self._bytes, offset, parameter.dtype, parameter.shape)
+            parameter.grad = gradient
+            self._versions[parameter] = (gradient.data_ptr(), gradient._version)
             offset += parameter.numel() * parameter.dtype.itemsize
+
+    def unreached(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of the parameters to whose gradient nothing was added since it was placed."""
+        placed = ((parameter, self._versions.get(parameter)) for parameter in parameters)
+        return [p for p, version in placed if p.grad is not None and version == (p.grad.data_ptr(), p.grad._version)]
+
+
+def drop_zeros(parameters: Sequence[nn.Parameter]) -> None:
+    """Take gradients of zeros away: an optimizer lets weights decay and moments fade by them, and does neither where
+    there is no gradient."""
+    for parameter in parameters:
+        if parameter.grad is not None and not bool(parameter.grad.any()):
+            parameter.grad = None

@@ -146,14 +146,9 @@ class Checkpoint:
         """The base without weights.
 
         Raises:
-            UnsupportedError: not a causal language model of transformers, or one stored in quantised form.
+            UnsupportedError: not a causal language model of transformers, or one of codes that are not known.
         """
         values = self.base_config()
-        if "quantization_config" in values:
-            raise UnsupportedError(
-                f"{self.base} is stored quantised ({values['quantization_config'].get('quant_method')}): an adapter "
-                "cannot be merged into its codes. Give the unquantised model with --base"
-            )
         adapter = get_adapter(values["model_type"], values)
         if not isinstance(adapter, TransformersAdapter):
             raise UnsupportedError(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from ..errors import ConfigError, WeightsError
 from ..machine.heap import apart_from_heap
 from ..machine.memory import format_bytes
 from ..models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..prepare import prepare
+from ..prepare.quantise import encoder_of
 from ..prepare.single_file import parse_dtype
+from ..prepare.work import check_target
 from ..storage.index import GlobalBinaryIndex
 from ..storage.writer import SafetensorsWriter
 from .checkpoint import Checkpoint
@@ -56,6 +59,8 @@ class MergeResult:
     """None: not verified."""
     repo: str | None
     """Where the weights files are, if not in `output`."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Of tensors that were quantised again after the merge: norm of what they are off it, over its own."""
 
 
 def merge(
@@ -64,6 +69,7 @@ def merge(
     *,
     base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
+    quantize: str | None = None,
     single_file: bool = False,
     max_shard_size: int | None = None,
     upload: str | None = None,
@@ -81,7 +87,10 @@ def merge(
         checkpoint: a directory with a PEFT adapter, such as training writes.
         output: the directory to make.
         base: the base model, where the checkpoint's own note is not right any more.
-        dtype: of the merged weights; None: each tensor keeps the base's.
+        dtype: of the merged weights; None: each tensor keeps the base's, and what was codes has the type that its
+            configuration names.
+        quantize: 'nf4', 'int8' or 'fp8': the merged matrices become codes of this format again, which rounds the
+            adapter with them. Needs room for the model in 16 bits meanwhile; not possible with `upload`.
         single_file: one `model.safetensors`; otherwise the base's own cut, unless `max_shard_size` is given.
         max_shard_size: bytes of tensors in a file.
         upload: a repository on the hub: each file goes there as it is made and is then removed here.
@@ -98,12 +107,20 @@ def merge(
     """
     if single_file and max_shard_size is not None:
         raise ConfigError("single_file and max_shard_size contradict each other: give one of them")
+    if quantize is not None:
+        if upload is not None:
+            raise ConfigError("quantize and upload contradict each other: merge, quantise, and upload the folder")
+        encoder_of(quantize)
+        options = {"base": base, "dtype": dtype, "verify": verify, "progress": progress}
+        return _quantised(checkpoint, Path(output), quantize, single_file, max_shard_size, options)
     target = None if dtype is None else parse_dtype(dtype)
     source = Checkpoint.open(checkpoint, base)
     with apart_from_heap(), source.base_weights() as weights, source.tensors() as saved:
         source.check_base(weights)
         made = MergedWeights(source, weights, saved)
-        shards = plan_shards(weights, made.second_copies, target, single_file, max_shard_size)
+        decoded = _named_dtype(source.base_config())
+        tensors = made.tensors.tensors
+        shards = plan_shards(tensors, made.second_copies, target, decoded, single_file, max_shard_size)
         with staged(Path(output), _made_from(source, weights, shards, upload)) as staging:
             hub = _claimed(upload, staging, overwrite) if upload is not None else None
             todo = [shard for shard in shards if not staging.has(shard.name)]
@@ -116,7 +133,7 @@ def merge(
             _write_around(source, staging, shards, target)
             comparison = None
             if verify and hub is None:
-                comparison = compare(source, staging.folder, target or _changed_type(made, weights))
+                comparison = compare(source, staging.folder, _changed_type(made, shards))
                 _accept(comparison, staging)
             if hub is not None:
                 own = {shard.name for shard in shards} | ({INDEX} if len(shards) > 1 else set())
@@ -189,9 +206,36 @@ def _check_room(staging: Staging, todo: list[Shard], at_once: bool) -> None:
         )
 
 
-def _changed_type(made: MergedWeights, weights: GlobalBinaryIndex) -> torch.dtype:
-    """The coarsest type among the tensors the adapter changed."""
-    return max((weights.record(name).dtype for name in made.changed), key=lambda dtype: torch.finfo(dtype).eps)
+def _changed_type(made: MergedWeights, shards: list[Shard]) -> torch.dtype:
+    """The coarsest type among the tensors the adapter changed, as they are written."""
+    types = {name: dtype for shard in shards for name, (_, dtype) in shard.tensors.items()}
+    return max((types[name] for name in made.changed if name in types), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _named_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The type that a configuration names for its weights; bfloat16 where it names none."""
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return {"float16": torch.float16, "float32": torch.float32}.get(named, torch.bfloat16)
+
+
+def _quantised(
+    checkpoint: str | os.PathLike[str],
+    output: Path,
+    quantize: str,
+    single_file: bool,
+    max_shard_size: int | None,
+    options: dict[str, Any],
+) -> MergeResult:
+    """Merge beside the output, and quantise what was merged."""
+    check_target(output)
+    whole = output.absolute().with_name(f".{output.absolute().name}.merged")
+    shutil.rmtree(whole, ignore_errors=True)
+    result = merge(checkpoint, whole, max_shard_size=max_shard_size, **options)
+    size = max_shard_size or max(result.nbytes, 1)
+    made = prepare(whole, output, quantize=quantize, monolithic=single_file, max_shard_size=size)
+    shutil.rmtree(whole)
+    names = sorted(path.name for path in made.path.glob("*.safetensors"))
+    return replace(result, output=made.path, shards=names, nbytes=made.nbytes, errors=made.errors)
 
 
 def _write_around(source: Checkpoint, staging: Staging, shards: list[Shard], dtype: torch.dtype | None) -> None:

@@ -6,14 +6,16 @@ Names, types and sizes suffice; nothing is read or written.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.codecs import Stored
 from ..storage.layout import PAGE, align_up
+from ..storage.plain_tensors import PlainTensor
 
 INDEX = "model.safetensors.index.json"
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +27,7 @@ class Shard:
     """One file to write."""
 
     name: str
-    tensors: dict[str, tuple[TensorRecord, torch.dtype]]
+    tensors: dict[str, tuple[PlainTensor, torch.dtype]]
     """Where each comes from, and its type in the file."""
 
     @property
@@ -36,28 +38,31 @@ class Shard:
     @property
     def data_bytes(self) -> int:
         """Size of the tensors in bytes."""
-        return sum(math.prod(record.shape) * dtype.itemsize for record, dtype in self.tensors.values())
+        return sum(math.prod(tensor.shape) * dtype.itemsize for tensor, dtype in self.tensors.values())
 
 
 def plan_shards(
-    gbi: GlobalBinaryIndex,
+    tensors: Mapping[str, PlainTensor],
     left_out: Collection[str] = (),
     dtype: torch.dtype | None = None,
+    decoded: torch.dtype | None = None,
     single_file: bool = False,
     max_shard_size: int | None = None,
 ) -> list[Shard]:
     """The files of the merged model, named as transformers names them: as the base is cut, unless asked otherwise.
 
     Args:
+        tensors: the base's, by name.
         left_out: tensors not to write: second copies of tied ones.
         dtype: of floating-point tensors; None: each keeps its own.
+        decoded: of tensors that were codes, where `dtype` says nothing; None: what their format decodes to.
         max_shard_size: bytes of tensors a file may hold; a larger tensor gets a file of its own.
     """
     kept = {
-        name: (record, dtype if dtype is not None and record.dtype in _CASTABLE else record.dtype)
-        for name in gbi.keys
+        name: (tensor, wanted if wanted is not None and tensor.dtype in _CASTABLE else tensor.dtype)
+        for name, tensor in tensors.items()
         if name not in left_out
-        for record in [gbi.record(name)]
+        for wanted in [dtype or (decoded if isinstance(tensor, Stored) else None)]
     }
     groups: list[list[str]]
     if single_file:
@@ -71,7 +76,10 @@ def plan_shards(
         )
         groups = list(split.filename_to_tensors.values())
     else:
-        groups = [[name for name, (record, _) in kept.items() if record.file == file] for file in gbi.files]
+        files: dict[Path, list[str]] = {}
+        for name, (tensor, _) in kept.items():
+            files.setdefault(_file_of(tensor), []).append(name)
+        groups = [files[file] for file in sorted(files)]
     groups = [group for group in groups if group]
     total = len(groups)
     names = (
@@ -80,6 +88,10 @@ def plan_shards(
         else [f"model-{k:05}-of-{total:05}.safetensors" for k in range(1, total + 1)]
     )
     return [Shard(name, {key: kept[key] for key in group}) for name, group in zip(names, groups, strict=True)]
+
+
+def _file_of(tensor: PlainTensor) -> Path:
+    return tensor.codec.runs[0].record.file if isinstance(tensor, Stored) else tensor.file
 
 
 def index_of(shards: list[Shard]) -> dict[str, object]:

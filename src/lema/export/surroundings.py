@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..models.families import auto_name_of
 from .checkpoint import Checkpoint
 
 TOKENIZER_FILES = (
@@ -23,6 +24,8 @@ _TEMPLATES = tuple(name for name in TOKENIZER_FILES if name.startswith("chat_tem
 _MORE_TEMPLATES = "additional_chat_templates"  # where transformers writes those with names
 GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WRITTEN = ("config.json", CARD)
 
 
 def write_surroundings(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> list[str]:
@@ -35,20 +38,22 @@ def write_surroundings(checkpoint: Checkpoint, folder: Path, dtype: str | None) 
     """
     base = checkpoint.base_folder(weights=checkpoint.weights is None)
     config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)  # codes were decoded
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _copy_tokenizer_and_template(checkpoint.folder, base, folder)
-    _copy(base, folder, (GENERATION_CONFIG,))
+    _copy(base, folder, _others(base))
     text = (
         f"{_settings(checkpoint)} It was merged into `{_name(checkpoint)}` in float32, and the result cast to "
         f"{dtype or 'the type the base is stored in'}."
     )
     title = f"{_name(checkpoint)} with a LoRA adapter merged in"
+    auto = auto_name_of(config)
     use = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        f"from transformers import {auto}, AutoTokenizer", "",
+        f'model = {auto}.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")',
     ]  # fmt: skip
     card = _card(checkpoint, _license(base / CARD), "transformers", "merged", title, text, use)
     (folder / CARD).write_text(card, encoding="utf-8")
@@ -65,6 +70,14 @@ def _copy_tokenizer_and_template(checkpoint: Path, base: Path, folder: Path) -> 
     for names in (tuple(name for name in TOKENIZER_FILES if name not in _TEMPLATES), _TEMPLATES):
         if not _copy(checkpoint, folder, names):
             _copy(base, folder, names)
+
+
+def _others(base: Path) -> tuple[str, ...]:
+    """Files of a model's folder that are neither weights nor written anew: settings of generation and of processors of
+    images and sound, licences, whatever else belongs to it."""
+    names = (path.name for path in base.iterdir() if path.is_file())
+    own = {*TOKENIZER_FILES, *_WRITTEN}
+    return tuple(sorted(name for name in names if name not in own and name[0] != "." and not name.endswith(_WEIGHTS)))
 
 
 def write_adapter_card(checkpoint: Checkpoint, folder: Path) -> None:

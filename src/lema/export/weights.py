@@ -12,9 +12,9 @@ import torch
 
 from ..errors import NonFiniteError, UnsupportedError
 from ..models.transformers_adapter import TransformersAdapter
-from ..storage.codecs import Piece
-from ..storage.index import GlobalBinaryIndex, TensorRecord
-from ..storage.layout import ParameterSource
+from ..storage.index import GlobalBinaryIndex
+from ..storage.placement import Part, PlacedTensor
+from ..storage.plain_tensors import PlainTensor, PlainTensors
 from .checkpoint import Checkpoint
 from .elements import read_parameter, runs
 from .lora_layers import Target, copies_of_base, find_targets
@@ -23,7 +23,7 @@ _MERGEABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class MergedWeights:
-    """Every tensor of the base under its stored name, with the adapter in those it changes.
+    """Every tensor of the base under its stored name, with the adapter in those it changes; codes as their values.
 
     Args:
         checkpoint: the adapter.
@@ -39,15 +39,17 @@ class MergedWeights:
     def __init__(self, checkpoint: Checkpoint, base: GlobalBinaryIndex, saved: GlobalBinaryIndex) -> None:
         model: TransformersAdapter = checkpoint.base_model()
         found = model.checkpoint_map(base)
-        self._sources = found.sources
+        self._placed = found.placed
+        self.tensors = PlainTensors(base, found.coded)
+        """The base's, by name."""
         self.targets = find_targets(checkpoint, model, saved)
-        self._changes: dict[str, list[tuple[Target, Piece]]] = {}
+        self._changes: dict[str, list[tuple[Target, Part]]] = {}
         for target in self.targets.values():
-            for piece in self._sources[target.name].pieces:
-                self._changes.setdefault(piece.record.name, []).append((target, piece))
+            for part in self._placed[target.name].parts:
+                self._changes.setdefault(part.tensor.name, []).append((target, part))
         self._refuse_shared(checkpoint)
         self._refuse_other_values(checkpoint, saved)
-        self.second_copies = _second_copies(found.tied, found.sources)
+        self.second_copies = _second_copies(found.tied, found.placed)
         """Stored tensors that transformers ties to another one of the same values."""
         self._compared = self._moved = 0
 
@@ -64,32 +66,32 @@ class MergedWeights:
         """
         return self._moved / self._compared if self._compared else None
 
-    def parts(self, record: TensorRecord, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def parts(self, tensor: PlainTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """One stored tensor in runs, in row-major order, merged in float32 where the adapter changes it.
 
         Raises:
             NonFiniteError: merged values that are not finite, or not so in `dtype`.
         """
         cursor = 0
-        for target, piece in sorted(self._changes.get(record.name, ()), key=lambda change: change[1].source):
-            yield from (run.to(dtype) for run in runs(record, cursor, piece.source))
-            for merged, before in self._merged(target, piece, dtype):
+        for target, part in sorted(self._changes.get(tensor.name, ()), key=lambda change: change[1].source):
+            yield from (run.to(dtype) for run in runs(self.tensors, tensor, cursor, part.source))
+            for merged, before in self._merged(target, part, dtype):
                 cast = merged.to(dtype)
                 self._compared += cast.numel()
                 self._moved += int(torch.count_nonzero(cast != before))
                 if not _finite(cast):
-                    raise NonFiniteError(_not_finite(record.name, merged, dtype))
+                    raise NonFiniteError(_not_finite(tensor.name, merged, dtype))
                 yield cast
-            cursor = piece.source + piece.count
-        yield from (run.to(dtype) for run in runs(record, cursor, math.prod(record.shape)))
+            cursor = part.source + part.count
+        yield from (run.to(dtype) for run in runs(self.tensors, tensor, cursor, math.prod(tensor.shape)))
 
-    def _merged(self, target: Target, piece: Piece, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _merged(self, target: Target, part: Part, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Merged runs in float32, and what the base has there in the type written."""
-        source = self._sources[target.name]
+        placed = self._placed[target.name]
         width = max(1, math.prod(target.shape[1:]))
-        cursor, end = piece.target, piece.target + piece.count
+        cursor, end = part.target, part.target + part.count
         for first, last in target.blocks(cursor // width, -(-end // width)):
-            block = read_parameter(source, first * width, last * width).view(last - first, *target.shape[1:])
+            block = self._read(target.name, placed, first * width, last * width).view(last - first, *target.shape[1:])
             before = block.to(dtype, copy=True).view(-1)  # the block is taken over
             merged = target.merge(block, first).reshape(-1)
             stop = min(end, last * width)
@@ -97,18 +99,21 @@ class MergedWeights:
             yield merged[here], before[here]
             cursor = stop
 
+    def _read(self, name: str, placed: PlacedTensor, start: int, stop: int) -> torch.Tensor:
+        return read_parameter(self.tensors, name, placed, start, stop)
+
     def _refuse_shared(self, checkpoint: Checkpoint) -> None:
         for target in self.targets.values():
-            for piece in self._sources[target.name].pieces:
-                if piece.record.dtype not in _MERGEABLE:
+            for part in self._placed[target.name].parts:
+                if part.tensor.dtype not in _MERGEABLE:
                     raise UnsupportedError(
-                        f"{piece.record.file}: {piece.record.name} is stored as {piece.record.dtype}, which nothing "
+                        f"{checkpoint.base}: {part.tensor.name} is stored as {part.tensor.dtype}, which nothing "
                         "can be merged into. Give the unquantised model with --base"
                     )
-        for name, source in self._sources.items():
-            for piece in source.pieces:
-                changes = self._changes.get(piece.record.name, ())
-                if shared := [t.name for t, changed in changes if t.name != name and _overlap(piece, changed)]:
+        for name, placed in self._placed.items():
+            for part in placed.parts:
+                changes = self._changes.get(part.tensor.name, ())
+                if shared := [t.name for t, changed in changes if t.name != name and _overlap(part, changed)]:
                     raise UnsupportedError(
                         f"{checkpoint.folder} changes {shared[0]}, which {checkpoint.base} ties to {name}: a merge "
                         "would change both. Keep the adapter apart, or train it without this module"
@@ -117,12 +122,12 @@ class MergedWeights:
     def _refuse_other_values(self, checkpoint: Checkpoint, saved: GlobalBinaryIndex) -> None:
         """PEFT loads the adapter's own copy of a base's parameter over the base's; here they must be the same."""
         for key, name in copies_of_base(saved).items():
-            source, record = self._sources.get(name), saved.record(key)
-            same = source is not None and source.shape == record.shape
+            placed, record = self._placed.get(name), saved.record(key)
+            same = placed is not None and placed.shape == record.shape
             cursor = 0
-            for run in runs(record, 0, math.prod(record.shape)) if same else ():
-                assert source is not None
-                same = same and torch.equal(run.float(), read_parameter(source, cursor, cursor + len(run)))
+            for run in runs(PlainTensors(saved), record, 0, math.prod(record.shape)) if same else ():
+                assert placed is not None
+                same = same and torch.equal(run.float(), self._read(name, placed, cursor, cursor + len(run)))
                 cursor += len(run)
             if not same:
                 raise UnsupportedError(
@@ -145,12 +150,12 @@ def _not_finite(name: str, merged: torch.Tensor, dtype: torch.dtype) -> str:
     )
 
 
-def _overlap(a: Piece, b: Piece) -> bool:
+def _overlap(a: Part, b: Part) -> bool:
     return a.source < b.source + b.count and b.source < a.source + a.count
 
 
-def _second_copies(tied: dict[str, str], sources: dict[str, ParameterSource]) -> frozenset[str]:
+def _second_copies(tied: dict[str, str], placed: dict[str, PlacedTensor]) -> frozenset[str]:
     copies: set[str] = set()
     for name, partner in tied.items():
-        copies |= {p.record.name for p in sources[name].pieces} - {p.record.name for p in sources[partner].pieces}
+        copies |= {p.tensor.name for p in placed[name].parts} - {p.tensor.name for p in placed[partner].parts}
     return frozenset(copies)

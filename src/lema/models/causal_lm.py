@@ -21,6 +21,7 @@ from .host_values import HostValues
 from .interceptor import Forward, Interceptor
 from .masks import padding_known
 from .skeleton import stand_in_ids
+from .towers import LeftOut, leave_out_unreached
 
 
 class CausalLM(Protocol):
@@ -40,6 +41,10 @@ class CausalLM(Protocol):
     @property
     def head(self) -> nn.Module | None:
         """The output embedding, where it is a module of its own."""
+
+    @property
+    def returns_several(self) -> bool:
+        """Whether layers return more than their hidden states, so that a layer may be given another's."""
 
     @property
     def vocab_size(self) -> int:
@@ -78,6 +83,10 @@ def _output(hidden: torch.Tensor, items: int) -> Any:
     return hidden if items == 0 else (hidden, *[None] * (items - 1))
 
 
+class _Reached(BaseException):
+    """Ends a forward at its first layer; not an error, so nothing on the way may take it for one."""
+
+
 class TransformersCausalLM:
     """A transformers model driven in two halves by its own `forward`.
 
@@ -93,10 +102,52 @@ class TransformersCausalLM:
         self.interceptor = Interceptor()
         self.host_values = HostValues()
         """What of a running forward's inputs is on the host."""
-        base = getattr(model, model.base_model_prefix)
-        # OPT's causal model calls its decoder directly
-        self._decoder: nn.Module = base.decoder if isinstance(getattr(base, "decoder", None), nn.Module) else base
         self._output: type[ModelOutput] = BaseModelOutputWithPast
+        self.left_out: dict[str, nn.Module] = {}
+        """What rows of text do not reach, towers mostly, by path; it is no part of the model here."""
+
+    @functools.cached_property
+    def _decoder(self) -> nn.Module:
+        """What is between the model's own forward and its layers: the outermost module that has these, has no head and
+        is called (OPT's and composite models reach past one)."""
+        models = [module for module in self._model.modules() if isinstance(module, PreTrainedModel)]
+        heads = {id(head) for model in models if (head := model.get_output_embeddings()) is not None}
+        around = [
+            module
+            for module in self._model.modules()
+            if module is not self._model
+            and any(part is self.layers[0] for part in module.modules())
+            and heads.isdisjoint(map(id, module.modules()))
+        ]
+        called: list[nn.Module] = []
+        handles = [module.register_forward_pre_hook(lambda m, _: called.append(m)) for module in around]
+
+        def reached(*_: Any, **__: Any) -> Any:
+            raise _Reached
+
+        forwards = [reached] * len(self.layers)
+        try:
+            with self.interceptor.replaced(self.layers, forwards), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self._model.forward(input_ids=stand_in_ids(self._model, 2, 3), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not called:
+            raise UnsupportedError(f"{type(self._model).__name__} does not call its decoder the way LEMA expects")
+        return called[0]
+
+    def leave_out_towers(self) -> None:
+        """Take out what a row of text does not reach, before anything is bound or adapted."""
+
+        def run() -> None:
+            passing = [lambda hidden, *_, **__: self.pass_on(hidden)] * len(self.layers)
+            with self.replaced_layers(passing), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self._first_half(self._model.forward, input_ids=stand_in_ids(self._model, 2, 3))
+
+        self.left_out = leave_out_unreached(self._model, self.layers, run)
+        self.layers = nn.ModuleList(layer for layer in self.layers if not isinstance(layer, LeftOut))
 
     @property
     def module(self) -> PreTrainedModel:
@@ -173,8 +224,9 @@ class TransformersCausalLM:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = self._output(last_hidden_state=hidden)
+        ids = stand_in_ids(self._model, *hidden.shape[:-1])  # Gemma 4 looks at their shape
         with self.interceptor.gate("decoder", self._decoder).taken_by(lambda *_, **__: rows):
-            logits: torch.Tensor = self._model.forward(use_cache=False).logits
+            logits: torch.Tensor = self._model.forward(input_ids=ids, use_cache=False).logits
         return logits
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:
@@ -230,6 +282,7 @@ class ComposedCausalLM(nn.Module):
         self.interceptor = Interceptor()
         self.layers: Any = nn.ModuleList(ComposedBlock(adapter) for _ in range(num_blocks))
         self._vocab_size: int | None = None
+        self.returns_several = False
 
     @property
     def module(self) -> nn.Module:

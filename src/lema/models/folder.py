@@ -40,8 +40,8 @@ def refuse_other_folders(folder: Path) -> None:
         raise ConfigError(f"{folder} is a pipeline of diffusers, not a language model: give the folder of one")
     if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
         raise ConfigError(
-            f"{folder} holds GGUF files ({', '.join(ggufs[:3])}) and no config.json: take the model they were made "
-            f"from, or make one of them: lema prepare {folder / ggufs[0]} OUTPUT"
+            f"{folder} holds GGUF files ({', '.join(ggufs[:3])}) and no config.json: give one of them, as in "
+            f"{folder / ggufs[0]}"
         )
 
 

@@ -9,11 +9,15 @@ from transformers import PreTrainedConfig
 
 from ..config import LemaConfig
 from ..errors import ConfigError, WeightsNotFoundError
+from ..storage.gguf_header import is_gguf
 from ..storage.strangers import refuse_special_files, tell_of_code
 from .base import LemaModelAdapter
 from .folder import refuse_other_folders
+from .gguf import config_in
 from .registry import get_adapter
+from .transformers_adapter import TransformersAdapter
 
+_FILES = (".safetensors", ".gguf")
 _ADAPTER = ("adapter_model.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # with its tokenizer, if it has one
 
 
@@ -25,7 +29,7 @@ def local_path(name_or_path: str, *patterns: str) -> Path:
     """
     path = Path(name_or_path)
     if not path.exists():
-        path = _fetched(name_or_path, patterns, "a model", "a directory, a .safetensors file or a hub id")
+        path = _fetched(name_or_path, patterns, "a model", "a directory, a .safetensors or .gguf file or a hub id")
     refuse_other_folders(path)
     return path
 
@@ -45,7 +49,7 @@ def adapter_path(name_or_path: str) -> Path:
 def _fetched(name_or_path: str, patterns: Sequence[str], what: str, instead: str) -> Path:
     """Files of a hub id, downloaded once; without a network those that are there."""
     path = Path(name_or_path)
-    could_be_hub_id = name_or_path.count("/") <= 1 and path.suffix != ".safetensors" and not path.is_absolute()
+    could_be_hub_id = name_or_path.count("/") <= 1 and path.suffix not in _FILES and not path.is_absolute()
     if not could_be_hub_id or name_or_path.startswith("."):
         raise WeightsNotFoundError(f"{name_or_path} does not exist: give {instead}")
     from huggingface_hub import snapshot_download
@@ -67,11 +71,15 @@ def weights_path(config: LemaConfig) -> Path:
 
 
 def adapter_for(config: LemaConfig, model_path: Path) -> LemaModelAdapter:
-    """The adapter for the model whose config.json is at, or beside, `model_path`.
+    """The adapter for the model whose config.json is at, or beside, `model_path`; of a GGUF file, that is in it.
 
     Raises:
         ConfigError: there is none, or it does not say what the model is.
     """
+    if is_gguf(model_path):
+        own = config_in(model_path)
+        own._name_or_path = config.model_name_or_path
+        return TransformersAdapter(own)
     folder = model_path if model_path.is_dir() else model_path.parent
     path = folder / "config.json"
     refuse_special_files(folder)

@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from ..compat.adapter_file import load_original
@@ -47,6 +49,10 @@ _REFUSED = {
     "corda_config": "CorDA",
     "lora_ga_config": "LoRA-GA",
 }
+
+
+_UNPREPARED = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What code of a linear module of a family's own can raise on an input of a form it is not made for."""
 
 
 class LoRAManager(Trained):
@@ -130,10 +136,14 @@ class LoRAManager(Trained):
         with self._random_state():
             try:
                 with peft_of_this_transformers():
+                    if getattr(lm, "left_out", None):  # what is excluded may be gone
+                        warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                     peft_model: Any = get_peft_model(base, config, low_cpu_mem_usage=empty)
             except ValueError as error:
                 raise ConfigError(f"{error}\n{_candidates(lm.layers)}") from error
         self._refuse_outside(base, lm.layers)
+        _refuse_unlike_linear(base)
+        _keep_off(peft_model.peft_config["default"], getattr(lm, "left_out", {}))
         self._layers = lm.layers
         self._peft = peft_model
         if self._pending is not None:
@@ -257,6 +267,63 @@ class LoRAManager(Trained):
                 f"LoRA on {', '.join(outside)} is not supported: head and embeddings are not trained. "
                 "Leave them out of target_modules, or name them in exclude_modules"
             )
+
+
+def _refuse_unlike_linear(base: nn.Module) -> None:
+    """Refuse modules that are linear by name and compute something else, such as routers that return their choice as
+    well: PEFT adds to one output, of the linear's shape."""
+    adapted = ((n, module.get_base_layer()) for n, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+    own = {name: linear for name, linear in adapted if isinstance(linear, nn.Linear)}
+    unlike = {
+        name: type(linear).__name__
+        for name, linear in own.items()
+        if type(linear).forward is not nn.Linear.forward and not _is_like_linear(linear)
+    }
+    if unlike:
+        name, kind = next(iter(unlike.items()))
+        raise UnsupportedError(
+            f"LoRA on {name} ({kind}) and {len(unlike) - 1} more is not possible: they do not return one output of a "
+            f"linear module's shape, and PEFT fails on that. Leave them out: exclude_modules: "
+            f"[{name.rpartition('.')[2]}]"
+        )
+
+
+def _is_like_linear(module: nn.Linear) -> bool:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        try:
+            output = module(torch.empty(1, 2, module.in_features, dtype=module.weight.dtype))
+        except _UNPREPARED:
+            return False
+    return isinstance(output, torch.Tensor) and tuple(output.shape) == (1, 2, module.out_features)
+
+
+def _keep_off(config: LoraConfig, left_out: Mapping[str, nn.Module]) -> None:
+    """Name the targets of a model without its towers so that in the whole model they are the same modules.
+
+    Where PEFT has made adapters on parameters of fused experts out of names, it takes a pattern apart into names, so
+    there the towers are excluded.
+    """
+    towers = [re.escape(path) for path, tower in left_out.items() if _takes_any(config, path, tower)]
+    targets = config.target_modules
+    if not towers or targets is None:
+        return
+    if config.target_parameters is not None:
+        own = [_as_pattern(config.exclude_modules)] if config.exclude_modules else []
+        config.exclude_modules = "|".join([*own, rf"(?:{'|'.join(towers)})(?:\..*)?"])
+    else:
+        config.target_modules = rf"(?!(?:{'|'.join(towers)})(?:\.|$)){_as_pattern(targets)}"
+
+
+def _as_pattern(names: str | Collection[str]) -> str:
+    """Of whole paths, for names as PEFT compares them with the ends of paths."""
+    if isinstance(names, str):
+        return f"(?:{names})"
+    return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in sorted(names))})"
+
+
+def _takes_any(config: LoraConfig, path: str, tower: nn.Module) -> bool:
+    names = (f"{path}.{name}" if name else path for name, module in tower.named_modules())
+    return any(check_target_module_exists(config, name) for name in names)
 
 
 @contextlib.contextmanager

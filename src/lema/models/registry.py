@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..errors import UnsupportedError
 from ..storage.strangers import code_of
 from .base import LemaModelAdapter
+from .families import known_type
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter
 from .transformers_adapter import TransformersAdapter
@@ -33,7 +34,7 @@ def get_adapter(model_type: str, config_dict: Mapping[str, Any] | PreTrainedConf
     """The adapter for a model type.
 
     Raises:
-        UnsupportedError: (a `ValueError`) the type is neither registered nor a transformers causal language model.
+        UnsupportedError: (a `ValueError`) the type is neither registered nor a language model of transformers.
     """
     if isinstance(config_dict, PreTrainedConfig):
         config_dict = config_dict.to_dict()
@@ -41,8 +42,8 @@ def get_adapter(model_type: str, config_dict: Mapping[str, Any] | PreTrainedConf
     if model_type in _ADAPTERS:
         return _ADAPTERS[model_type](values)  # type: ignore[call-arg]
     try:
-        known = type(AutoConfig.for_model(model_type)) in MODEL_FOR_CAUSAL_LM_MAPPING
-    except ValueError:
+        known = known_type(CONFIG_MAPPING[model_type])
+    except KeyError:
         known = False
     if not known and (code := code_of(values)):
         raise UnsupportedError(
@@ -52,7 +53,7 @@ def get_adapter(model_type: str, config_dict: Mapping[str, Any] | PreTrainedConf
         )
     if not known:
         raise UnsupportedError(
-            f"model type {model_type!r} is neither registered ({', '.join(sorted(_ADAPTERS))}) nor a causal language "
-            "model of the installed transformers. Register an adapter with lema.models.register_adapter"
+            f"model type {model_type!r} is neither registered ({', '.join(sorted(_ADAPTERS))}) nor a language model "
+            "of the installed transformers. Register an adapter with lema.models.register_adapter"
         )
     return TransformersAdapter({**values, "model_type": model_type})

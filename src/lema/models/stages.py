@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UnsupportedError
 from .causal_lm import TransformersCausalLM
 from .interceptor import Forward
 from .skeleton import stand_in_ids
@@ -44,7 +45,9 @@ def layer_arguments(
             lm.module.forward(input_ids=ids, use_cache=False, **inputs)  # no hook may see a forward that does not end
         except _Reached as reached:
             return reached.layer_args, reached.layer_kwargs
-    raise AssertionError(f"layer {unit} was not reached")
+    raise UnsupportedError(
+        f"{type(lm.module).__name__} does not call layer {unit} in its forward, so what the layer is given is not known"
+    )
 
 
 def _passing(lm: TransformersCausalLM, number: int) -> Forward:
@@ -79,7 +82,7 @@ class EmbeddingStage(nn.Module):
             except _Reached as reached:
                 hidden = reached.layer_args[0] if reached.layer_args else reached.layer_kwargs["hidden_states"]
                 return hidden
-        raise AssertionError("no layer was reached")
+        raise UnsupportedError(f"{type(self.model).__name__} calls none of its layers in its forward")
 
 
 class HeadStage(nn.Module):

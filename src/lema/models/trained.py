@@ -6,6 +6,7 @@ It knows how parameters are asked for and kept; it knows nothing of optimizers o
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import nn
@@ -44,3 +45,9 @@ class Trained:
 
     def load_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Read values that `save_pretrained` wrote."""
+
+
+def trained_outside(module: nn.Module, layers: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    """A model's trained parameters that are in none of its layers, by name."""
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside}

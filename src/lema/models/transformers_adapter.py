@@ -20,16 +20,20 @@ from .base import LemaModelAdapter, bind_flat_buffer
 from .causal_lm import TransformersCausalLM
 from .checkpoint import CheckpointMap, map_checkpoint
 from .embedding import gathered_rows
+from .families import is_composite
 from .interceptor import Gate
 from .lora import LoRAManager
 from .outputs import router_loss_of
-from .quantised import refuse_codes, refuse_packed, refuse_quantised
-from .skeleton import build_skeleton, find_layers
+from .quantised import coded_tensors, refuse_codes, refuse_unknown
+from .skeleton import build_skeleton, find_layers, refuse_other_layers
 from .stages import EmbeddingStage, HeadStage, layer_arguments, split_rest
 
 
 class TransformersAdapter(LemaModelAdapter):
-    """Adapter for any causal language model of transformers with one list of decoder layers.
+    """Adapter for any language model of transformers with one list of decoder layers.
+
+    Of a composite model, text with towers for images and sound, it is the whole model under its own names but for the
+    towers: what a row of text does not reach is left out.
 
     Args:
         config: the model's configuration, as a dict with `model_type` or as transformers' object.
@@ -49,7 +53,7 @@ class TransformersAdapter(LemaModelAdapter):
             if not model_type:
                 raise UnsupportedError("the model's configuration has no model_type: say which family it is")
             self.config = AutoConfig.for_model(model_type, **values)
-        refuse_quantised(self.config.to_dict(), self.config.name_or_path or self.config.model_type)
+        refuse_unknown(self.config.to_dict(), self.config.name_or_path or self.config.model_type)
         stored = getattr(self.config, "dtype", None)
         self.dtype = stored if isinstance(stored, torch.dtype) else torch.float32
         self._attn: str | None = None
@@ -57,8 +61,9 @@ class TransformersAdapter(LemaModelAdapter):
         self._lm: TransformersCausalLM
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._expected: dict[str, torch.Tensor] = {}
+        self._unit_paths: list[str] = []
         self._hollow: list[nn.Parameter] = []
-        self._layers_path = ""
+        self._shared: frozenset[str] = frozenset()
         self._map: tuple[GlobalBinaryIndex, CheckpointMap] | None = None
         self._streamed_head: str | None = None
 
@@ -76,7 +81,8 @@ class TransformersAdapter(LemaModelAdapter):
             state = fresh.state_dict()
             for name, buffer in fresh.named_buffers():
                 path, _, leaf = name.rpartition(".")
-                self._module_before_lora(path)._buffers[leaf] = buffer
+                if path in self._modules:  # towers are not
+                    self._modules[path]._buffers[leaf] = buffer
             self._expected = {name: state[name] for name in self._expected}
             self._map = None
             self.dtype = dtype
@@ -84,9 +90,6 @@ class TransformersAdapter(LemaModelAdapter):
     def _supported_attention(self, name: str) -> str:
         supported = name != "sdpa" or getattr(type(self.model), "_supports_sdpa", False)
         return name if supported else "eager"
-
-    def _module_before_lora(self, path: str) -> nn.Module:
-        return self._modules[path]
 
     @property
     def model(self) -> PreTrainedModel:
@@ -97,13 +100,18 @@ class TransformersAdapter(LemaModelAdapter):
         """Make the skeleton and what is known of it, unless it is there."""
         if self._model is None:
             model = build_skeleton(copy.deepcopy(self.config), self.dtype, self._attn)
-            self._layers_path, layers = find_layers(model)
+            path, layers = find_layers(model)
+            self._lm = TransformersCausalLM(model, layers, router_loss_of(self.config))
+            if is_composite(self.config):
+                self._lm.leave_out_towers()
+            refuse_other_layers(model, path)
+            self._unit_paths = [f"{path}.{i}" for i, layer in enumerate(layers) if layer in set(self._lm.layers)]
             self._modules = dict(model.named_modules())
             self._expected = dict(model.state_dict())
             for name in self._expected:
                 path, _, leaf = name.rpartition(".")
                 self._places[name] = (self._modules[path], leaf)
-            self._lm = TransformersCausalLM(model, layers, router_loss_of(self.config))
+            self._shared = self._shared_by_layers(model)
             self._model = model
             self._hollow = list(model.parameters())
         return self._model
@@ -139,22 +147,36 @@ class TransformersAdapter(LemaModelAdapter):
         """Decoder layers."""
         return len(self.causal_lm().layers)
 
+    @property
+    def left_out(self) -> dict[str, nn.Module]:
+        """Towers of a composite model, which rows of text do not reach, by path; their tensors are not read."""
+        return self.causal_lm().left_out
+
     # -- where tensors go ------------------------------------------------------------------------
 
     def checkpoint_map(self, gbi: GlobalBinaryIndex) -> CheckpointMap:
         """Sources of every parameter in this index; see `map_checkpoint` for what it raises."""
         if self._map is None or self._map[0] is not gbi:
-            refuse_packed(gbi)
-            self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype))
+            coded = coded_tensors(self.config.to_dict(), gbi)
+            self._map = (gbi, map_checkpoint(self.model, self._expected, gbi, self.dtype, coded, self.left_out))
             refuse_codes(self._map[1].sources.values(), gbi.path)
         return self._map[1]
 
     def _unit_names(self, unit: int) -> list[str]:
-        prefix = f"{self._layers_path}.{unit}."
-        return [name for name in self._expected if name.startswith(prefix)]
+        prefix = f"{self._unit_paths[unit]}."
+        return [name for name in self._expected if name.startswith(prefix) and name not in self._shared]
 
     def _rest_names(self) -> list[str]:
-        return [name for name in self._expected if not name.startswith(f"{self._layers_path}.")]
+        layers = self._in_layers()
+        return [name for name in self._expected if not name.startswith(layers) or name in self._shared]
+
+    def _in_layers(self) -> tuple[str, ...]:
+        return tuple(f"{path}." for path in self._unit_paths)
+
+    def _shared_by_layers(self, model: PreTrainedModel) -> frozenset[str]:
+        """Parameters that more than one layer has, as Zamba's blocks are: they stay, for no slot is theirs alone."""
+        tied = (name for pair in model.all_tied_weights_keys.items() for name in pair)
+        return frozenset(name for name in tied if name.startswith(self._in_layers()))
 
     def unit_sources(self, gbi: GlobalBinaryIndex) -> list[list[ParameterSource]]:
         """Sources of each layer's parameters."""
@@ -199,14 +221,20 @@ class TransformersAdapter(LemaModelAdapter):
         return found[0] if found and type(head) is nn.Linear else None
 
     def gathered_by_rows(self) -> frozenset[str]:
-        """The input embedding, unless it is the head as well."""
+        """The tables of tokens, but not one that is the head as well."""
         tied = self._ties()
+        return frozenset(name for name in self._tables() if name not in tied and name not in tied.values())
+
+    def _tables(self) -> list[str]:
+        """The input embedding's weight, and those of embeddings that are larger still, as Gemma's of all layers."""
         embedding = self.model.get_input_embeddings()
-        return frozenset(
-            name
-            for name, (module, leaf) in self._places.items()
-            if module is embedding and leaf == "weight" and name not in tied and name not in tied.values()
-        )
+        sizes = {
+            name: self._expected[name].nbytes
+            for name in self._rest_names()
+            if isinstance(self._places[name][0], nn.Embedding) and self._is_parameter(name)
+        }
+        own = sum(nbytes for name, nbytes in sizes.items() if self._places[name][0] is embedding)
+        return [name for name, nbytes in sizes.items() if nbytes > own or self._places[name][0] is embedding]
 
     def _is_parameter(self, name: str) -> bool:
         module, leaf = self._places[name]
@@ -262,18 +290,16 @@ class TransformersAdapter(LemaModelAdapter):
         ]
 
     def around(self) -> tuple[int, int, int]:
-        """Bytes of the head, of an input embedding that is not the head as well, and of all else that stays."""
+        """Bytes of the head, of tables of tokens that are not the head as well, and of all else that stays."""
         head_name = self._head_name()
-        embedding: Any = self.model.get_input_embeddings()
-        tied = head_name is not None and bool(getattr(self.model.config, "tie_word_embeddings", False))
+        tied = frozenset(self.model.all_tied_weights_keys)
+        shared = tied.union(self.model.all_tied_weights_keys.values())
         head = self._expected[head_name].nbytes if head_name is not None else 0
-        rows = 0 if tied else embedding.weight.nbytes
-        names = [name for name in self._rest_names() if self._is_parameter(name)]
-        total = sum(
-            self._expected[name].nbytes
-            for name in names
-            if name != head_name and self._places[name][0] is not embedding
-        )
+        tables = self._tables()
+        rows = sum(self._expected[name].nbytes for name in tables if head_name is None or name not in shared)
+        left_out = {*tied, *tables, head_name}
+        names = [name for name in self._rest_names() if self._is_parameter(name) and name not in left_out]
+        total = sum(self._expected[name].nbytes for name in names)
         return head, rows, total
 
     # -- a layer alone ---------------------------------------------------------------------------
@@ -282,7 +308,7 @@ class TransformersAdapter(LemaModelAdapter):
         """Embedding 0, blocks 1..n, head n + 1."""
         count = self.num_layers
         blocks = [
-            {"id": i + 1, "name": f"{self._layers_path}.{i}", "type": "block", "block_index": i} for i in range(count)
+            {"id": i + 1, "name": path, "type": "block", "block_index": i} for i, path in enumerate(self._unit_paths)
         ]
         return [
             {"id": 0, "name": "embedding", "type": "embedding"},

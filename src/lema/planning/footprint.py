@@ -13,6 +13,7 @@ from ..machine.device import context_bytes
 from .plan import LayerCost, MemoryPlan, ModelSizes, Workload, loss_chunk
 
 HEAD_CHUNK_BYTES = 16 << 20
+"""Of a run of head rows that is multiplied at once, roughly; of what is there whole, too."""
 CPU_OVERHEAD = 112 << 20
 """Host bytes beyond the import floor that no tensor accounts for: threads, code paged in, compiled kernels. Measured on
 two models, what is left after everything counted: 107 to 120 MiB."""

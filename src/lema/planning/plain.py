@@ -32,25 +32,27 @@ def stored_bytes(gbi: GlobalBinaryIndex, model: Stored) -> tuple[list[int], int]
 
 def plan_without_budget(
     units: Sequence[int], head: int, *, device: str, strategy: MemoryStrategy, host_slots: int = 2,
-    device_slots: int = 2,
+    device_slots: int = 2, codes: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """What is kept where if nobody counts bytes: nothing is searched, measured or predicted.
 
     STREAMING passes all units through slots. RESIDENT keeps all in RAM: beside a device that is pinned, and on the CPU
-    it is the mapped files themselves.
+    it is the mapped files themselves, unless those hold codes, which stay in slots.
 
     Args:
         units, head: as `stored_bytes` has them.
         device: kind of the device that computes, 'cpu' among them.
+        codes: layers are decoded at every use.
 
     Returns:
         A plan that says nothing of steps: no rows are expected, and micro-batches are as large as they come.
     """
     everything, on_cpu, resident = tuple(range(len(units))), device == "cpu", strategy is MemoryStrategy.RESIDENT
+    mapped = resident and on_cpu and not codes
     head_streams = on_cpu and not resident and head > 0 and head_should_stream(head, 2 * sum(units))
     return MemoryPlan(
-        device=device, on_device=(), in_ram=everything if resident and not on_cpu else (),
-        from_disk=() if resident else everything, mapped=everything if resident and on_cpu else (), keep_activations=(),
+        device=device, on_device=(), in_ram=everything if resident and not mapped else (),
+        from_disk=() if resident else everything, mapped=everything if mapped else (), keep_activations=(),
         host_slots=host_slots, device_slots=device_slots, batch=0, seq=0, micro_batch_size=0, whole_batch=True,
         loss_chunk_size="auto", head="streamed" if head_streams else "mapped", head_rows=0, boundaries="device",
         optimizer="device",

@@ -5,6 +5,7 @@ It knows bytes, operations and decisions as numbers; how a plan is found is `pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -38,6 +39,10 @@ class ModelSizes:
     """Everything else that stays."""
     lora: int
     """Trainable parameters."""
+    decoded: tuple[int, ...] = ()
+    """Of values that each unit makes of codes at every use; empty where there are no codes."""
+    decode_bytes_per_s: float = math.inf
+    """At which it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +223,9 @@ class Estimate:
     link_seconds: float
     tokens_per_second: float
     bound_by: str
-    """'compute', 'disk' or 'link'."""
+    """'compute', 'decoding', 'disk' or 'link'."""
+    decode_seconds: float = 0.0
+    """Of `compute_seconds`: making values of codes."""
 
 
 def evenly(count: int, total: int) -> tuple[int, ...]:

@@ -33,6 +33,10 @@ class RunFacts(Protocol):
         """Bytes that are read for each unit, and for a head that can stream."""
 
     @property
+    def codes(self) -> bool:
+        """Whether layers are kept as codes, which are decoded at every use."""
+
+    @property
     def budgets(self) -> Budgets:
         """Bytes of RAM and of VRAM; None: no limit."""
 
@@ -63,7 +67,7 @@ def plan_for(facts: RunFacts) -> MemoryPlan:
         return with_steps(
             plan_without_budget(
                 *facts.stored, device=kind, strategy=config.strategy, host_slots=config.slots,
-                device_slots=_device_slots(config),
+                device_slots=_device_slots(config), codes=facts.codes,
             ),
             config,
         )  # fmt: skip

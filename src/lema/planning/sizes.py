@@ -5,9 +5,15 @@ It knows parameters' shapes and types; it knows nothing of budgets or slots' lif
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..models.quantised import stored_bits
 from ..models.transformers_adapter import TransformersAdapter
+from ..storage.codecs import Placement
 from ..storage.index import GlobalBinaryIndex
-from ..storage.layout import SlotLayout, align_up
+from ..storage.layout import ALIGNMENT, SlotLayout, align_up
 from .plan import ModelSizes
 
 _PAGE = 4096
@@ -19,16 +25,22 @@ def model_sizes(adapter: TransformersAdapter, lora: int = 0, gbi: GlobalBinaryIn
     Args:
         adapter: the model.
         lora: trainable parameters.
-        gbi: weights; None: every tensor counts as stored in the type it is computed with.
+        gbi: weights; None: matrices count as the configuration says that they are stored, every other tensor as stored
+            in the type it is computed with.
     """
     if gbi is None:
-        units = [align_up(sum(tensor.nbytes for tensor in unit), _PAGE) for unit in adapter.unit_tensors()]
-        scratch, streams = 0, True
+        stored, values = zip(*map(_as_configured(adapter), adapter.unit_tensors()), strict=True)
+        units = [align_up(nbytes, _PAGE) for nbytes in stored]
+        scratch, streams = max(values), True
+        decoded = values if any(values) else ()
     else:
-        layouts = [SlotLayout(unit, adapter.packs_units) for unit in adapter.unit_sources(gbi)]
+        sources = adapter.unit_sources(gbi)
+        layouts = [SlotLayout(unit, adapter.packs_units) for unit in sources]
         units = [layout.nbytes for layout in layouts]
         scratch = max((layout.scratch_nbytes for layout in layouts), default=0)
         streams = adapter.head_source(gbi) is not None
+        made = tuple(sum(s.nbytes for s in unit if not isinstance(s.codec, Placement)) for unit in sources)
+        decoded = made if any(made) else ()
     head, embedding, rest = adapter.around()
     return ModelSizes(
         units=tuple(units),
@@ -39,4 +51,20 @@ def model_sizes(adapter: TransformersAdapter, lora: int = 0, gbi: GlobalBinaryIn
         embedding=embedding,
         rest=rest,
         lora=lora,
+        decoded=decoded,
     )
+
+
+def _as_configured(adapter: TransformersAdapter) -> Callable[[Sequence[torch.Tensor]], tuple[int, int]]:
+    """Bytes of a unit in files, and of its values that are codes there, by what the configuration says."""
+    config = adapter.config.to_dict()
+
+    def sizes(unit: Sequence[torch.Tensor]) -> tuple[int, int]:
+        stored = values = 0
+        for tensor in unit:
+            bits = stored_bits(config, tensor.dim())
+            stored += tensor.nbytes if bits is None else int(tensor.numel() * bits / 8)
+            values += 0 if bits is None else align_up(tensor.nbytes, ALIGNMENT)
+        return stored, values
+
+    return sizes

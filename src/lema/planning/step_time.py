@@ -58,6 +58,8 @@ def estimate(plan: MemoryPlan, footprint: Footprint, hardware: Hardware, dtype: 
     parts = [(count * (1 + _FEW_ROWS / (rows * seq)), footprint.layer(rows)) for count, rows in footprint.cuts(plan)]
     forward = n * sum(count * layer.forward_flops for count, layer in parts) / rate
     backward = n * sum(count * layer.backward_flops for count, layer in parts) / rate + forward * recomputed / n
+    decoding = sum(sizes.decoded) / sizes.decode_bytes_per_s  # in the forward, and again for the recomputation
+    forward, backward = forward + decoding, backward + decoding
     if on_cpu and plan.keep_activations and not plan.keeps_idle_heap:
         forward += footprint.kept_graphs(plan) / _FAULT_BYTES_PER_S
     positions = footprint.loss_positions(plan)
@@ -89,11 +91,15 @@ def estimate(plan: MemoryPlan, footprint: Footprint, hardware: Hardware, dtype: 
     for phase in phases:
         longest = max(phase, key=lambda name: phase[name])
         bound[longest] = bound.get(longest, 0.0) + phase[longest]
+    slowest = max(bound, key=lambda name: bound[name])
+    if slowest == "compute" and 2 * decoding > (forward + head + optimizer + backward) / 2:
+        slowest = "decoding"
     return Estimate(
         step_seconds=step,
         compute_seconds=forward + head + optimizer + backward,
         disk_seconds=2 * disk + disk_head,
         link_seconds=2 * link + link_head,
         tokens_per_second=total / step if step else 0.0,
-        bound_by=max(bound, key=lambda name: bound[name]),
+        bound_by=slowest,
+        decode_seconds=2 * decoding,
     )

@@ -6,8 +6,9 @@ what the configuration ties.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,9 @@ from ..models.checkpoint import map_checkpoint, place_parameters
 from ..models.quantised import refuse_codes, refuse_quantised
 from ..models.registry import get_adapter
 from ..models.transformers_adapter import TransformersAdapter
+from ..models.weight_kinds import WeightKind, linear_modules, weight_kinds
 from ..storage.index import GlobalBinaryIndex, TensorRecord
+from ..storage.layout import ParameterSource
 from .source import Source
 
 
@@ -35,6 +38,10 @@ class Fit:
     """Stored tensors that transformers computes in float32 whatever the type of the model."""
     note: str = ""
     """Why nothing was checked, if so."""
+    kinds: Mapping[str, WeightKind] = field(default_factory=dict)
+    """What stored tensors are for that are matrices, each whole in its parameter."""
+    linear: tuple[str, ...] = ()
+    """Paths of the model's linear modules."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class _Names:
 
     path: Path
     records: Mapping[str, TensorRecord]
+    is_gguf: bool = False
+    """A GGUF file as a source gives its tensors under transformers' names already."""
 
     @property
     def keys(self) -> list[str]:
@@ -88,7 +97,7 @@ def check_fit(values: Mapping[str, Any], source: Source, dtype: torch.dtype) -> 
     contradicted: list[str] = []
     for name, partner in model.all_tied_weights_keys.items():
         if name in placed and partner in placed:
-            stored, other = (placed[n].pieces[0].record.name for n in (name, partner))
+            stored, other = (placed[n].parts[0].tensor.name for n in (name, partner))
             if stored != other:
                 (copies if _equal(source, stored, other) else contradicted).append(stored)
     left_out = {*copies, *contradicted}
@@ -98,7 +107,19 @@ def check_fit(values: Mapping[str, Any], source: Source, dtype: torch.dtype) -> 
     in_float32 = {
         piece.record.name for s in sources.values() if s.dtype == torch.float32 != dtype for piece in s.pieces
     }
-    return Fit(tuple(copies), tuple(contradicted), tuple(sorted(in_float32)))
+    kinds = _stored_kinds(weight_kinds(model), sources)
+    linear = tuple(linear_modules(model))
+    return Fit(tuple(copies), tuple(contradicted), tuple(sorted(in_float32)), kinds=kinds, linear=linear)
+
+
+def _stored_kinds(kinds: Mapping[str, WeightKind], sources: Mapping[str, ParameterSource]) -> dict[str, WeightKind]:
+    found = {}
+    for name, kind in kinds.items():
+        for piece in sources[name].pieces:
+            record = piece.record
+            if len(record.shape) >= 2 and (piece.source, piece.count) == (0, math.prod(record.shape)):
+                found[record.name] = kind
+    return found
 
 
 def untied(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 from collections.abc import Container
 from pathlib import Path
@@ -16,11 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
 )
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
@@ -35,11 +32,10 @@ from ..errors import (
     ShapeMismatchError,
     UnsupportedError,
     WeightsError,
-    WeightsFormatError,
-    WeightsNotFoundError,
 )
-from ..libraries import how_to_install
+from ..models.gguf import config_in
 from ..storage.atomic import new_directory
+from ..storage.gguf_header import check_gguf, open_gguf
 from ..storage.header import show
 from ..storage.writer import SafetensorsWriter
 from .single_file import parse_dtype
@@ -76,7 +72,7 @@ def convert_gguf(
         WeightsError: the `gguf` package is not installed, or the disk is full or refuses.
     """
     source, output, target = Path(gguf_path), Path(output_dir), parse_dtype(dtype)
-    check_source(source)
+    check_gguf(source)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output}: exists already. Remove it, or choose another folder.")
     try:
@@ -89,16 +85,6 @@ def convert_gguf(
             raise ConfigError(f"{output}: was made by another process meanwhile.") from error
         raise WeightsError(f"{output}: writing failed: {error}. Check the disk and its permissions.") from error
     return output
-
-
-def check_source(source: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise WeightsError(f"Reading GGUF needs the gguf package. Install it: {how_to_install('gguf')}.")
-    if not source.is_file():
-        raise WeightsNotFoundError(f"{source}: no such file.")
-    with open(source, "rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise WeightsFormatError(f"{source}: does not begin with GGUF, so it is no GGUF file.")
 
 
 def _write_folder(source: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -114,33 +100,6 @@ def _write_folder(source: Path, folder: Path, dtype: torch.dtype) -> None:
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
-
-
-def open_gguf(source: Path) -> Any:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(source)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:  # numpy's and gguf's own, on a file cut short
-        if "GGMLQuantizationType" in str(error):
-            raise UnsupportedError(
-                f"{source}: has a tensor of a type that the installed gguf package does not know: {error}."
-                " Install a newer one, or take another quantisation of the model."
-            ) from error
-        raise WeightsFormatError(f"{source}: a damaged GGUF file: {error}. Download or install it again.") from error
-
-
-def config_in(source: Path) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    except (ValueError, KeyError, IndexError) as error:
-        raise UnsupportedError(
-            f"{source}: transformers cannot read this model from GGUF: {error}"
-            " Take the model's safetensors files instead."
-        ) from error
-    for leftover in ("quantization_config", "_model_name_or_path"):
-        vars(config).pop(leftover, None)
-    return config
 
 
 def _write_weights(source: Path, reader: Any, model: Any, output: Path, dtype: torch.dtype) -> None:

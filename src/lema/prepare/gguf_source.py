@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..errors import WeightsFormatError
+from ..models.gguf import config_in, tokenizer_in
+from ..storage.gguf_header import check_gguf, open_gguf
 from ..storage.index import TensorRecord
 from ..storage.pieces import PIECE_BYTES
-from .gguf_file import GgufTensors, check_source, config_in, open_gguf
+from .gguf_file import GgufTensors
 
 
 class GgufSource:
@@ -34,7 +35,7 @@ class GgufSource:
     """
 
     def __init__(self, path: Path, config: Path | None = None) -> None:
-        check_source(path)
+        check_gguf(path)
         self.path, self.files = path, [path]
         self.metadata: dict[str, str] = {}
         reader = open_gguf(path)
@@ -77,15 +78,7 @@ class GgufSource:
         Raises:
             WeightsFormatError: the file has no tokenizer that transformers can read.
         """
-        try:
-            AutoTokenizer.from_pretrained(
-                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
-            ).save_pretrained(folder)
-        except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-            raise WeightsFormatError(
-                f"{self.path}: transformers cannot read the tokenizer in it: {type(error).__name__}: {error}. Give the "
-                "model's own folder with --config"
-            ) from error
+        tokenizer_in(self.path).save_pretrained(folder)
 
     def close(self) -> None:
         """Nothing is held open."""

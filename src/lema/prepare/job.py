@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from .fit import Fit, check_fit, untied
 from .gguf_source import GgufSource
 from .locate import free_space, locate, open_source
 from .output import FileWriter, OutputFile, plan_output, stored_digest, write_index
+from .quantise import QuantisedSource, encoder_of, kinds_of
 from .result import Prepared, as_it_is, described, notes
 from .single_file import converted, parse_dtype, target_type
 from .source import FileWatch, Source
@@ -30,7 +31,7 @@ from .work import WorkFolder, Written, check_target
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when other bytes are written for the same source
+VERSION = 1  # raise it when other bytes are written for the same source
 _SYNC_BYTES = 256 << 20
 _COMPANION_BYTES = 64 << 20
 """Set aside for tokenizer and configuration."""
@@ -49,6 +50,8 @@ def prepare(
     config: str | None = None,
     file: str | None = None,
     revision: str | None = None,
+    quantize: str | None = None,
+    quantize_also: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Prepared:
     """Make a folder of safetensors, configuration and tokenizer that plain `from_pretrained` and LEMA load.
@@ -66,12 +69,17 @@ def prepare(
         config: a folder or hub id with config.json and tokenizer, for weights that have none beside them.
         file: which file of a directory or repository.
         revision: of a hub id.
+        quantize: 'nf4', 'int8' or 'fp8': matrices of the layers, experts among them, become codes of this format.
+        quantize_also: 'router', 'embedding' or 'head', which stay as they are otherwise.
 
     Raises:
         ConfigError: a bad setting, no configuration, or something is at `output_dir`.
         UnsupportedError: quantised weights, code in a checkpoint, or a model that LEMA cannot stream.
-        WeightsError: the source is missing or damaged, the disk full or not writable, or what was read back differs.
+        WeightsError: the source is missing or damaged, the disk full or not writable, or what was read back differs, or
+            is further from the source than quantising can bring it.
     """
+    encoder = None if quantize is None else encoder_of(quantize)
+    kinds = kinds_of(quantize_also)
     wanted = None if dtype is None else parse_dtype(dtype)
     limit = None if monolithic else parse_bytes(max_shard_size, "max_shard_size")
     path = locate(os.fspath(source), file, revision)
@@ -91,19 +99,20 @@ def prepare(
             for name, record in weights.tensors.items()
             if name not in fit.copies
         }
-        if folder == path.parent and _streams_already(weights, types, fit, monolithic):
+        quantised = None if encoder is None else QuantisedSource(weights, fit, types, encoder, kinds)
+        if quantised is None and folder == path.parent and _streams_already(weights, types, fit, monolithic):
             return as_it_is(weights, types, fit, path)
         if output_dir is None:
             raise ConfigError(f"{source}: has to be written anew: name an output folder")
-        return _Job(weights, types, fit, Path(output_dir), limit, progress or _silent).run(
-            lambda output: write_companions(
-                output,
-                folder,
-                untied(values) if fit.contradicted else values,
-                wanted or (None if "dtype" in values or "torch_dtype" in values else stored),
-                gguf,
-            )
-        )
+        values = untied(values) if fit.contradicted else values
+        target = Path(output_dir)
+        named = wanted or (None if "dtype" in values or "torch_dtype" in values else stored)
+        if quantised is None:
+            job = _Job(weights, types, fit, target, limit, progress or _silent)
+        else:
+            job = _Job(quantised, quantised.types, fit, target, limit, progress or _silent)
+            values["quantization_config"] = quantised.settings(fit.linear, wanted or stored or torch.float32)
+        return job.run(lambda output: write_companions(output, folder, values, named, gguf))
 
 
 class _Job:
@@ -132,7 +141,7 @@ class _Job:
         planned = plan_output(self._target, declared, self._limit, self._source.metadata)
         self._check_space(planned)
         job = {
-            "version": _VERSION,
+            "version": VERSION,
             "sources": watch.states,
             "files": {f.path.name: {n: str(r.dtype) for n, r in f.records.items()} for f in planned},
         }
@@ -146,6 +155,8 @@ class _Job:
             watch.check()
             write_index(work.output, files)
             finish(work.output)
+            source = self._source
+            errors = source.errors(work.output, self._progress) if isinstance(source, QuantisedSource) else {}
             with GlobalBinaryIndex(work.output) as index:  # its headers are checked in full
                 if wrong := set(index.keys) ^ set(self._types):
                     raise WeightsError(f"{work.output}: {sorted(wrong)[:3]} were not written as planned. Start again.")
@@ -155,6 +166,7 @@ class _Job:
             written=True,
             kept=len(kept),
             overflowed=self._overflowed,
+            errors=errors,
             notes=notes(self._source, self._fit),
         )
 

@@ -37,6 +37,8 @@ class Prepared:
     """Tensors that an earlier, interrupted run had written: verified, not written again."""
     overflowed: dict[str, int] = field(default_factory=dict)
     """Finite values that became infinite in the type asked for, by tensor."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Of tensors that became codes: norm of what they are off, over the norm of the source's."""
     notes: tuple[str, ...] = ()
     """What else a user should know."""
 

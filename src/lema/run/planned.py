@@ -26,7 +26,12 @@ from ..models.transformers_adapter import TransformersAdapter
 from ..planning.hardware import Hardware
 from ..planning.plan import MemoryPlan
 from ..planning.policy import plan_for
+from ..prepare.cached import cached_folder
+from ..prepare.encoders import ENCODERS
 from ..storage.index import GlobalBinaryIndex
+from .found import Found, describe
+
+_WEIGHTS = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Planned:
     adapter: LemaModelAdapter
     """The model without its weights."""
 
+    @property
+    def found(self) -> Found:
+        """What the model is found to be, and where its adapters go."""
+        return describe(self.adapter, self.config)
+
 
 def for_windows(config: LemaConfig) -> LemaConfig:
     """The settings to plan a run by, whose engine gets a whole accumulation window at once.
@@ -69,6 +79,8 @@ def make(
     values: Mapping[str, Any], spec: str | None = None, probe: bool = False, to_run: bool = False
 ) -> Planned:  # fmt: skip
     """Plan for settings by name, on the machine a specification describes or on this one.
+
+    Nothing is made for it: weights that `quantize` asks for and nobody has made yet count as they will be.
 
     Args:
         to_run: the weights have to be there, and are fetched if they are the hub's, so that the plan is one to run by.
@@ -107,15 +119,32 @@ def _opened(config: LemaConfig, to_run: bool) -> Iterator[StoredModel]:
     given = Path(config.model_name_or_path)
     if given.suffix == ".json" and not given.exists():
         raise WeightsNotFoundError(f"{given} does not exist: give a model's directory, its config.json or a hub id")
-    if given.is_file() and given.name != "config.json" and given.suffix != ".safetensors":
-        raise ConfigError(f"{given} is neither a directory, a .safetensors file nor a config.json")
+    if given.is_file() and given.name != "config.json" and given.suffix not in _WEIGHTS:
+        raise ConfigError(f"{given} is neither a directory, a .safetensors or .gguf file nor a config.json")
     adapter = adapter_of(config)
+    if config.quantize is not None:
+        made = _quantised_already(config)
+        if made is None:
+            if isinstance(adapter, TransformersAdapter):
+                adapter.config.quantization_config = ENCODERS[config.quantize].settings(adapter.dtype, ())
+            yield StoredModel(adapter, None)
+            return
+        config = config.replace(gbi_path=str(made), quantize=None)
     where = weights_path(config) if to_run else Path(config.gbi_path or given)
-    if to_run or config.gbi_path or where.suffix == ".safetensors" or any(where.glob("*.safetensors")):
+    if to_run or config.gbi_path or where.suffix in _WEIGHTS or any(where.glob("*.safetensors")):
         with GlobalBinaryIndex(where) as gbi:
             yield StoredModel(adapter, gbi)
     else:
         yield StoredModel(adapter, None)
+
+
+def _quantised_already(config: LemaConfig) -> Path | None:
+    """The weights that `quantize` asks for, where an earlier run has made them of weights that are here."""
+    source = Path(config.gbi_path or config.model_name_or_path)
+    if not (source.suffix in _WEIGHTS or any(source.glob("*.safetensors"))):
+        return None
+    folder = cached_folder(config)
+    return folder if folder.is_dir() else None
 
 
 def check_adapters(config: LemaConfig, adapter: LemaModelAdapter) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import LemaConfig
+from ..config import CONFIG_NAME, LemaConfig
 from ..coordinator import Coordinator
 from ..data import Data
 from ..data.load import check_all_rows
@@ -22,6 +22,8 @@ from ..model import LemaModel
 from ..models.causal_lm import CausalLM
 from ..models.transformers_adapter import TransformersAdapter
 from ..planning.plan import Estimate
+from ..prepare.cached import quantised
+from ..prepare.job import Progress
 from ..training.checkpoints import CheckpointFolder
 from ..training.panel import View
 from ..training.result import TrainResult
@@ -131,9 +133,13 @@ class PlannedRun:
             return self.prepared.train_by(model.trainer_of(LemaTrainer, coordinator=ranks), folder, view)
 
 
-def plan_run(run: RunConfig, start: Start) -> PlannedRun:
-    """Plan, read and count what a run of files needs; raises what `prepare` does, and where nothing fits."""
-    config = _kept(run.resolved().lema, run, start)
+def plan_run(run: RunConfig, start: Start, progress: Progress | None = None) -> PlannedRun:
+    """Plan, read and count what a run of files needs; raises what `prepare` does, and where nothing fits.
+
+    Args:
+        progress: told of weights that are quantised for it.
+    """
+    config = quantised(_kept(run.resolved().lema, run, start), progress)
     tokenizer = load_tokenizer(run.lema.model_name_or_path)
     planned = make(for_windows(config).to_dict(), to_run=True)
     prepared = prepare(run, start, planned.adapter.causal_lm(), tokenizer=tokenizer)
@@ -162,7 +168,7 @@ def _kept(config: LemaConfig, run: RunConfig, start: Start) -> LemaConfig:
     if start.checkpoint is None:
         return config
     before: Mapping[str, Any] = start.state["lema"]["run"]["settings"]
-    saved = json.loads((start.checkpoint / "lema_config.json").read_text(encoding="utf-8"))
+    saved = json.loads((start.checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
     kept = {name: saved.get(name) for name in _BUDGETS if before.get(name) == getattr(run.lema, name)}
     if saved.get("adapter_name_or_path") is not None:
         kept["adapter_name_or_path"] = str(start.checkpoint)

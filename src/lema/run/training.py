@@ -23,6 +23,8 @@ from ..engine.trainer import LemaTrainer
 from ..errors import ConfigError, WeightsNotFoundError
 from ..models.causal_lm import CausalLM
 from ..models.folder import refuse_other_folders
+from ..models.gguf import tokenizer_in
+from ..storage.gguf_header import is_gguf
 from ..storage.strangers import code_in, refuse_special_files, tell_of_code
 from ..training.checkpoints import CheckpointFolder
 from ..training.panel import View
@@ -123,6 +125,8 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
     could_be_hub_id = str(model).count("/") <= 1 and not path.is_absolute() and not str(model).startswith(".")
     if not path.exists() and not could_be_hub_id:
         raise WeightsNotFoundError(f"{model} does not exist: give a directory, a .safetensors file or a hub id")
+    if is_gguf(path):
+        return tokenizer_in(path)
     where = path.parent if path.suffix == ".safetensors" else model
     refuse_special_files(Path(where))
     tell_of_code(Path(where))

@@ -20,6 +20,7 @@ from types import TracebackType
 import torch
 
 from ..errors import MissingTensorError, ReadError, WeightsError, WeightsFormatError
+from .gguf_header import SUFFIX, read_gguf_header
 from .header import Header, TensorRecord, open_weights, read_header, show
 from .pieces import read_elements
 from .weight_files import check_promises, locate_weights
@@ -31,7 +32,7 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux
 
 
 class GlobalBinaryIndex:
-    """Index over a `.safetensors` file, a directory with one, or a sharded checkpoint.
+    """Index over a `.safetensors` file, a directory with one, a sharded checkpoint, or a `.gguf` file, split or whole.
 
     Layout: opening reads 8 bytes and the header of every file, checks them in full, and keeps one
     `TensorRecord` a tensor. Which files of a directory are meant is transformers' order, see `locate_weights`.
@@ -44,7 +45,8 @@ class GlobalBinaryIndex:
     We drop our reference, and it goes with the last view. `load_tensors` reads without a mapping.
 
     Args:
-        path: a safetensors file (whatever its suffix), a directory, or an index named `*.json`.
+        path: a safetensors file (whatever its suffix), a directory, an index named `*.json`, or one of a model's
+            `.gguf` files.
 
     Raises:
         WeightsNotFoundError: nothing there, or a shard is missing.
@@ -56,7 +58,7 @@ class GlobalBinaryIndex:
         self.path = Path(path)
         """The path given."""
         files, weight_map = locate_weights(self.path)
-        self._headers: dict[Path, Header] = {file: read_header(file) for file in files}
+        self._headers: dict[Path, Header] = {file: _header_of(file) for file in files}
         self._records: dict[str, TensorRecord] = {}
         for header in self._headers.values():
             for record in header.records:
@@ -86,6 +88,11 @@ class GlobalBinaryIndex:
         """`__metadata__` of the first file; empty if it has none."""
         self._open_records()
         return dict(next(iter(self._headers.values())).metadata)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the names are llama.cpp's, and the types gguf's."""
+        return self.metadata.get("format") == "gguf"
 
     @property
     def total_bytes(self) -> int:
@@ -264,6 +271,10 @@ class GlobalBinaryIndex:
                     f"{file}: cannot be mapped: {error}. Use load_tensors(), which needs no mapping."
                 ) from error
         return self._mappings.setdefault(file, mapping)  # two threads agree on one
+
+
+def _header_of(file: Path) -> Header:
+    return read_gguf_header(file) if file.suffix == SUFFIX else read_header(file)
 
 
 def _fingerprint(file: Path, header: Header, blocks: int = 256, block_bytes: int = 1 << 14) -> dict[str, int | str]:

@@ -16,6 +16,9 @@ from .codecs import Codec, Piece, Placement, Run
 from .index import TensorRecord
 
 PAGE = 4096
+_GAP = PAGE
+"""Bytes between segments of a unit with codes up to which they are read as one: what lies there are tables that no step
+needs, and a read for each segment would cost more."""
 ALIGNMENT = 256
 """Of parameters in device memory and in scratch: what cudaMalloc gives, and the fastest kernels want 16 to 128."""
 
@@ -127,7 +130,9 @@ class SlotLayout:
 
     def __init__(self, sources: Sequence[ParameterSource], packed: bool = False, moved: bool = False) -> None:
         self.sources = tuple(sources)
-        self.extents, place = _merge(_segments(run for source in sources for run in source.codec.runs))
+        coded = any(not isinstance(source.codec, Placement) for source in sources)
+        segments = _segments(run for source in sources for run in source.codec.runs)
+        self.extents, place = _merge(segments, _GAP if coded else 0)
         self.nbytes = align_up(max((e.slot_offset + e.nbytes for e in self.extents), default=0), PAGE)
         self.read_bytes = sum(extent.nbytes for extent in self.extents)
         self.moves: tuple[Move, ...] = ()
@@ -187,11 +192,11 @@ def _offset(run: Run, places: _Places) -> int:
     return next(at + start - segment.start for segment, at in found if segment.start <= start < end <= segment.end)
 
 
-def _merge(segments: Sequence[_Segment]) -> tuple[tuple[Extent, ...], _Places]:
+def _merge(segments: Sequence[_Segment], gap: int) -> tuple[tuple[Extent, ...], _Places]:
     groups: list[list[_Segment]] = []
     for segment in segments:
         last = groups[-1][-1] if groups else None
-        if last is not None and last.record.file == segment.record.file and last.end == segment.start:
+        if last is not None and last.record.file == segment.record.file and 0 <= segment.start - last.end <= gap:
             groups[-1].append(segment)
         else:
             groups.append([segment])

@@ -1,6 +1,7 @@
 """Where the elements of a tensor come from, computed without touching one: stack, concatenate, chunk.
 
-It knows shapes and runs of elements; it knows nothing of models or of transformers' conversions.
+It knows shapes and runs of elements, of tensors stored as they are or as codes; it knows nothing of models or of
+transformers' conversions.
 """
 
 from __future__ import annotations
@@ -9,8 +10,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .codecs import Piece
-from .index import TensorRecord
+from ..errors import UnsupportedError
+from .codecs.assembly import Assembly, Segment
+from .codecs.base import Codec, Piece, Placement, Stored
+from .header import TensorRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A contiguous run of elements of a tensor of the file, and where it goes; offsets and `count` in elements."""
+
+    tensor: TensorRecord | Stored
+    source: int
+    target: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,25 +31,43 @@ class PlacedTensor:
     """A tensor as its shape and the contiguous runs it is made of."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    parts: tuple[Part, ...]
 
     @classmethod
-    def whole(cls, record: TensorRecord) -> PlacedTensor:
-        """A file tensor as it is."""
-        return cls(record.shape, (Piece(record, 0, 0, math.prod(record.shape)),))
+    def whole(cls, tensor: TensorRecord | Stored) -> PlacedTensor:
+        """A tensor of the file as it is, or as what its codes stand for."""
+        return cls(tensor.shape, (Part(tensor, 0, 0, math.prod(tensor.shape)),))
+
+    @property
+    def codec(self) -> Codec:
+        """What makes the tensor of stored ones.
+
+        Raises:
+            UnsupportedError: a part of a tensor is wanted that is kept as codes and can be decoded only whole.
+        """
+        pieces = tuple(
+            Piece(part.tensor, part.source, part.target, part.count)
+            for part in self.parts
+            if isinstance(part.tensor, TensorRecord)
+        )
+        if len(pieces) == len(self.parts):
+            return Placement(pieces)
+        segments = tuple(_segment(part) for part in self.parts)
+        alone = segments[0].codec if len(segments) == 1 and segments[0].shape == self.shape else None
+        return alone or Assembly(segments)
 
     def unsqueeze(self, dim: int) -> PlacedTensor:
         """With a dimension of one inserted."""
-        return PlacedTensor((*self.shape[:dim], 1, *self.shape[dim:]), self.pieces)
+        return PlacedTensor((*self.shape[:dim], 1, *self.shape[dim:]), self.parts)
 
-    def _runs(self, inner: int) -> Iterator[tuple[int, int, Piece]]:
-        """Pieces cut at multiples of `inner` elements: (outer index, offset within it, piece)."""
-        for piece in self.pieces:
+    def _runs(self, inner: int) -> Iterator[tuple[int, int, Part]]:
+        """Parts cut at multiples of `inner` elements: (outer index, offset within it, part)."""
+        for part in self.parts:
             done = 0
-            while done < piece.count:
-                outer, within = divmod(piece.target + done, inner)
-                count = min(piece.count - done, inner - within)
-                yield outer, within, Piece(piece.record, piece.source + done, within, count)
+            while done < part.count:
+                outer, within = divmod(part.target + done, inner)
+                count = min(part.count - done, inner - within)
+                yield outer, within, Part(part.tensor, part.source + done, within, count)
                 done += count
 
 
@@ -45,14 +76,14 @@ def concatenate(tensors: Sequence[PlacedTensor], dim: int) -> PlacedTensor:
     first = tensors[0].shape
     inner = [math.prod(t.shape[dim:]) for t in tensors]
     total = sum(inner)
-    pieces = []
+    parts = []
     start = 0
     for tensor, size in zip(tensors, inner, strict=True):
-        for outer, within, piece in tensor._runs(size):
-            pieces.append(Piece(piece.record, piece.source, outer * total + start + within, piece.count))
+        for outer, within, part in tensor._runs(size):
+            parts.append(Part(part.tensor, part.source, outer * total + start + within, part.count))
         start += size
     shape = (*first[:dim], sum(t.shape[dim] for t in tensors), *first[dim + 1 :])
-    return PlacedTensor(shape, _coalesce(pieces))
+    return PlacedTensor(shape, _coalesce(parts))
 
 
 def stack(tensors: Sequence[PlacedTensor], dim: int) -> PlacedTensor:
@@ -64,25 +95,37 @@ def chunk(tensor: PlacedTensor, chunks: int, dim: int) -> list[PlacedTensor]:
     """As `torch.chunk` into equal parts."""
     rest = math.prod(tensor.shape[dim + 1 :])
     width = tensor.shape[dim] // chunks * rest
-    parts: list[list[Piece]] = [[] for _ in range(chunks)]
-    for run, within, piece in tensor._runs(width):
-        outer, part = divmod(run, chunks)
-        parts[part].append(Piece(piece.record, piece.source, outer * width + within, piece.count))
+    parts: list[list[Part]] = [[] for _ in range(chunks)]
+    for run, within, part in tensor._runs(width):
+        outer, number = divmod(run, chunks)
+        parts[number].append(Part(part.tensor, part.source, outer * width + within, part.count))
     shape = (*tensor.shape[:dim], tensor.shape[dim] // chunks, *tensor.shape[dim + 1 :])
-    return [PlacedTensor(shape, _coalesce(part)) for part in parts]
+    return [PlacedTensor(shape, _coalesce(one)) for one in parts]
 
 
-def _coalesce(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-    merged: list[Piece] = []
-    for piece in sorted(pieces, key=lambda p: p.target):
+def _coalesce(parts: Sequence[Part]) -> tuple[Part, ...]:
+    merged: list[Part] = []
+    for part in sorted(parts, key=lambda p: p.target):
         last = merged[-1] if merged else None
         if (
             last is not None
-            and last.record == piece.record
-            and last.source + last.count == piece.source
-            and last.target + last.count == piece.target
+            and last.tensor == part.tensor
+            and last.source + last.count == part.source
+            and last.target + last.count == part.target
         ):
-            merged[-1] = Piece(last.record, last.source, last.target, last.count + piece.count)
+            merged[-1] = Part(last.tensor, last.source, last.target, last.count + part.count)
         else:
-            merged.append(piece)
+            merged.append(part)
     return tuple(merged)
+
+
+def _segment(part: Part) -> Segment:
+    tensor = part.tensor
+    if isinstance(tensor, TensorRecord):
+        return Segment(part.target, (part.count,), Placement((Piece(tensor, part.source, 0, part.count),)))
+    if part.source or part.count != math.prod(tensor.shape):
+        raise UnsupportedError(
+            f"{tensor.name}: is kept as codes, and the model wants {part.count} of its {math.prod(tensor.shape)} "
+            f"values from number {part.source} on, apart from the rest. Take the model it was made from"
+        )
+    return Segment(part.target, tensor.shape, tensor.codec)

@@ -88,7 +88,7 @@ def typed_view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, shape: Seq
 
 
 class Decoder:
-    """Makes a unit's scratch parameters from what its slot holds."""
+    """Makes a unit's scratch parameters from what its slot holds; what is stored is checked before the first time."""
 
     def __init__(self, slot: torch.Tensor, scratch: torch.Tensor, views: Sequence[ScratchView]) -> None:
         self._parts = [
@@ -99,11 +99,20 @@ class Decoder:
             )
             for view in views
         ]
+        self._checked = False
 
     def __call__(self) -> None:
-        """Decode every parameter; one call a use."""
+        """Decode every parameter; one call a use.
+
+        Raises:
+            WeightsFormatError: what is stored cannot be what its format says.
+        """
         for codec, stored, out in self._parts:
-            codec.decode([run.values() for run in stored], out)
+            values = [run.values() for run in stored]
+            if not self._checked:
+                codec.check(values)
+            codec.decode(values, out)
+        self._checked = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +134,15 @@ class _Stored:
 
 
 def materialize(gbi: GlobalBinaryIndex, source: ParameterSource) -> torch.Tensor:
-    """The parameter as a tensor with memory of its own, decoded from the mapped file."""
+    """The parameter as a tensor with memory of its own, decoded from the mapped file.
+
+    Raises:
+        WeightsFormatError: what is stored cannot be what its format says.
+    """
     result = torch.empty(source.shape, dtype=source.dtype)
-    source.codec.decode([_mapped(gbi, run) for run in source.codec.runs], result)
+    stored = [_mapped(gbi, run) for run in source.codec.runs]
+    source.codec.check(stored)
+    source.codec.decode(stored, result)
     return result
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 from ..errors import WeightsError, WeightsFormatError, WeightsNotFoundError
+from .gguf_header import SUFFIX, split_files
 from .header import TensorRecord, read_json_object, show
 
 __all__ = ["check_promises", "locate_weights", "read_shard_index"]
@@ -30,7 +31,7 @@ Located = tuple[list[Path], dict[str, Path]]
 
 
 def locate_weights(path: Path) -> Located:
-    """The weight files at a path: a weight file, an index named `*.json`, or a directory.
+    """The weight files at a path: a weight file (of a split GGUF any of them), an index named `*.json`, or a directory.
 
     In a directory `from_pretrained` of transformers (`_get_resolved_checkpoint_files`) takes what config.json names as
     `transformers_weights`, else `model.safetensors`, else the shards of `model.safetensors.index.json`, else pickles.
@@ -46,6 +47,8 @@ def locate_weights(path: Path) -> Located:
         raise WeightsNotFoundError(
             f"{path}: no such file or directory. Give a .safetensors file or the directory of a downloaded model."
         )
+    if path.suffix == SUFFIX:
+        return split_files(path), {}
     if not path.is_dir():
         return read_shard_index(path) if path.suffix == ".json" else ([path], {})
     try:

@@ -10,13 +10,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..planning.footprint import HEAD_CHUNK_BYTES
 from ..storage.codecs import Piece, Placement
 from ..storage.layout import ParameterSource, SlotLayout
 from .layer_state import LayerState, Residency
 from .schedule import Phase
-
-SLICE_BYTES = 16 << 20
-"""Of a run of a head that is there whole, roughly."""
 
 
 class HeadState(LayerState):
@@ -110,7 +108,7 @@ class SlicedHead:
         nbytes: bytes of a run, roughly.
     """
 
-    def __init__(self, weight: torch.Tensor, nbytes: int = SLICE_BYTES) -> None:
+    def __init__(self, weight: torch.Tensor, nbytes: int = HEAD_CHUNK_BYTES) -> None:
         vocab, hidden = weight.shape
         rows = max(nbytes // (hidden * weight.dtype.itemsize), 1)
         self.ranges = row_ranges(vocab, rows)

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..typed import shortened
 from .run_config import affects_numerics
 
-_NOW_THERE = {"leave_out_router_loss": False, "on_bad_row": "error"}
+_NOW_THERE = {"leave_out_router_loss": False, "on_bad_row": "error", "quantize": None}
 """Settings that a run may have been saved without, and what they were then."""
 _LENGTH = ("max_steps", "num_train_epochs")
 

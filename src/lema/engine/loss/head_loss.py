@@ -13,8 +13,10 @@ import torch
 
 from ...errors import UnsupportedError
 from ...models.causal_lm import CausalLM
+from ...models.trained import trained_outside
+from ...planning.footprint import HEAD_CHUNK_BYTES
 from ...planning.plan import loss_chunk
-from ...streaming.head import SLICE_BYTES, SlicedHead
+from ...streaming.head import SlicedHead
 from ...streaming.timeline import COMPUTE
 from ...streaming.weight_store import WeightStore
 from .epilogue import ModelEpilogue
@@ -35,7 +37,7 @@ def wide_piece(chunk: int, positions: int) -> tuple[int, int]:
     matmuls of 128, 256 and 512 positions beside 4 MiB took 1.15, 1.03 and 0.94 of the time (float32, width 2048).
     """
     wide = min(max(chunk, min(4 * chunk, _WIDEST)), max(positions, 1))
-    return wide, min(SLICE_BYTES, SLICE_BYTES * chunk // wide)
+    return wide, min(HEAD_CHUNK_BYTES, HEAD_CHUNK_BYTES * chunk // wide)
 
 
 class HeadLoss:
@@ -50,6 +52,7 @@ class HeadLoss:
         self._lm = lm
         self._memory = memory
         self._epilogue = ModelEpilogue(lm)
+        self._trained = list(trained_outside(lm.module, lm.layers).values())
         self._sliceable: bool | None = None
 
     def __call__(
@@ -59,6 +62,7 @@ class HeadLoss:
         """As `compute_loss`: `hidden` is `[batch, seq, hidden]`, `targets` `[batch, seq]`."""
         wanted: dict[str, Any] = {
             "scale": scale, "with_gradient": with_gradient, "with_accuracy": with_accuracy, "smoothing": smoothing,
+            "trained": self._trained,
         }  # fmt: skip
         chunk = self._chunk_of(targets)
         pieces = head_pieces(self._memory)
@@ -66,7 +70,7 @@ class HeadLoss:
             with self._memory.timeline.span(COMPUTE, "head and loss"):
                 return self._by_pieces(hidden, targets, denominator, pieces, chunk, with_logits, wanted)
         with head_held(self._memory):
-            if chunk is not None and self._slices_head():
+            if chunk is not None and self._slices_head(hidden):
                 chunk, nbytes = wide_piece(chunk, targets.numel())
                 sliced = SlicedHead(self._epilogue.linear.weight, nbytes)
                 return self._by_pieces(hidden, targets, denominator, sliced, chunk, with_logits, wanted)
@@ -88,14 +92,12 @@ class HeadLoss:
             with torch.no_grad():
                 return dataclasses.replace(result, logits=epilogue(hidden, head))
 
-    def _slices_head(self) -> bool:
+    def _slices_head(self, hidden: torch.Tensor) -> bool:
         """Whether a chunked loss may cut the vocabulary too, which the family has to allow."""
         if self._sliceable is None:
-            device = self._memory.compute_device
             try:
                 weight = self._epilogue.linear.weight
-                nothing = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=device)
-                self._epilogue.check(SlicedHead(weight).ranges, nothing)
+                self._epilogue.check(SlicedHead(weight).ranges, hidden.new_empty(0, hidden.shape[-1]))
                 self._sliceable = True
             except UnsupportedError as error:
                 logger.info("the loss is cut by positions only: %s", error)

@@ -13,7 +13,8 @@ from torch import nn
 from ...machine.heap import HeapGuard
 from ...streaming.arguments import BatchRules
 from ...streaming.draws import Draws
-from ...streaming.recompute import Batching, StreamedLayer
+from ...streaming.layer_call import Batching
+from ...streaming.recompute import StreamedLayer
 from ...streaming.weight_store import WeightStore
 from .vocabulary import Head, HeadPieces
 

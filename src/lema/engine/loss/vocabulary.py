@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...errors import InputError
 from ...machine.host_copies import to_device
-from .positions import IGNORE_INDEX, LossResult
+from .positions import IGNORE_INDEX, GradientSums, LossResult
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Epilogue = Callable[[torch.Tensor, Linear], torch.Tensor]
@@ -79,6 +79,7 @@ def linear_cross_entropy(
     with_gradient: bool = True,
     with_accuracy: bool = False,
     smoothing: float = 0.0,
+    trained: Sequence[nn.Parameter] = (),
 ) -> LossResult:
     """Head and loss as `compute_loss` has them; each piece of the weight is used once, in order.
 
@@ -92,6 +93,7 @@ def linear_cross_entropy(
         positions: targets at once; at most `positions` times a piece's rows logits are there at a time.
         scale: loss scale, applied before the gradient is rounded to the type of the hidden states.
         smoothing: see `lema.engine.loss.positions.smoothed_loss`.
+        trained: parameters that may lie before the head's linear.
 
     Raises:
         InputError: a target is outside the vocabulary.
@@ -109,6 +111,7 @@ def linear_cross_entropy(
     where, wanted = to_device(where[order], hidden.device), to_device(wanted, hidden.device)
     softmax = _OnlineSoftmax(head, epilogue, hidden.reshape(-1, hidden.shape[-1]), where, wanted, with_gradient)
     softmax.keep_best, softmax.smoothing = with_accuracy, smoothing
+    softmax.beside = GradientSums(trained if with_gradient else ())
     for number, (start, end) in enumerate(head.pieces.ranges):
         with head.pieces.use(number) as weight:
             assert weight.shape[0] == end - start, (weight.shape, start, end)
@@ -118,7 +121,8 @@ def linear_cross_entropy(
                 softmax.add(chunk, block)
     losses = [softmax.finish(block, scale / denominator, gradient) for block in small]
     right = torch.stack(softmax.right) if with_accuracy else None
-    return LossResult(torch.stack(losses), gradient, None, right, divisor=denominator)
+    beside = softmax.beside.found()
+    return LossResult(torch.stack(losses), gradient, None, right, divisor=denominator, beside=beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,8 @@ class _OnlineSoftmax:
         self.right: list[torch.Tensor] = []
         """Targets whose logit is the largest, of equal ones the first; counted as blocks are finished."""
         self.smoothing = 0.0
+        self.beside = GradientSums(())
+        """Gradients of parameters before the linear."""
         self._logits = rows.new_zeros((count, 1), dtype=self._dtype)
         self._even: torch.Tensor | None = None
         self._best = torch.full_like(where, -1).unsqueeze(1)
@@ -289,7 +295,7 @@ class _OnlineSoftmax:
                 at_input.add_(at_target.sub_(even / self._head.linear.out_features), alpha=self.smoothing)
             at_input.mul_(factor)
             (x,) = inputs
-            (found,) = torch.autograd.grad(x, rows, at_input.to(x.dtype).view_as(x))
+            found = self.beside.add(x, rows, at_input.to(x.dtype).view_as(x))
             gradient.view(self._rows.shape).index_copy_(0, self._where[block], found[0])
         loss = functional.softplus(distance, threshold=40)
         if self.smoothing:
