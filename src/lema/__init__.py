@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import LemaConfig, MemoryStrategy
+    from .pretrained import close, from_pretrained
     from .run.facade import LemaModel, LemaTrainer
 
 __version__ = "0.1.0"
-__all__ = ["LemaConfig", "LemaModel", "LemaTrainer", "MemoryStrategy", "__version__"]
-_WHERE = {"LemaConfig": "config", "MemoryStrategy": "config", "LemaModel": "run.facade", "LemaTrainer": "run.facade"}
+__all__ = ["LemaConfig", "LemaModel", "LemaTrainer", "MemoryStrategy", "__version__", "close", "from_pretrained"]
+_WHERE = {
+    "LemaConfig": "config", "MemoryStrategy": "config", "LemaModel": "run.facade", "LemaTrainer": "run.facade",
+    "from_pretrained": "pretrained", "close": "pretrained",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

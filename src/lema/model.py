@@ -15,23 +15,19 @@ from torch import nn
 
 from .config import LemaConfig
 from .coordinator import Coordinator
-from .engine.assembly import StoredModel, assemble_lora, compute_dtype
-from .engine.attach import Attachment, attach
+from .engine.assembly import assemble_lora, compute_dtype
+from .engine.attach import Attachment
 from .engine.checkpoint import check_base_of_adapter
 from .engine.device_memory import explained
-from .engine.generation import generate, take_end_tokens
-from .engine.outlook import Outlook
+from .engine.generation import generate
+from .engine.opening import open_streamed
 from .engine.trainer import StepTrainer
 from .errors import DeviceError
-from .machine.heap import resident_bytes
 from .models.base import LemaModelAdapter
-from .models.locate import adapter_for, adapter_path, local_path, weights_path
+from .models.locate import adapter_path
 from .models.lora import ADAPTER_CONFIG, LoRAManager
 from .models.trained import Trained
 from .planning.plan import MemoryPlan
-from .planning.policy import plan_for
-from .storage.gguf_header import is_gguf
-from .storage.index import GlobalBinaryIndex
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,30 +57,14 @@ class StreamedModel:
         coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
         self.coordinator = coordinator or Coordinator()
-        dtype = compute_dtype(config)
         if config.quantize is not None:
             from .prepare.cached import quantised  # few runs need what it imports
 
+            compute_dtype(config)
             config = quantised(config)
         self.config = config
-        model_path = local_path(config.model_name_or_path, "*.json")
-        self._folder = model_path if model_path.is_dir() or is_gguf(model_path) else model_path.parent
-        self.adapter = adapter or adapter_for(config, model_path)
-        self.gbi = GlobalBinaryIndex(weights_path(config))
-        floor = resident_bytes()  # making a plan leaves something behind, which the plan counts as overhead
-        self.adapter.configure(dtype, config.attn_implementation)
-        model = StoredModel(self.adapter, self.gbi)
-        plan = plan or self.coordinator.found_by_first("plan", lambda: plan_for(Outlook(config, model)))
-        self.attachment = attach(
-            model,
-            plan,
-            config.device,
-            num_readers=config.num_readers,
-            prefetch_depth=config.prefetch_depth,
-            floor=floor,
-            leave_out_router_loss=config.leave_out_router_loss,
-        )
-        """The model and its weights, until `close`."""
+        self.adapter, self.gbi, self.attachment = open_streamed(config, adapter, plan, coordinator=self.coordinator)
+        """The attachment: the model and its weights, until `close`."""
         self.memory = self.attachment.memory
         self.lora_manager: LoRAManager | None = assemble_lora(config, self.adapter)
         self._has_adapter = False
@@ -101,7 +81,6 @@ class StreamedModel:
         return self.lora_manager or Trained()
 
     def _install(self) -> None:
-        take_end_tokens(self.adapter.causal_lm().module, self._folder)
         if self.lora_manager is not None:
             self.lora_manager.attach(self.adapter)
             if self.config.adapter_name_or_path is not None:
@@ -193,9 +172,7 @@ class StreamedModel:
 
     def close(self) -> None:
         """End the reading threads and give the files back."""
-        self.memory.close()
-        self.gbi.close()
-        self.attachment.heap.close()
+        self.attachment.close()
 
     def __enter__(self) -> Self:
         return self

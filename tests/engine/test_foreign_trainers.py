@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lema
 from data_helpers import CHATML, VOCABULARY, make_tokenizer
 from families import save_tiny
-from helpers import lema_config, plain_model
+from helpers import ALPHA, RANK, SEED, lema_config, plain_model
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -33,18 +34,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=[{}, {"ram_budget": "2GB", "ram_layers": 0, "keep_activations": 1}], ids=["plain", "planned"])
+PLANNED: dict[str, Any] = {"ram_budget": "2GB", "ram_layers": 0, "keep_activations": 1}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LemaModel": ("LemaModel", {}),
+    "LemaModel planned": ("LemaModel", PLANNED),
+    "from_pretrained": ("from_pretrained", {}),
+    "from_pretrained planned": ("from_pretrained", PLANNED),
+}
+
+
+@pytest.fixture(params=WAYS)
 def streamed(request: pytest.FixtureRequest, folder: Path) -> Iterator[Callable[[], Any]]:
-    """Makes streamed models, closed at the end."""
+    """Makes streamed models with adapters, closed at the end."""
+    way, settings = WAYS[request.param]
     opened: list[lema.LemaModel] = []
+    bare: list[Any] = []
 
     def make() -> Any:
-        opened.append(lema.LemaModel(lema_config(folder, loss_chunk_size=None, **request.param)))
-        return opened[-1].hf_model
+        if way == "LemaModel":
+            opened.append(lema.LemaModel(lema_config(folder, loss_chunk_size=None, **settings)))
+            return opened[-1].hf_model
+        bare.append(open_bare(folder, **settings))
+        torch.manual_seed(SEED)
+        return get_peft_model(bare[-1], lora()).train()
 
     yield make
     for model in opened:
         model.close()
+    for model in bare:
+        lema.close(model)
+
+
+def open_bare(folder: Path, **settings: Any) -> Any:
+    return lema.from_pretrained(folder, device="cpu", dtype="float32", attn_implementation="eager", **settings)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def rows(count: int = 8, length: int = 12) -> list[dict[str, torch.Tensor]]:
@@ -81,6 +107,7 @@ def test_transformers_trainer_saves_what_plain_peft_does(
     assert not list((tmp_path / "lema").rglob("model*.safetensors"))
 
 
+@pytest.mark.parametrize("streamed", ["LemaModel", "from_pretrained planned"], indirect=True)
 @pytest.mark.long
 def test_transformers_trainer_goes_on_from_its_checkpoint(streamed: Callable[[], Any], tmp_path: Path) -> None:
     trainer(streamed(), tmp_path / "whole").train()
@@ -92,6 +119,7 @@ def test_transformers_trainer_goes_on_from_its_checkpoint(streamed: Callable[[],
     assert_equal(adapter(tmp_path / "cut" / "checkpoint-4"), adapter(tmp_path / "whole" / "checkpoint-4"))
 
 
+@pytest.mark.parametrize("streamed", ["LemaModel planned", "from_pretrained"], indirect=True)
 def test_transformers_trainer_loads_its_best_model(streamed: Callable[[], Any], tmp_path: Path) -> None:
     model = streamed()
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
@@ -103,6 +131,41 @@ def test_transformers_trainer_loads_its_best_model(streamed: Callable[[], Any], 
     assert_equal(adapter(tmp_path / "best"), adapter(Path(best)))
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "clipped": {"max_grad_norm": 1e-3},
+    "accumulated": {"gradient_accumulation_steps": 2, "max_steps": 2},
+    "bf16 on a float32 model": {"bf16": True},
+    "checkpointing of their own": {"gradient_checkpointing": True},
+    "by length": {"train_sampling_strategy": "group_by_length"},
+}
+
+
+@pytest.mark.parametrize("streamed", ["from_pretrained"], indirect=True)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_transformers_trainer_do_what_they_do(
+    folder: Path, streamed: Callable[[], Any], tmp_path: Path, name: str
+) -> None:
+    for model, out in ((plain_model(folder), tmp_path / "plain"), (streamed(), tmp_path / "lema")):
+        run = trainer(model, out, save_strategy="no", **SETTINGS[name])
+        run.train()
+        run.save_model(str(out))
+    assert_equal(adapter(tmp_path / "lema"), adapter(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("streamed", ["from_pretrained planned"], indirect=True)
+def test_evaluation_computes_metrics_of_the_same_logits(
+    folder: Path, streamed: Callable[[], Any], tmp_path: Path
+) -> None:
+    found = []
+    for model in (plain_model(folder), streamed()):
+        run = trainer(model, tmp_path)
+        run.compute_metrics = lambda pairs: {"logits": pairs.predictions.tolist(), "labels": pairs.label_ids.tolist()}
+        found.append(run.evaluate())
+    assert found[0]["eval_logits"] == found[1]["eval_logits"]
+    assert found[0]["eval_labels"] == found[1]["eval_labels"]
+
+
+@pytest.mark.parametrize("streamed", ["LemaModel planned", "from_pretrained planned"], indirect=True)
 def test_several_adapters_are_saved(streamed: Callable[[], Any], tmp_path: Path) -> None:
     model = streamed()
     model.add_adapter("other", model.peft_config["default"])
@@ -172,9 +235,29 @@ def train_with_trl(kind: str, model: Any, folder: Path, out: Path, resume: bool 
     run.save_model(str(out / "saved"))
 
 
+@pytest.mark.long
+def test_sft_gives_a_bare_model_its_adapter(folder: Path, tmp_path: Path) -> None:
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    data = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    for name, model in (("plain", base), ("lema", open_bare(folder, ram_budget="2GB"))):
+        torch.manual_seed(0)
+        args = trl.SFTConfig(str(tmp_path / name), **{**QUIET, "bf16": False, "max_length": 32})
+        assert args.gradient_checkpointing, "TRL's default"
+        run = trl.SFTTrainer(
+            model, args=args, train_dataset=data, processing_class=make_tokenizer(CHATML), peft_config=lora()
+        )
+        run.train()
+        run.save_model(str(tmp_path / name / "saved"))
+    lema.close(model)
+    for part in ("checkpoint-2", "saved"):
+        assert_equal(adapter(tmp_path / "lema" / part), adapter(tmp_path / "plain" / part))
+
+
 KINDS = ["sft", "dpo", "dpo precomputed", "kto", "kto precomputed", "orpo", "grpo"]
 
 
+@pytest.mark.parametrize("streamed", ["LemaModel", "from_pretrained planned"], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.long
 def test_trl_trains_saves_and_goes_on(folder: Path, streamed: Callable[[], Any], tmp_path: Path, kind: str) -> None:

@@ -50,7 +50,7 @@ def members(cls: type) -> Iterator[tuple[str, Any, type]]:
     for base in cls.__mro__:
         if not base.__module__.startswith("lema"):
             continue
-        for name, value in vars(base).items():
+        for name, value in list(vars(base).items()):  # pydantic builds a class when it is first asked
             value = getattr(value, "__func__", value)
             if name.startswith("_") or name in seen or not (callable(value) or isinstance(value, property)):
                 continue

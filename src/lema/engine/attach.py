@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..config import LemaConfig
-from ..errors import PlanError, UnsupportedError, WeightsNotFoundError
+from ..errors import PlanError, StreamingError, UnsupportedError, WeightsNotFoundError
 from ..machine.heap import HeapGuard, give_back_idle_heap, resident_bytes
 from ..models.base import LemaModelAdapter
 from ..models.causal_lm import CausalLM
@@ -32,6 +34,7 @@ from ..streaming.weight_store import WeightStore
 from .assembly import StoredModel, compute_dtype
 from .device_memory import explained
 from .guards import guard, guard_peft
+from .joining import Joining
 from .loss.streamed_head import streamed_forward
 from .outlook import Outlook
 from .trial import fault_of_training, kinds_of
@@ -136,6 +139,7 @@ class Attachment:
         ]
         for unit in plan.keep_activations:
             self.layers[unit].keeps_graph = True
+        self._closed = False
         self._told = False
         self._put_in_place()
         self.guard()
@@ -163,15 +167,20 @@ class Attachment:
         return model
 
     def guard(self, peft_model: nn.Module | None = None) -> None:
-        """Keep weights from being cast, merged and saved; to be said again when the model was given adapters.
+        """Keep weights from being cast, merged and saved. Adapters that come later are seen when they do.
 
         Args:
-            peft_model: PEFT's model around it, whose adapters a trainer will save.
+            peft_model: PEFT's model around it, if it was there before.
         """
         self.lm.interceptor.take_off("guards", "adapters")
         guard(self.lm, self.memory)
+        tuner: BaseTuner | None = None
+        if isinstance(peft_model, PeftModel) and isinstance(peft_model.base_model, BaseTuner):
+            tuner = peft_model.base_model
+            guard_peft(self.lm.interceptor, peft_model, tuner)
+        self.joining = Joining(self.lm, self.memory, tuner)
+        """Told of adapters that are put into the model."""
         if peft_model is not None:
-            guard_peft(self.lm.interceptor, peft_model)
             self._try(peft_model)
 
     def _try(self, peft_model: nn.Module) -> None:
@@ -194,6 +203,13 @@ class Attachment:
         self.lm.interceptor.take_off(*_NAMES)
         self.heap.close()
 
+    def close(self) -> None:
+        """End the reading threads and give the files back; the model cannot be called any more."""
+        self._closed = True
+        self.memory.close()
+        self.memory.gbi.close()
+        self.heap.close()
+
     def prepare(self) -> None:
         """Learn how to cut the arguments of layers where they may be cut: no forward runs inside another."""
         if self.batching.micro_batch_size is not None:
@@ -208,6 +224,9 @@ class Attachment:
 
     def lowest_trainable(self) -> int:
         """The deepest layer a gradient has to reach; the number of layers if there is none."""
+        find = getattr(self.lm.module, "get_input_embeddings", None)
+        if find is not None and any(parameter.requires_grad for parameter in find().parameters()):
+            return 0
         return next((s.unit for s in self.layers if s.trainables()), len(self.layers))
 
     def _tell_of_unused(self) -> None:
@@ -230,6 +249,11 @@ class Attachment:
         if self._trying:
             return args, kwargs
         self.memory.turn.take("the model")
+        if self._closed:
+            raise StreamingError(
+                f"this {type(module).__name__} was closed, and its weights are not there: open it anew"
+            )
+        self.joining.let_go()
         _refuse_outputs(getattr(module, "config", None), kwargs)
         if kwargs.get("labels") is not None and kwargs.get("output_router_logits") is None:
             check_router_loss(self.lm)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..errors import BindingError
@@ -29,6 +29,7 @@ def guard(lm: CausalLM, memory: WeightStore) -> None:
     """Put the refusals on a model whose layers are streamed; a fully resident one only ignores checkpointing."""
     put = functools.partial(lm.interceptor.replace, "guards")
     put(lm.module, "gradient_checkpointing_enable", _checkpointing_is_built_in)
+    put(lm.module, "enable_input_require_grads", _needs_no_gradient)
     if not memory.streamed:
         return
     owners = [module for unit in memory.streamed for module in lm.layers[unit].modules()]
@@ -39,25 +40,29 @@ def guard(lm: CausalLM, memory: WeightStore) -> None:
         put(module, "_apply", functools.partial(_apply, module))
     for module in owners:
         if issubclass(type(module), BaseTunerLayer):
-            put(module, "merge", _refuse_merge)
+            put(module, "merge", refuse_merge)
         if not saves and any(True for _ in module.parameters(recurse=False)) and not _holds_adapter(module):
             lm.interceptor.hook("guards", module.register_state_dict_pre_hook(_refuse_state_dict))
-    put(lm.module, "save_pretrained", _refuse_save)
+    put(lm.module, "save_pretrained", functools.partial(_save_adapters_only, lm.module))
+    put(lm.module, "__deepcopy__", _refuse_copy)
 
 
-def guard_peft(interceptor: Interceptor, model: nn.Module) -> None:
+def guard_peft(interceptor: Interceptor, model: PeftModel, tuner: BaseTuner) -> None:
     """Make PEFT's own `save_pretrained` take the adapters' tensors, all there are, without asking for the base's.
 
     It is what trainers call to save: with `state_dict=None`, or with the state of the whole model.
+
+    Args:
+        model: PEFT's model. tuner: the part of it that is around transformers' model.
     """
-    prefix: str = model.base_model.prefix  # type: ignore[union-attr, assignment]  # PEFT's, of its kind of adapter
+    prefix = tuner.prefix
     save: Any = type(model).__dict__.get("save_pretrained") or PeftModel.save_pretrained
 
     def save_adapters(directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("state_dict") is None:
+        kwargs.setdefault("save_embedding_layers", False)
+        if kwargs.get("state_dict") is None and kwargs["save_embedding_layers"] is not True:
             own = {name: p.detach() for name, p in model.named_parameters() if prefix in name}
             kwargs["state_dict"] = own
-        kwargs.setdefault("save_embedding_layers", False)
         save(model, os.fspath(directory), *args, **kwargs)
 
     interceptor.replace("adapters", model, "save_pretrained", save_adapters)
@@ -84,7 +89,7 @@ def _checkpointing_is_built_in(*_: Any, **__: Any) -> None:
     logger.info("gradient_checkpointing_enable() does nothing here: every layer is recomputed in the backward anyway")
 
 
-def _refuse_merge(*_: Any, **__: Any) -> NoReturn:
+def refuse_merge(*_: Any, **__: Any) -> NoReturn:
     raise BindingError(
         "adapters cannot be merged into streamed weights: the next load would overwrite them. Save the adapter and "
         "merge it into the files"
@@ -98,7 +103,21 @@ def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoRet
     )
 
 
-def _refuse_save(*_: Any, **__: Any) -> NoReturn:
+def _needs_no_gradient(*_: Any, **__: Any) -> None:
+    """Checkpointing of torch's older kind wants inputs with gradients; a streamed layer asks its parameters."""
+
+
+def _refuse_copy(*_: Any, **__: Any) -> NoReturn:
     raise BindingError(
-        "the base model's weights are streamed and stay in their files; LemaModel.save_pretrained() saves the adapter"
+        "a streamed model cannot be copied: its weights are in memory a few layers at a time. Open it once more; for a "
+        "reference model switch the adapters off instead (disable_adapter())"
+    )
+
+
+def _save_adapters_only(module: Any, *args: Any, **kwargs: Any) -> Any:
+    if getattr(module, "_hf_peft_config_loaded", False):  # adapters of transformers' own add_adapter()
+        return type(module).save_pretrained(module, *args, **kwargs)
+    raise BindingError(
+        "the base model's weights are streamed and stay in their files; save the adapters: save_pretrained() of PEFT's "
+        "model, or of LemaModel"
     )
