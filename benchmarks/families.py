@@ -128,7 +128,9 @@ class Plain:
         from .tiny_families import auto_class
 
         auto = auto_class(self.family)
-        return auto.from_pretrained(self.folder, dtype=torch.float32, attn_implementation="eager")
+        return auto.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
 
     def batch(self, step: int) -> dict[str, Any]:
         """Rows of text: one padded at the right, one at the left."""

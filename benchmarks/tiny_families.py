@@ -189,7 +189,7 @@ def make_tiny(family: str, seed: int = 0) -> PreTrainedModel:
     """
     config = tiny_config(family)
     torch.manual_seed(seed)
-    model: PreTrainedModel = auto_class(family).from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_class(family).from_config(config, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():

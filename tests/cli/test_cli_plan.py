@@ -419,7 +419,7 @@ def test_models_that_are_none(write: Write, tmp_path: Path, monkeypatch: pytest.
     failed(lema(tmp_path, *machine), "config.json does not exist")
     for name in ("notes.txt", "other.json"):
         (tmp_path / name).write_text("{}")
-        failed(lema(tmp_path / name, *machine), "neither a directory, a .safetensors file nor a config.json")
+        failed(lema(tmp_path / name, *machine), "neither a directory, a .safetensors or .gguf file nor a config.json")
     (tmp_path / "model.safetensors").write_bytes(b"")
     failed(lema(tmp_path / "model.safetensors", *machine), "config.json does not exist")
     path = write(num_hidden_layers=2)

@@ -17,6 +17,7 @@ from helpers import lema_config, lema_model, padded_batch
 from lema import LemaModel, LemaTrainer
 from lema.engine.device_memory import explained
 from lema.engine.loss.head_loss import HeadLoss
+from lema.engine.loss.positions import LossResult
 from lema.errors import DeviceError, DeviceMemoryError
 from lema.planning.plan import MemoryPlan
 from training_runs import make_model, settings_of, train, write_rows
@@ -136,7 +137,7 @@ def test_a_step_without_room_leaves_no_trace(trainer: LemaTrainer, monkeypatch: 
     before = parameters_of(trainer)
     owner, name = {
         "hidden_states": (trainer.lm, "hidden_states"), "loss": (HeadLoss, "__call__"),
-        "backward": (torch.Tensor, "backward"),
+        "backward": (LossResult, "backward"),
     }[place]  # fmt: skip
     fails_once(monkeypatch, owner, name)
     with pytest.raises(DeviceMemoryError, match="Nothing was planned"):

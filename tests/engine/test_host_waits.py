@@ -143,7 +143,6 @@ def test_masks_are_the_same_and_nothing_is_read(
     found = mask_of(config, mask.clone(), sliding, known=mask)
     assert (found is None) == (expected is None)
     assert found is None or expected is None or torch.equal(found, expected)
-    assert "sdpa" not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._local_mapping
 
 
 def test_a_batch_without_a_mask_gets_one_on_a_device_unless_it_is_packed() -> None:

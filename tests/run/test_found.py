@@ -70,7 +70,7 @@ def test_a_configuration_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "settings", "reason"),
     [
-        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantised with gptq"),
+        ("llama", {"quantization_config": {"quant_method": "aqlm"}}, {}, "quantised with aqlm"),
         ("llama4_text", {}, {}, "exclude_modules: \\[router\\]"),
         ("t5gemma2", {}, {}, "an encoder with a decoder"),
         ("llama", {}, {"exclude_modules": "nothing_of_all"}, ""),
