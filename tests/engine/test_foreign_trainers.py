@@ -17,6 +17,7 @@ import lema
 from data_helpers import CHATML, VOCABULARY, make_tokenizer
 from families import save_tiny
 from helpers import ALPHA, RANK, SEED, lema_config, plain_model
+from lema.errors import UnsupportedError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -195,6 +196,30 @@ def test_a_state_of_stacked_experts_is_put_together(tmp_path: Path) -> None:
         found = model.hf_model.state_dict()
     assert found.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
+@pytest.mark.parametrize("head", ["streamed", "resident"])
+def test_a_head_that_is_read_past_its_module(folder: Path, head: str) -> None:
+    """As TRL's fused head does, by a forward of its own."""
+    ids = torch.arange(3, 9)[None]
+    with lema.LemaModel(lema_config(folder, head=head, ram_budget="2GB")) as model:
+        model.initialize_lora()
+        base = model.adapter.causal_lm().module
+        own = base.forward
+        expected = plain_model(folder).base_model.model.lm_head.weight
+
+        def forward(fused_lm_head: bool = False, **inputs: Any) -> Any:
+            if fused_lm_head:
+                assert torch.equal(base.lm_head.weight, expected)
+            return own(**inputs)
+
+        base.forward = forward
+        if head == "streamed":
+            with pytest.raises(UnsupportedError, match="from_pretrained"):
+                model.hf_model(input_ids=ids, fused_lm_head=True)
+        else:
+            model.hf_model(input_ids=ids, fused_lm_head=True)
+        base.forward = own
 
 
 # --- TRL --------------------------------------------------------------------------------------------

@@ -229,6 +229,18 @@ class Attachment:
             return 0
         return next((s.unit for s in self.layers if s.trainables()), len(self.layers))
 
+    def _lay_out_head(self) -> None:
+        """For TRL's forward that reads the head's weight past its module; `UnsupportedError` where that streams."""
+        if self.memory.plan.head in ("streamed", "chunked"):
+            raise UnsupportedError(
+                f"TRL reads the weight of the head itself (fused_lm_head), which is not there while the head is "
+                f"{self.memory.plan.head}; open the model with lema.from_pretrained, whose head stays, or set "
+                "head='resident'"
+            )
+        if self.memory.plan.head == "resident":  # it is read when it is first used
+            with self.memory.use(self.memory.head_unit):
+                pass
+
     def _tell_of_unused(self) -> None:
         """Say once, when there has been a backward, to which adapters of layers no gradient leads."""
         if self._told or all(layer.unused is None for layer in self.layers):
@@ -255,6 +267,8 @@ class Attachment:
             )
         self.joining.let_go()
         _refuse_outputs(getattr(module, "config", None), kwargs)
+        if kwargs.get("fused_lm_head"):
+            self._lay_out_head()
         if kwargs.get("labels") is not None and kwargs.get("output_router_logits") is None:
             check_router_loss(self.lm)
         self.memory.check_bindings()
