@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lema
-from lema import model as engine_model
 from lema.cli.app import app
+from lema.engine import opening
 from lema.errors import ConfigError, RankError
 from lema.machine.memory import format_bytes
 from lema.models import transformers_adapter
@@ -65,7 +65,7 @@ def test_what_is_said_is_the_plan_that_runs(
             super().__init__(*args, **kwargs)
             models.append(self)
 
-    for room in (planned, engine_model):
+    for room in (planned, opening):
         monkeypatch.setattr(room, "plan_for", planning)
     monkeypatch.setattr(planned_run, "LemaModel", Watched)
     monkeypatch.setattr(transformers_adapter, "build_skeleton", building)

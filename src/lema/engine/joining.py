@@ -6,6 +6,7 @@ knows PEFT's modules by their classes; it knows nothing of slots.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -55,16 +56,8 @@ class Joining:
                     self._added[module.lora_A] = unit
         self._tuner = None if tuner is None else weakref.ref(tuner)
         self._held: int | None = None
-        here = weakref.ref(self)
-
-        def joins(parent: nn.Module, name: str, part: nn.Module | None) -> None:
-            joining = here()
-            if joining is not None and part is not None:
-                joining._joins(parent, name, part)
-
-        handle = register_module_module_registration_hook(joins)
-        lm.interceptor.hook("guards", handle)
-        weakref.finalize(self, handle.remove)
+        _listen(self)
+        lm.interceptor.hook("guards", _Listening(self))
 
     def let_go(self) -> None:
         """Nothing begins from base weights any more; those that were held may go."""
@@ -72,7 +65,8 @@ class Joining:
             held, self._held = self._held, None
             self._memory.release(held)
 
-    def _joins(self, parent: nn.Module, name: str, part: nn.Module) -> None:
+    def hears(self, parent: nn.Module, name: str, part: nn.Module) -> None:
+        """A module becomes part of another one."""
         if isinstance(parent, BaseTunerLayer):
             self._in_adapter_layer(parent, name, part)
         elif parent in self._added:
@@ -147,3 +141,36 @@ class Joining:
         self.let_go()
         self._memory.acquire(unit)
         self._held = unit
+
+
+_told: weakref.WeakSet[Joining] = weakref.WeakSet()
+_registering = threading.Lock()
+_registered = False
+
+
+def _listen(joining: Joining) -> None:
+    """Tell it of modules. torch is asked once and for good: it goes through its hooks while modules are made, and a
+    model may be collected, and leave, in the midst of that."""
+    global _registered
+    with _registering:
+        if not _registered:
+            register_module_module_registration_hook(_tell)
+            _registered = True
+    _told.add(joining)
+
+
+def _tell(parent: nn.Module, name: str, part: nn.Module | None) -> None:
+    if part is not None:
+        for joining in list(_told):
+            joining.hears(parent, name, part)
+
+
+class _Listening:
+    """What an interceptor takes off to end it."""
+
+    def __init__(self, joining: Joining) -> None:
+        self._joining = weakref.ref(joining)
+
+    def remove(self) -> None:
+        if (joining := self._joining()) is not None:
+            _told.discard(joining)

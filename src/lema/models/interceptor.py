@@ -8,16 +8,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import BindingError
 
 Forward = Callable[..., Any]
 
 _NOTHING = object()
+
+
+class Removable(Protocol):
+    """As torch's handles of hooks."""
+
+    def remove(self) -> None:
+        """Take it off; again is no error."""
 
 
 class Gate:
@@ -75,7 +81,7 @@ class Interceptor:
     """
 
     def __init__(self) -> None:
-        self._in_place: dict[str, list[_Replaced | RemovableHandle]] = {}
+        self._in_place: dict[str, list[_Replaced | Removable]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +94,7 @@ class Interceptor:
         self._in_place.setdefault(name, []).append(replaced)
         module.__dict__[attribute] = value
 
-    def hook(self, name: str, *handles: RemovableHandle) -> None:
+    def hook(self, name: str, *handles: Removable) -> None:
         """Keep handles of hooks, to be removed with the name."""
         self._in_place.setdefault(name, []).extend(handles)
 
