@@ -542,10 +542,16 @@ def test_a_value_of_the_wrong_type() -> None:
 # -- screens ---------------------------------------------------------------------------------------
 
 
+def planned_for(values: dict[str, Any]) -> Any:
+    """What `lema plan` shows for settings on the small machine."""
+    machine = Hardware.parse(SMALL_MACHINE)
+    return verb.make(LemaConfig.from_dict({"device": machine.device, **values}), machine)
+
+
 def test_every_width_with_a_path_of_any_length(write: Write) -> None:
     path = write(num_hidden_layers=4)
     values = {"model_name_or_path": str(path), "dtype": "bfloat16", "ram_budget": "auto", "vram_budget": "auto"}
-    planned = verb.make(values, SMALL_MACHINE)
+    planned = planned_for(values)
 
     def columns(name: str, width: int) -> dict[str, str]:
         screen = io.StringIO()
@@ -567,7 +573,7 @@ def test_every_width_with_a_path_of_any_length(write: Write) -> None:
 def test_colour_only_on_a_terminal(write: Write) -> None:
     path = write(num_hidden_layers=2)
     assert "\x1b" not in lema(path, "--hardware", SMALL_MACHINE).output
-    planned = verb.make({"model_name_or_path": str(path), "dtype": "bfloat16", "ram_budget": "auto"}, SMALL_MACHINE)
+    planned = planned_for({"model_name_or_path": str(path), "dtype": "bfloat16", "ram_budget": "auto"})
     terminal = io.StringIO()
     show(planned, Console(file=terminal, force_terminal=True, color_system="standard", width=80))
     assert "\x1b[" in terminal.getvalue()
@@ -632,7 +638,7 @@ def test_the_command_is_installed_under_its_name() -> None:
 
 
 def test_interrupting(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **more: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verb, "make", interrupted)
@@ -642,7 +648,7 @@ def test_interrupting(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_our_own_mistakes_are_not_hidden(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **more: Any) -> Any:
         raise RuntimeError("a mistake")
 
     monkeypatch.setattr(verb, "make", broken)

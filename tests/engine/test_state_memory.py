@@ -11,8 +11,7 @@ import torch
 
 from families import save_tiny
 from helpers import lema_model
-from lema import model as model_module
-from lema.engine import optimizer
+from lema.engine import opening, optimizer
 from lema.machine import heap
 from lema.planning import probe
 from lema.planning.hardware import Hardware
@@ -27,15 +26,15 @@ def test_a_plans_peak_is_counted_from_before_it_was_made(tmp_path: Path, monkeyp
         "made up", "cpu", 0, 8 * 10**9, 1e9, math.inf, dict.fromkeys(("float32", "bfloat16", "float16"), 1e9)
     )
     resident = {"now": 500 * MIB}
-    real = model_module.plan_for
+    real = opening.plan_for
 
     def planned(*args: Any) -> Any:
         resident["now"] += 40 * MIB  # what planning leaves behind
         return real(*args)
 
     monkeypatch.setattr(probe, "profile", lambda *_: machine)
-    monkeypatch.setattr(model_module, "resident_bytes", lambda: resident["now"])
-    monkeypatch.setattr(model_module, "plan_for", planned)
+    monkeypatch.setattr(opening, "resident_bytes", lambda: resident["now"])
+    monkeypatch.setattr(opening, "plan_for", planned)
     with lema_model(tmp_path, ram_budget="1GB") as model:
         plan = model.memory.plan
         assert model.memory.heap_limit == 500 * MIB + plan.host_peak - plan.transient // 4
