@@ -68,6 +68,9 @@ class CausalLM(Protocol):
                 a mapping with the same of them as tensors of the host, where they are on a device.
         """
 
+    def run_decoder(self, **inputs: Any) -> torch.Tensor:
+        """As `hidden_states`, past the hooks of the whole model: no access of it is foreseen, and none may be made."""
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Head of the model with all it does to logits: `[.., n, hidden]` -> `[.., n, vocab]`."""
 
@@ -203,6 +206,9 @@ class TransformersCausalLM:
         with self.host_values.known({name: (inputs[name], value) for name, value in known.items()}):
             return self._first_half(self._model, known.get("attention_mask"), **inputs)
 
+    def run_decoder(self, **inputs: Any) -> torch.Tensor:
+        return self._first_half(self._model.forward, **inputs)
+
     def _first_half(
         self, forward: Callable[..., Any], host_mask: torch.Tensor | None = None, **inputs: Any
     ) -> torch.Tensor:
@@ -308,6 +314,11 @@ class ComposedCausalLM(nn.Module):
     def hidden_states(self, on_host: Mapping[str, torch.Tensor] | None = None, **inputs: Any) -> torch.Tensor:
         """Runs through `__call__`, so that hooks of the whole model see it."""
         hidden: torch.Tensor = self(**inputs, _head=False)
+        return hidden
+
+    def run_decoder(self, **inputs: Any) -> torch.Tensor:
+        """Past the hooks."""
+        hidden: torch.Tensor = self.forward(**inputs, _head=False)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
