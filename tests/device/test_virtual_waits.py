@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from families import save_tiny
+from lema.engine.loss.positions import LossResult
 from lema.streaming.accelerator import DeviceEvent
 from spreads import LAYERS, PLANS, batch
 from virtual_device.controls import Blocking, Controls
@@ -48,7 +49,7 @@ class Waits:
 def waits(virtual: Controls, monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     with virtual.blocking_calls() as calls:
         waits = Waits(calls)
-        synchronize, backward = DeviceEvent.synchronize, torch.Tensor.backward
+        synchronize, backward = DeviceEvent.synchronize, LossResult.backward
 
         def synchronized(self: DeviceEvent) -> None:  # it looks and sleeps, so that the device hears of no wait
             calls.append(Blocking("event", "DeviceEvent", 0, threading.current_thread().name, ()))
@@ -59,7 +60,7 @@ def waits(virtual: Controls, monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]
             waits.before = len(waits.computing())
 
         monkeypatch.setattr(DeviceEvent, "synchronize", synchronized)
-        monkeypatch.setattr(torch.Tensor, "backward", enqueued)
+        monkeypatch.setattr(LossResult, "backward", enqueued)
         yield waits
 
 

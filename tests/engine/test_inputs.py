@@ -442,7 +442,7 @@ _INTERRUPTED = """
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.long
 def test_ctrl_c_in_a_step_ends_every_thread_and_the_next_step_is_undisturbed(llama: Path) -> None:
-    code = textwrap.dedent(_INTERRUPTED).format(tests=str(Path(__file__).parents[1]), folder=str(llama))
+    code = textwrap.dedent(_INTERRUPTED).format(tests=str(Path(__file__).parents[1] / "support"), folder=str(llama))
     source = str(Path(lema.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code],

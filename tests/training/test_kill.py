@@ -49,7 +49,7 @@ class Processes:
 
     def __init__(self) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
+            [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2] / "src")]
         )
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._context = multiprocessing.get_context("forkserver")

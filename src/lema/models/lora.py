@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..compat.adapter_file import load_original
@@ -289,9 +289,11 @@ def _refuse_unlike_linear(base: nn.Module) -> None:
 
 
 def _is_like_linear(module: nn.Linear) -> bool:
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    shapes = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
+    given = torch.empty(1, 2, module.in_features, dtype=module.weight.dtype, device="meta")
+    with torch.no_grad():
         try:
-            output = module(torch.empty(1, 2, module.in_features, dtype=module.weight.dtype))
+            output = functional_call(module, shapes, (given,))
         except _UNPREPARED:
             return False
     return isinstance(output, torch.Tensor) and tuple(output.shape) == (1, 2, module.out_features)

@@ -226,12 +226,13 @@ class TransformersAdapter(LemaModelAdapter):
         return frozenset(name for name in self._tables() if name not in tied and name not in tied.values())
 
     def _tables(self) -> list[str]:
-        """The input embedding's weight, and those of embeddings that are larger still, as Gemma's of all layers."""
+        """The input embedding's weight, and those of embeddings of its kind that are larger still, as Gemma's of all layers;
+        another kind, as OPT's of positions, may look up other rows than it is asked for."""
         embedding = self.model.get_input_embeddings()
         sizes = {
             name: self._expected[name].nbytes
             for name in self._rest_names()
-            if isinstance(self._places[name][0], nn.Embedding) and self._is_parameter(name)
+            if type(self._places[name][0]) is type(embedding) and self._is_parameter(name)
         }
         own = sum(nbytes for name, nbytes in sizes.items() if self._places[name][0] is embedding)
         return [name for name, nbytes in sizes.items() if nbytes > own or self._places[name][0] is embedding]
