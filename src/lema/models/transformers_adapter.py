@@ -226,8 +226,8 @@ class TransformersAdapter(LemaModelAdapter):
         return frozenset(name for name in self._tables() if name not in tied and name not in tied.values())
 
     def _tables(self) -> list[str]:
-        """The input embedding's weight, and those of embeddings of its kind that are larger still, as Gemma's of all layers;
-        another kind, as OPT's of positions, may look up other rows than it is asked for."""
+        """The input embedding's weight, and those of embeddings of its kind that are larger still, as Gemma's of all
+        layers; another kind, as OPT's of positions, may look up other rows than it is asked for."""
         embedding = self.model.get_input_embeddings()
         sizes = {
             name: self._expected[name].nbytes
